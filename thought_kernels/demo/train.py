@@ -2,7 +2,8 @@
 
 Next-token loss on the answer tokens, nothing else: training knows nothing of patches. One sequence in six has no
 instruction, and its answer is the input. Held-out inputs (tasks.held_out) are never sampled. Settings, time and final
-figures go to training.json beside the weights.
+figures go to training.json beside the weights. `--start DIR` goes on from a trained folder with a fresh optimizer and
+schedule, and keeps that folder's record under "earlier".
 """
 
 from __future__ import annotations
@@ -116,7 +117,8 @@ def main() -> None:
     """Parses the command line, trains, and writes the folder."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--shape", choices=SHAPES, default="main")
+    parser.add_argument("--start", type=Path, help="a folder this script wrote, to go on from")
+    parser.add_argument("--shape", choices=SHAPES, default="main", help="of a new model")
     parser.add_argument("--steps", type=int, default=8000)
     parser.add_argument("--batch", type=int, default=192)
     parser.add_argument("--lr", type=float, default=2e-3)
@@ -133,7 +135,8 @@ def main() -> None:
     rng = random.Random(args.seed)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     tokenizer = build_tokenizer()
-    model = build_model(tokenizer, args.shape).to(device)
+    model = Gemma3ForCausalLM.from_pretrained(args.start) if args.start else build_model(tokenizer, args.shape)
+    model = model.to(device).train()
     body = torch.compile(model.model, dynamic=True) if args.compile else model.model
     pool = {name: [text for text in inputs(task) if not held_out(text)] for name, task in TASKS.items()}
     decayed = [p for p in model.parameters() if p.dim() == 2]
@@ -177,7 +180,7 @@ def main() -> None:
     save(model, tokenizer, args.output)
     figures = final_figures(model, tokenizer)
     record = {
-        "settings": {name: value for name, value in vars(args).items() if name != "output"},
+        "settings": {name: value for name, value in vars(args).items() if name not in ("output", "start")},
         "steps": steps,
         "seconds": round(seconds),
         "final_loss": loss.item(),
@@ -191,6 +194,8 @@ def main() -> None:
         "reserved_for_final_study": RESERVED_FOR_FINAL_STUDY,
         "accuracy_on_held_out_inputs": figures,
     }
+    if args.start:
+        record["earlier"] = json.loads((args.start / "training.json").read_text())
     temporary = args.output / "training.json.tmp"
     temporary.write_text(json.dumps(record, indent=1) + "\n")
     os.replace(temporary, args.output / "training.json")
