@@ -15,6 +15,7 @@ from torch import Tensor
 
 from thought_kernels.transmute import storage
 from thought_kernels.transmute.apply import AppliedPatch
+from thought_kernels.transmute.export import PeftFolder, export_peft
 from thought_kernels.transmute.merge import MergedPatch
 from thought_kernels.transmute.site import SITES, SitePatch
 
@@ -132,6 +133,43 @@ class ThoughtPatch:
             ValueError: NaN in the patch, a provenance that JSON cannot hold, or a path that is not a folder.
         """
         storage.save(self.entries, self.provenance, directory)
+
+    def export_peft(
+        self,
+        directory: str | os.PathLike[str],
+        model: Any,
+        *,
+        rank: int | None = None,
+        fold: bool = False,
+        pad: bool = False,
+        progress: bool = False,
+    ) -> PeftFolder:
+        """Writes a PEFT LoRA folder for one model: Δ = U Vᵀ becomes A = Vᵀ, B = W U in o_proj, gate_proj and up_proj.
+
+        peft, transformers (``load_adapter``) and vLLM load it; products are formed in float64 and rounded once, to
+        float32 (float64 for a float64 model). A vector becomes the LoRA bias W v, exactly, where every such module has
+        a bias; vLLM refuses those.
+
+        Args:
+            directory: the folder, created if it does not exist; each file is replaced in one step.
+            model: the model whose weights W enter B, which the adapter is for. It may be quantised.
+            rank: largest rank, which accepts the loss of the singular values beyond it. None: each Δ's own rank, its
+                singular values above the rounding of its stored numbers, which loses nothing.
+            fold: where there is no bias, add v āᵀ/‖ā‖² to Δ instead, ā being the fitted rows' mean activation; the
+                relative squared error on those rows is logged and kept in the result's ``fold_residuals``.
+            pad: give every module the largest rank, padded with zeros. llama.cpp divides one lora_alpha by each
+                module's own rank, so what it reads must have one rank.
+            progress: show a progress bar on stderr.
+
+        Returns:
+            A PeftFolder: ranks, what was lost, and the flags that vLLM needs.
+
+        Raises:
+            ValueError: another hidden size or attention width, missing blocks, a bad rank, a nonzero vector that can
+                neither become a bias nor may be folded, no nonzero matrix, NaN, or a path that is not a folder.
+                Nothing is written then.
+        """
+        return export_peft(self, directory, model, rank=rank, fold=fold, pad=pad, progress=progress)
 
     @classmethod
     def from_pretrained(cls, directory: str | os.PathLike[str], *, device: torch.device | str = "cpu") -> ThoughtPatch:

@@ -125,21 +125,29 @@ class SitePatch:
         mean = sum((m.to(means[0]) for m in means[1:]), means[0]) / len(means) if means else None
         return SitePatch(matrix, factors, _sum(self.vector, other.vector), mean)
 
-    def truncated(self, rank: int) -> SitePatch:
-        """The best approximation of Δ of the given rank, by singular value decomposition; the vector is kept."""
-        fit = None if self.fit is None else replace(self.fit, residual=None)
+    def svd(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Singular value decomposition Δ = U diag(s) Vᵀ in float64: U ``[d, k]``, s ``[k]`` descending, V ``[d, k]``.
+
+        k is d for a dense matrix and the factors' width for a low-rank one; 0 where there is no matrix.
+        """
         if self.factors is not None:
-            if self.factors[0].shape[1] <= rank:
-                return self
             # U Vᵀ = Q_U (R_U R_Vᵀ) Q_Vᵀ: the decomposition of the small middle matrix is that of the product.
             (q_left, r_left), (q_right, r_right) = (torch.linalg.qr(factor.double()) for factor in self.factors)
             u, s, vh = torch.linalg.svd(r_left @ r_right.T)
-            left, right, dtype = q_left @ u, q_right @ vh.T, self.factors[0].dtype
-        elif self.matrix is not None:
-            u, s, vh = torch.linalg.svd(self.matrix.double())
-            left, right, dtype = u, vh.T, self.matrix.dtype
-        else:
+            return q_left @ u, s, q_right @ vh.T
+        if self.matrix is None:
+            empty = torch.zeros(self.width, 0, dtype=torch.float64)
+            return empty, torch.zeros(0, dtype=torch.float64), empty
+        u, s, vh = torch.linalg.svd(self.matrix.double())
+        return u, s, vh.T
+
+    def truncated(self, rank: int) -> SitePatch:
+        """The best approximation of Δ of the given rank, by singular value decomposition; the vector is kept."""
+        fit = None if self.fit is None else replace(self.fit, residual=None)
+        stored = self.matrix if self.factors is None else self.factors[0]
+        if stored is None or (self.factors is not None and stored.shape[1] <= rank):
             return self
+        (left, s, right), dtype = self.svd(), stored.dtype
         factors = ((left[:, :rank] * s[:rank]).to(dtype), right[:, :rank].to(dtype).contiguous())
         return replace(self, matrix=None, factors=factors, fit=fit)
 

@@ -70,10 +70,20 @@ def save(entries: Entries, provenance: Mapping[str, Any], directory: str | os.Pa
     except (TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"save_pretrained: provenance must hold JSON values only, got {error}") from error
 
+    replace_files(folder, {TENSOR_FILE: payload, RECORD_FILE: text})
+
+
+def replace_files(folder: Path, contents: Mapping[str, bytes]) -> None:
+    """Writes files to a folder: all are complete on disk under temporary names before the first replaces an older one.
+
+    Args:
+        folder: created if it does not exist.
+        contents: bytes by file name, in the order of replacement.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     written: list[tuple[Path, Path]] = []
     try:
-        for name, content in ((TENSOR_FILE, payload), (RECORD_FILE, text)):
+        for name, content in contents.items():
             temporary = folder / f".{name}.{secrets.token_hex(4)}"
             written.append((temporary, folder / name))
             with open(temporary, "xb") as file:
