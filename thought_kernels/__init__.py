@@ -55,8 +55,8 @@ _LAZY = {  # public name -> the module that defines it
     "paper_recipe": "thought_kernels.transmute.recipe",
     "replay": "thought_kernels.transmute.replay",
 }
-# Packages; transmute is called like the function it holds, see callable_package.py.
-_LAZY_PACKAGES = ("transmute",)
+# Packages, imported at first use; transmute is called like the function it holds, see callable_package.py.
+_LAZY_PACKAGES = ("spectral", "transmute")
 
 
 def __getattr__(name: str) -> Any:
