@@ -3,37 +3,64 @@
     frames        frame operator, Gram matrix, fractional dimensionality
     spectrum      eigenvalues and eigenspaces, grouped; the bridge between F's and M's
     measure       spectral measures and what follows: leverage, slack, saturation, moments, residual, support
+    clusters      features by eigenspace: tight frames, projective linearity
+    scheme        association schemes of Gram matrices
+    geometry      names of the figures that clusters form
+    taxonomy      localized, band-localized and broadband features, and their budget
+    density       the empirical spectral density, stable and effective rank
 
 W is [m, n] with features in columns throughout.
 """
 
+from thought_kernels.spectral.clusters import ClusterFit, TightFrame, projective_linearity, tight_frames
+from thought_kernels.spectral.density import SpectralDensity, empirical_spectral_density
 from thought_kernels.spectral.frames import fractional_dimensionality, frame_operator, gram
+from thought_kernels.spectral.geometry import Component, identify_components, identify_geometry
 from thought_kernels.spectral.measure import (
     FeatureMeasures,
     SpectralMeasure,
+    eigenvector_residual,
     leverage,
     measure_features,
+    rayleigh_quotient,
     saturation,
     slack,
     spectral_measure,
     spectral_moment,
     support_bounds,
 )
+from thought_kernels.spectral.scheme import AssociationScheme, association_scheme
 from thought_kernels.spectral.spectrum import FrameSpectrum, frame_spectrum
+from thought_kernels.spectral.taxonomy import FeatureClasses, classify_features
 
 __all__ = [
+    "AssociationScheme",
+    "ClusterFit",
+    "Component",
+    "FeatureClasses",
     "FeatureMeasures",
     "FrameSpectrum",
+    "SpectralDensity",
     "SpectralMeasure",
+    "TightFrame",
+    "association_scheme",
+    "classify_features",
+    "eigenvector_residual",
+    "empirical_spectral_density",
     "fractional_dimensionality",
     "frame_operator",
     "frame_spectrum",
     "gram",
+    "identify_components",
+    "identify_geometry",
     "leverage",
     "measure_features",
+    "projective_linearity",
+    "rayleigh_quotient",
     "saturation",
     "slack",
     "spectral_measure",
     "spectral_moment",
     "support_bounds",
+    "tight_frames",
 ]

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from thought_kernels.ops.checks import check_number
 from thought_kernels.ops.library import message
-from thought_kernels.spectral.spectrum import RTOL, FrameSpectrum, decompose
+from thought_kernels.spectral.frames import check_matrix, column_blocks, frame_operator, in_range
+from thought_kernels.spectral.spectrum import RTOL, FrameSpectrum, decompose, triangle
 
 SUPPORT_MASS = 1e-12  # rounding leaves about 1e-24 in eigenspaces a feature has no part in
 
@@ -208,6 +209,62 @@ def spectral_moment(W: Tensor, order: int, *, rank_rtol: float | None = None) ->
     return spectrum.unscale(moments, order)
 
 
+def rayleigh_quotient(W: Tensor, *, rank_rtol: float | None = None) -> Tensor:
+    """The mean of each feature's spectral measure.
+
+    κ_i = w_iᵀ F w_i / ‖w_i‖² = E_μ[λ],  D_i = ‖w_i‖² / κ_i
+
+    Args:
+        W: ``[m, n]``, features in columns, finite and not all zero.
+        rank_rtol: as in spectral_measure.
+
+    Returns:
+        ``[n]`` float64; 0 for a zero feature.
+
+    Raises:
+        TypeError, ValueError: as spectral_measure does.
+
+    Source: Spectral superposition, Lemma B.10, Corollary 7.
+    """
+    return features_of(nonzero_spectrum("rayleigh_quotient", W, RTOL, rank_rtol)).rayleigh
+
+
+def eigenvector_residual(W: Tensor) -> Tensor:
+    """How far each feature is from being an eigenvector of F, by one product with F and no eigenvalues.
+
+    CV_i = ‖F w_i − κ_i w_i‖ / (κ_i ‖w_i‖) = √Var_μ(λ) / E_μ[λ],  σ_i ≈ CV_i² where small
+
+    Args:
+        W: ``[m, n]``, features in columns; float64, float32, bfloat16 or float16, finite and not all zero.
+
+    Returns:
+        ``[n]`` float64; 0 for a zero feature.
+
+    Raises:
+        TypeError, ValueError: as frame_operator does; W is all zero.
+
+    Source: Spectral superposition, Theorem 10.
+    """
+    largest = check_matrix("eigenvector_residual", W)
+    if largest == 0:
+        raise ValueError(_rank_zero("eigenvector_residual"))
+    W, _ = in_range(W.detach(), largest, torch.float64)
+    if W.shape[0] > W.shape[1]:
+        W = triangle(W.T).T  # the same Gram matrix in n dimensions, and F is [n, n]
+    F = frame_operator(W, dtype=torch.float64)
+    F /= F.diagonal().max()
+    residuals = []
+    for columns in column_blocks(W):
+        w = W[:, columns].double()
+        norm = torch.linalg.vector_norm(w, dim=0)
+        w = w / torch.where(norm > 0, norm, 1)
+        image = F @ w
+        rayleigh = (w * image).sum(0)
+        distance = torch.linalg.vector_norm(image - rayleigh * w, dim=0)
+        residuals.append(distance / torch.where(norm > 0, rayleigh, 1))
+    return torch.cat(residuals)
+
+
 def support_bounds(
     W: Tensor, *, mass: float = SUPPORT_MASS, rank_rtol: float | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -252,9 +309,13 @@ def nonzero_spectrum(function: str, W: Tensor, rtol: float, rank_rtol: float | N
     """The spectrum of a W that has one."""
     spectrum = decompose(function, W, rtol, rank_rtol)
     if spectrum.rank == 0:
-        fix = "without a nonzero feature there is no spectrum"
-        raise ValueError(message(function, "W", "have rank at least 1", "rank 0", fix))
+        raise ValueError(_rank_zero(function))
     return spectrum
+
+
+def _rank_zero(function: str) -> str:
+    fix = "without a nonzero feature there is no spectrum"
+    return message(function, "W", "have rank at least 1", "rank 0", fix)
 
 
 def shares(coefficients: Tensor) -> tuple[Tensor, Tensor]:

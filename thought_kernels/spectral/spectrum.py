@@ -170,11 +170,11 @@ def _short_side(W: Tensor) -> tuple[Tensor, Tensor]:
         return eigenvalues.flip(0).sqrt(), basis.flip(1)
     if not square.any():
         return torch.zeros_like(eigenvalues), basis
-    basis, singular, _ = torch.linalg.svd(_triangle(W if m <= n else W.T))
+    basis, singular, _ = torch.linalg.svd(triangle(W if m <= n else W.T))
     return singular, basis
 
 
-def _triangle(A: Tensor) -> Tensor:
+def triangle(A: Tensor) -> Tensor:
     """L ``[k, k]`` with L Lᵀ = A Aᵀ for A ``[k, long]``, by QR of blocks of columns, never by squaring."""
     k, length = A.shape
     upper = A.new_zeros(0, k, dtype=torch.float64)
