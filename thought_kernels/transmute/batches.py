@@ -23,11 +23,13 @@ class Batch:
         tokens: ids of e, [B, T].
         lengths: real tokens per row, [B].
         weights: w_i, 1/n_e at the tokens of e that are summed and 0 elsewhere, [B, T] (theory §5).
+        examples: each row's place in the list of examples, for messages.
     """
 
     tokens: Tensor
     lengths: Tensor
     weights: Tensor
+    examples: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -57,36 +59,39 @@ def group_examples(examples: Sequence[EncodedExample], batch_size: int, tokens: 
         tokens: "all" sums every token of e, "answer" those of the completion.
         dtype: of the weights.
     """
-    shared: dict[tuple[tuple[int, ...], tuple[int, ...]], list[EncodedExample]] = {}
-    for example in examples:
-        shared.setdefault((tuple(example.header), tuple(example.instruction)), []).append(example)
+    shared: dict[tuple[tuple[int, ...], tuple[int, ...]], list[tuple[int, EncodedExample]]] = {}
+    for index, example in enumerate(examples):
+        shared.setdefault((tuple(example.header), tuple(example.instruction)), []).append((index, example))
     groups = []
     for (header, instruction), members in shared.items():
-        members = sorted(members, key=lambda example: len(example.tokens))
+        members = sorted(members, key=lambda member: len(member[1].tokens))
         groups.append(Group(header, instruction, tuple(_batches(members, batch_size, tokens, dtype))))
     return groups
 
 
-def _batches(members: list[EncodedExample], batch_size: int, tokens: str, dtype: torch.dtype) -> Iterator[Batch]:
+def _batches(
+    members: list[tuple[int, EncodedExample]], batch_size: int, tokens: str, dtype: torch.dtype
+) -> Iterator[Batch]:
     start = 0
     while start < len(members):
         stop = start + 1
         while (
             stop < len(members)
             and stop - start < batch_size
-            and len(members[stop].tokens) * (stop + 1 - start) <= MAX_BATCH_TOKENS
+            and len(members[stop][1].tokens) * (stop + 1 - start) <= MAX_BATCH_TOKENS
         ):
             stop += 1
         rows = members[start:stop]
-        longest = len(rows[-1].tokens)
+        longest = len(rows[-1][1].tokens)
         ids = torch.zeros(len(rows), longest, dtype=torch.long)
         weights = torch.zeros(len(rows), longest, dtype=dtype)
-        for row, example in enumerate(rows):
+        for row, (_, example) in enumerate(rows):
             length = len(example.tokens)
             first = example.answer_start if tokens == "answer" else 0
             ids[row, :length] = torch.as_tensor(example.tokens)
             weights[row, first:length] = 1 / (length - first)
-        yield Batch(ids, torch.tensor([len(example.tokens) for example in rows]), weights)
+        lengths = torch.tensor([len(example.tokens) for _, example in rows])
+        yield Batch(ids, lengths, weights, tuple(index for index, _ in rows))
         start = stop
 
 
@@ -141,7 +146,9 @@ def prefix_blocks(decoder: Decoder, group: Group, last: int) -> list[BlockPrefix
         without = None
         if header:
             without = moved_keys(decoder, block, k[:, :, :header], v[:, :, :header], len(group.instruction))
-        prefixes.append(BlockPrefix(moved_keys(decoder, block, k, v, 0), without, x[:, :header], o[:, :header]))
+        # Copies: views would keep the whole prefix's streams of all blocks alive.
+        kept = x[:, :header].clone(), o[:, :header].clone()
+        prefixes.append(BlockPrefix(moved_keys(decoder, block, k, v, 0), without, *kept))
         if block.index < last:
             h = block.attention_residual(x, o)
             x = block.mlp_output(h, block.mlp_input(h), x=x)

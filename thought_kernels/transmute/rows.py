@@ -13,6 +13,20 @@ from thought_kernels.transmute.site import SITES, is_finite
 _ROWS_PER_CHUNK = 4096
 
 
+class NonFiniteRows(ValueError):
+    """NaN or an infinity in a row of nonzero weight.
+
+    Attributes:
+        name: "delta" or "activation".
+        row: the first such row, its leading dimensions flattened.
+    """
+
+    def __init__(self, message: str, name: str, row: int) -> None:
+        super().__init__(message)
+        self.name = name
+        self.row = row
+
+
 def checked_place(layer: int, site: str) -> str:
     """Names a block and site in words for messages, once both are valid."""
     if isinstance(layer, bool) or not isinstance(layer, int) or layer < 0:
@@ -40,16 +54,18 @@ def check_weights(weights: Tensor | None, shape: torch.Size, where: str) -> None
 
 
 def check_rows(name: str, rows: Tensor, weights: Tensor | None, where: str) -> None:
-    """Raises if a row of nonzero weight holds NaN or an infinity; reads the data once, copies none of it."""
+    """Raises NonFiniteRows if a row of nonzero weight is not finite; reads the data once, copies none of it."""
     if is_finite(rows):
         return
     bad = ~torch.isfinite(rows).all(dim=-1)
     counted = (bad if weights is None else bad & (weights != 0)).reshape(-1)
     if counted.any():
-        raise ValueError(
+        first = int(counted.nonzero()[0])
+        message = (
             f"update: {name} must be finite in rows of nonzero weight, got NaN or an infinity in {int(counted.sum())} "
-            f"of {len(counted)} rows, first in row {int(counted.nonzero()[0])}; {where}"
+            f"of {len(counted)} rows, first in row {first}; {where}"
         )
+        raise NonFiniteRows(message, name, first)
 
 
 def add_vectors(sums: Sums, delta: Tensor, weights: Tensor | None) -> None:

@@ -1,0 +1,119 @@
+"""One transmutation under way: what the pairings read, and where their rows go."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from thought_kernels.models.decoder import Block, Decoder
+from thought_kernels.transmute.accumulator import ThoughtAccumulator
+from thought_kernels.transmute.batches import Batch, BlockPrefix, Group, prefix_blocks
+from thought_kernels.transmute.patch import ThoughtPatch
+from thought_kernels.transmute.rows import NonFiniteRows
+from thought_kernels.transmute.site import is_finite
+
+MEMORY_BUDGET = 2 << 30  # bytes
+
+
+@dataclass
+class Run:
+    """One transmutation under way.
+
+    Attributes:
+        decoder: the described model.
+        groups: examples by shared prefix.
+        layers: targeted block indices.
+        sites: targeted sites.
+        accumulator: receives the rows. Each call adds all rows of a batch at one block and site, or none where one of
+            them is not finite; what earlier batches and earlier blocks of this batch have added stays as it is.
+        solve: (layers, sites) -> the patch of what has been accumulated there.
+        header_weight: total weight of H's rows, which enter with δ = 0, relative to one example's total weight of 1.
+        tick: called after each batch and block.
+        memory_budget: bytes of hidden states that `sequential` keeps in memory, see spill.py.
+    """
+
+    decoder: Decoder
+    groups: list[Group]
+    layers: frozenset[int]
+    sites: frozenset[str]
+    accumulator: ThoughtAccumulator
+    solve: Callable[[frozenset[int], frozenset[str]], ThoughtPatch]
+    header_weight: float
+    tick: Callable[[], object]
+    memory_budget: int = MEMORY_BUDGET
+    prefixes: list[list[BlockPrefix]] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.prefixes = [prefix_blocks(self.decoder, group, self.last) for group in self.groups]
+
+    @property
+    def last(self) -> int:
+        """The last targeted block; no later one is run."""
+        return max(self.layers)
+
+    @property
+    def blocks(self) -> tuple[Block, ...]:
+        return self.decoder.blocks[: self.last + 1]
+
+    @property
+    def stages(self) -> list[frozenset[str]]:
+        """Sites in the order in which they are fitted within a block."""
+        first, rest = self.sites & {"attention"}, self.sites - {"attention"}
+        return [stage for stage in (first, rest) if stage]
+
+    def batches(self) -> Iterator[tuple[Group, list[BlockPrefix], Batch]]:
+        for group, prefixes in zip(self.groups, self.prefixes, strict=True):
+            for batch in group.batches:
+                yield group, prefixes, batch
+
+    def update(
+        self,
+        block: Block,
+        site: str,
+        delta: Tensor,
+        activation: Tensor | None,
+        weights: Tensor,
+        batch: Batch | None = None,
+    ) -> None:
+        """Adds a batch's rows, or H's where there is no batch, to the sums of one block and site.
+
+        Raises:
+            ValueError: NaN or an infinity in a row of nonzero weight, with its block, example and token. Nothing has
+                been added then.
+        """
+        try:
+            self.accumulator.update(block.index, site, delta, activation, weights.to(delta.device))
+        except NonFiniteRows as error:
+            place = "a token of H" if batch is None else _token(batch, error.row)
+            raise ValueError(_not_finite(f"{error.name} at {place}", f"block {block.index}, site {site!r}")) from error
+
+    def check_output(self, block: Block, y: Tensor, batch: Batch) -> None:
+        """Raises ValueError, with block and example, unless y is finite at every token.
+
+        Args:
+            block: whose output y is.
+            y: [B, T, d], or [2B, T, d] for two streams.
+            batch: the B examples.
+        """
+        if is_finite(y):  # one reduction and no copy
+            return
+        real = torch.arange(y.shape[1]) < batch.lengths[:, None]
+        bad = ~y.isfinite().all(dim=-1).cpu() & real.repeat(len(y) // len(real), 1)
+        if bad.any():
+            row = int(bad.flatten().nonzero()[0]) % real.numel()
+            raise ValueError(_not_finite(f"the block's output at {_token(batch, row)}", f"block {block.index}"))
+
+
+def _token(batch: Batch, row: int) -> str:
+    example, token = divmod(row, batch.tokens.shape[1])
+    return f"token {token} after the instruction of examples[{batch.examples[example]}]"
+
+
+def _not_finite(what: str, where: str) -> str:
+    return (
+        f"transmute: activations must be finite, got NaN or an infinity in {what}; {where}. "
+        "Look at this block's weights, or load the model in a dtype with a wider range"
+    )

@@ -1,0 +1,149 @@
+"""Steps of a block that the pairings share, over one batch: attention, observed rows, the rest of the block."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from thought_kernels.models.decoder import Block
+from thought_kernels.ops.shared_prefix_attention import shared_prefix_attention
+from thought_kernels.transmute.batches import Batch, Group, heads_last
+from thought_kernels.transmute.patch import ThoughtPatch
+from thought_kernels.transmute.run import Run
+
+# Rows that go through an MLP at once. Its intermediates are the widest tensors of a pass; beyond these numbers larger
+# products are no faster, so the MLP's weights are read once more for every so many rows and never for want of rows.
+MLP_ROWS = {"cpu": 512}
+MLP_ROWS_ELSEWHERE = 4096
+
+KeysValues = tuple[Tensor, Tensor]
+
+
+def patched(patch: ThoughtPatch | None, layer: int, site: str, rows: Tensor) -> Tensor:
+    """Rows with a site's patch applied, x + x Δᵀ + v; the same rows where the patch has nothing there."""
+    shift = shifted(patch, layer, site, rows)
+    return rows if shift is None else (rows.to(shift.dtype) + shift).to(rows.dtype)
+
+
+def shifted(patch: ThoughtPatch | None, layer: int, site: str, rows: Tensor) -> Tensor | None:
+    """x Δᵀ + v in the patch's dtype, None where the patch has nothing."""
+    if patch is None:
+        return None
+    matrix, vector = patch.matrix(layer, site), patch.vector(layer, site)
+    shift = None
+    if matrix is not None:
+        shift = rows.to(matrix) @ matrix.T
+    if vector is not None:
+        shift = vector.to(rows.device).expand(rows.shape) if shift is None else shift + vector
+    return shift
+
+
+def attend(
+    run: Run, block: Block, x: Tensor, group: Group, prefixes: Sequence[KeysValues | None], batch: Batch
+) -> Tensor:
+    """Attention output of one batch in as many streams as there are prefixes, each stream behind its own prefix.
+
+    In float32 at least: where H holds most of the softmax mass, a difference of two bf16 outputs is nothing but their
+    rounding (theory §4).
+
+    Args:
+        x: residual streams, one below the other, [streams · B, T, d].
+        prefixes: keys and values, each [Hkv, P, D], of each stream's prefix; None for none.
+
+    Returns:
+        [streams · B, T, Hq·D], float32 or float64.
+    """
+    wide = torch.promote_types(x.dtype, torch.float32)
+    q, k, v = block.qkv(x)
+    cos, sin = run.decoder.rotary(block.index, group.positions(x.shape[1]))
+    q, k, v = block.rotate(q, cos, sin).to(wide), block.rotate(k, cos, sin).to(wide), v.to(wide)
+    given = [(key.to(wide), value.to(wide)) for key, value in filter(None, prefixes)]
+    numbers, count = [], 0
+    for prefix in prefixes:
+        numbers += [-1 if prefix is None else count] * len(batch.lengths)
+        count += prefix is not None
+    o = shared_prefix_attention(
+        q, k, v, given, torch.tensor(numbers, device=q.device),
+        lengths=batch.lengths.to(q.device).repeat(len(prefixes)),
+        window=block.window, scale=block.scale, softcap=block.softcap,
+    )  # fmt: skip
+    return heads_last(o)
+
+
+def through_mlp(block: Block, h: Tensor, x: Tensor, patch: ThoughtPatch | None = None) -> Tensor:
+    """The block's output y, written over h, a few examples at a time; with the patch of its mlp and residual sites.
+
+    Args:
+        h: residual stream after attention, [B, T, d]; overwritten.
+        x: residual stream entering the block, for hooks on the layer.
+        patch: None for none.
+
+    Returns:
+        y, [B, T, d], in h's memory.
+    """
+    rows = MLP_ROWS.get(h.device.type, MLP_ROWS_ELSEWHERE)
+    step = max(1, rows // max(1, h.shape[1]))
+    for start in range(0, len(h), step):
+        part = h[start : start + step]
+        u = patched(patch, block.index, "mlp", block.mlp_input(part))
+        y = block.mlp_output(part, u, x=x[start : start + step])
+        part.copy_(patched(patch, block.index, "residual", y))
+    return h
+
+
+def observe_difference(
+    run: Run, block: Block, x: Tensor, o: Tensor, delta: Tensor, batch: Batch, stage: frozenset[str],
+    patch: ThoughtPatch | None,
+) -> None:  # fmt: skip
+    """Rows of a block whose two sides share the residual stream x, in difference form (theory §4)."""
+    weights = batch.weights
+    if "attention" in stage:
+        run.update(block, "attention", delta, o, weights, batch)
+    if stage & {"mlp", "residual"}:
+        shift = shifted(patch, block.index, "attention", o)
+        if shift is not None:
+            o, delta = (o.to(shift.dtype) + shift).to(o.dtype), delta - shift.to(delta.dtype)
+        h, delta_h = block.attention_delta(x, o, delta)
+        if "mlp" in stage:
+            u, delta_u = block.mlp_input_delta(h, delta_h)
+            run.update(block, "mlp", delta_u, u, weights, batch)
+        if "residual" in stage:
+            run.update(block, "residual", delta_h, None, weights, batch)
+
+
+def observe_streams(
+    run: Run, block: Block, x: Tensor, o: Tensor, batch: Batch, stage: frozenset[str], patch: ThoughtPatch | None
+) -> None:
+    """Rows of a block whose two sides have streams of their own: the first half of x and o saw the instruction."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    prime, plain = o.chunk(2)
+    if "attention" in stage:
+        run.update(block, "attention", prime - plain, plain.to(x.dtype), batch.weights, batch)
+    if stage & {"mlp", "residual"}:
+        o = torch.cat([prime, patched(patch, block.index, "attention", plain)]).to(x.dtype)
+        h = block.attention_residual(x, o).to(wide)
+        if "mlp" in stage:
+            prime, plain = block.mlp_input(h).chunk(2)
+            run.update(block, "mlp", prime - plain, plain.to(x.dtype), batch.weights, batch)
+        if "residual" in stage:
+            prime, plain = h.chunk(2)
+            run.update(block, "residual", prime - plain, None, batch.weights, batch)
+
+
+def observe_header(
+    run: Run, block: Block, group: Group, x: Tensor, o: Tensor, stage: frozenset[str], patch: ThoughtPatch | None
+) -> None:
+    """H's own rows with δ = 0: a merged patch acts on them too, and would move the keys that e sees later."""
+    if not group.header or run.header_weight == 0:
+        return
+    wide = torch.promote_types(x.dtype, torch.float32)
+    weights = torch.full(x.shape[:2], run.header_weight * group.examples / len(group.header), dtype=wide)
+    if "attention" in stage:
+        run.update(block, "attention", torch.zeros_like(o, dtype=wide), o, weights)
+    if "mlp" in stage:
+        u = block.mlp_input(block.attention_residual(x, patched(patch, block.index, "attention", o)))
+        run.update(block, "mlp", torch.zeros_like(u, dtype=wide), u, weights)
+    if "residual" in stage:
+        run.update(block, "residual", torch.zeros_like(x, dtype=wide), None, weights)
