@@ -11,10 +11,10 @@ from models import tiny_gemma3, tiny_tokenizer
 from torch import Tensor
 
 import thought_kernels as tk
-from thought_kernels.evaluate import metrics
 from thought_kernels.evaluate.answers import contains, exact, final_value, value_tokens
 from thought_kernels.evaluate.metrics import completion_logprobs, completions, divergence, effect
 from thought_kernels.evaluate.trial import Trial, bare_texts, prompted_texts
+from thought_kernels.transmute import logprobs as reading
 
 TOKENIZER = tiny_tokenizer()
 END = TOKENIZER.convert_tokens_to_ids("<end_of_turn>")
@@ -55,7 +55,7 @@ def test_a_large_vocabulary_makes_batches_smaller(model: Any, monkeypatch: pytes
         lambda _, __, options: rows.append(len(options["input_ids"])), with_kwargs=True
     )
     whole = list(completion_logprobs(model, PROMPTS, ANSWERS, batch_size=100))
-    monkeypatch.setattr(metrics, "MAX_LOGITS", 8 * len(TOKENIZER))
+    monkeypatch.setattr(reading, "MAX_LOGITS", 8 * len(TOKENIZER))
     split = list(completion_logprobs(model, PROMPTS, ANSWERS, batch_size=100))
     handle.remove()
     assert rows == [4, 2, 1, 1]  # 2 x (3 + 1) tokens; a third row would make 12, and the last two 2 x 5

@@ -50,13 +50,16 @@ def transmute(
         str | None, typer.Option(help=_help("normalization", "none, norm or squared_norm."))
     ] = None,
     scale: Annotated[
-        str | None, typer.Option(help=_help("scale", "A number, or one per site: mlp=0.5,residual=0.1."))
+        str | None, typer.Option(help=_help("scale", "A number, one per site: mlp=0.5,residual=0.1, or auto."))
     ] = None,
-    ridge: Annotated[float | None, typer.Option(help=_help("ridge", "In units of the Gram's mean eigenvalue."))] = None,
+    ridge: Annotated[
+        str | None, typer.Option(help=_help("ridge", "In units of the Gram's mean eigenvalue, or auto."))
+    ] = None,
     tokens: Annotated[str | None, typer.Option(help=_help("tokens", "Which tokens are summed, all or answer."))] = None,
     header_weight: Annotated[
         float | None, typer.Option(help=_help("header_weight", "Weight of the header's rows."))
     ] = None,
+    seed: Annotated[int | None, typer.Option(help=_help("seed", "Of the examples that auto holds back."))] = None,
     separator: options.Separator = options.DEFAULT_SEPARATOR,
     batch_size: Annotated[int | None, typer.Option(help=_help("batch_size", "Examples at a time."))] = None,
     max_new_tokens: Annotated[
@@ -80,8 +83,9 @@ def transmute(
     given = options.pairs({
         "layers": None if layers is None else read_layers(layers), "sites": site and tuple(options.listed(site)),
         "pairing": pairing, "estimator": estimator, "normalization": normalization,
-        "scale": None if scale is None else read_scale(scale), "ridge": ridge, "tokens": tokens,
-        "header_weight": header_weight, "batch_size": batch_size, "max_new_tokens": max_new_tokens,
+        "scale": None if scale is None else read_scale(scale), "ridge": None if ridge is None else read_ridge(ridge),
+        "tokens": tokens, "header_weight": header_weight, "seed": seed, "batch_size": batch_size,
+        "max_new_tokens": max_new_tokens,
     })  # fmt: skip
     settings = _recipe(recipe, options.pairs({"c1": c1, "c2": c2, "steps": steps})) | given
     loaded = [*(load_examples(examples) if examples is not None else []), *(example or [])]
@@ -123,11 +127,21 @@ def read_layers(text: str) -> list[int]:
     return found
 
 
-def read_scale(text: str) -> float | dict[str, float]:
-    """ "0.5" to 0.5, "mlp=0.5,residual=0.1" to a dict."""
+def read_ridge(text: str) -> float | str:
+    """ "0.1" to 0.1, "auto" as it is."""
+    try:
+        return text if text == "auto" else float(text)
+    except ValueError:
+        raise typer.BadParameter(f"--ridge must be a number or auto, got {text!r}") from None
+
+
+def read_scale(text: str) -> float | str | dict[str, float]:
+    """ "0.5" to 0.5, "mlp=0.5,residual=0.1" to a dict, "auto" as it is."""
+    if text == "auto":
+        return text
     try:
         if "=" not in text:
             return float(text)
         return {name.strip(): float(value) for name, value in (part.split("=") for part in options.listed([text]))}
     except ValueError:
-        raise typer.BadParameter(f"--scale must be a number, or site=number,..., got {text!r}") from None
+        raise typer.BadParameter(f"--scale must be a number, or site=number,..., or auto, got {text!r}") from None

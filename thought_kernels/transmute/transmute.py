@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import logging
+import inspect
 import math
 import operator
 from collections.abc import Iterable, Mapping
@@ -10,21 +10,20 @@ from numbers import Real
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from thought_kernels.models import describe
 from thought_kernels.models.decoder import Decoder
 from thought_kernels.transmute import estimators
-from thought_kernels.transmute.accumulator import NORMALIZATIONS, ThoughtAccumulator
-from thought_kernels.transmute.batches import group_examples
+from thought_kernels.transmute.accumulator import NORMALIZATIONS
 from thought_kernels.transmute.completions import end_of_turn_id, with_completions
-from thought_kernels.transmute.pairing import PAIRINGS, Run, passes
+from thought_kernels.transmute.fitting import Recipe, Setting, fit
+from thought_kernels.transmute.pairing import PAIRINGS
 from thought_kernels.transmute.patch import ThoughtPatch
 from thought_kernels.transmute.prompt import EncodedExample, Instruction, encode, load_examples
-from thought_kernels.transmute.site import MATRIX_SITES, SITES, SitePatch
+from thought_kernels.transmute.selection import AUTO, check_choosable, choose
+from thought_kernels.transmute.site import SITES
 
 TOKENS = ("all", "answer")
-log = logging.getLogger(__name__)
 
 
 @torch.no_grad()
@@ -39,13 +38,14 @@ def transmute(
     pairing: str = "sequential",
     estimator: str = "ridge",
     normalization: str = "none",
-    scale: float | Mapping[str, float] = 1.0,
-    ridge: float = 0.1,
+    scale: float | Mapping[str, float] | str = 1.0,
+    ridge: float | str = 0.1,
     tokens: str = "all",
     header_weight: float = 0.0,
     separator: str = "\n",
     batch_size: int = 32,
     max_new_tokens: int = 64,
+    seed: int = 0,
     progress: bool = False,
 ) -> ThoughtPatch:
     """Turns an instruction into a weight update: the patched model follows it without being told. No training.
@@ -68,18 +68,22 @@ def transmute(
         pairing: "two_pass", "layerwise" or "sequential", see transmute/pairing.py.
         estimator: "mean", "exact", "ridge", "second_order" or "affine", see estimators.solve.
         normalization: ν, "none", "norm" (‖a‖) or "squared_norm" (‖a‖²).
-        scale: λ, one number or one per site; "mean" needs it tuned, the others are made for 1.
-        ridge: ε, in units of Z's mean eigenvalue.
+        scale: λ, one number or one per site; "mean" needs it tuned, the others are made for 1. "auto" chooses it by
+            the KL to the prompted model on a quarter of the examples, held back and then fitted with the others; that
+            needs four examples or more and at most six further fits on 64 examples, see transmute/selection.py.
+        ridge: ε, in units of Z's mean eigenvalue; "auto" chooses it in the same way, before the scale, from five.
         tokens: which tokens of e are summed, "all" or "answer" (the completion with its end-of-turn token).
         header_weight: H's rows join the fit with δ = 0 and this total weight, one example's own being 1; it keeps the
             patch from moving the keys that e sees in H. 0 leaves them out.
         separator: between instruction and example text; part of I.
         batch_size: examples in a batch at most. It changes the result by rounding only.
         max_new_tokens: longest completion that is generated.
+        seed: of the examples that "auto" holds back; nothing else is random.
         progress: show a progress bar on stderr.
 
     Returns:
-        A ThoughtPatch, float32 (float64 for a float64 model), with the settings in its provenance.
+        A ThoughtPatch, float32 (float64 for a float64 model), with the settings in its provenance; there "selection"
+        holds the table that "auto" chose from.
 
     Raises:
         ValueError: an unknown or unfit option, a prompt that does not align, an example longer than the model's
@@ -99,16 +103,21 @@ def transmute(
     ):
         _choice(name, value, known)
     batch_size, max_new_tokens = _count("batch_size", batch_size), _count("max_new_tokens", max_new_tokens)
-    header_weight, ridge, scales = (
-        _number("header_weight", header_weight),
-        _number("ridge", ridge),
-        _scales(scale, chosen_sites),
-    )
+    header_weight = _number("header_weight", header_weight)
+    scales = None if scale == AUTO else _scales(scale, chosen_sites)
+    epsilon = None if ridge == AUTO else _number("ridge", ridge)
     if header_weight < 0:
         raise ValueError(f"transmute: header_weight must not be negative, got {header_weight}")
-    estimators.check_options(estimator, 1.0, ridge, normalization)
+    estimators.check_options(estimator, 1.0, 1.0 if epsilon is None else epsilon, normalization)
+    recipe = Recipe(
+        layers=chosen_layers, sites=chosen_sites, pairing=pairing, estimator=estimator, normalization=normalization,
+        tokens=tokens, header_weight=header_weight, batch_size=batch_size,
+    )  # fmt: skip
     loaded = load_examples(examples)
+    if scales is None or epsilon is None:
+        check_choosable(estimator, scales, epsilon, len(loaded))
     encoded = [encode(tokenizer, instruction, example, separator=separator) for example in loaded]
+    _check_lengths(decoder, encoded)  # before completions are written, which may take long, and after
     generated = sum(example.completion is None for example in loaded)
     if generated:
         end_of_turn = end_of_turn_id(tokenizer, instruction, loaded[0], separator)
@@ -117,10 +126,6 @@ def transmute(
         )
     _check_lengths(decoder, encoded)
 
-    dtype = torch.float64 if decoder.dtype == torch.float64 else torch.float32
-    groups = group_examples(encoded, batch_size, tokens, dtype)
-    accumulator = ThoughtAccumulator(normalization=normalization, dtype=dtype)
-    log.info("%s", _memory(decoder, chosen_layers, chosen_sites, dtype))
     described = {
         "instruction": instruction if isinstance(instruction, str) else [dict(turn) for turn in instruction],
         "separator": separator,
@@ -128,38 +133,20 @@ def transmute(
         "model_type": decoder.config.model_type,
         "hidden_size": decoder.hidden_size,
         "num_hidden_layers": len(decoder.blocks),
-        "layers": sorted(chosen_layers),
-        "sites": sorted(chosen_sites),
-        "pairing": pairing,
-        "tokens": tokens,
-        "header_weight": header_weight,
         "examples": len(encoded),
         "generated_completions": generated,
     }
-
-    solved: dict[tuple[int, str], SitePatch] = {}  # the pairings ask for parts on the way; none is solved twice
-
-    def solve(layers: frozenset[int], sites: frozenset[str]) -> ThoughtPatch:
-        wanted = [(layer, site) for layer in sorted(layers) for site in sorted(sites)]
-        missing = [key for key in wanted if key not in solved]
-        if missing:
-            part = accumulator.solve(
-                estimator, scale=scales, ridge=ridge, layers=sorted({layer for layer, _ in missing}),
-                sites=sorted({site for _, site in missing}), provenance=described,
-            )  # fmt: skip
-            solved.update(part.entries)
-            described.update(part.provenance)
-        return ThoughtPatch({key: solved[key] for key in wanted}, described)
-
-    blocks = max(chosen_layers) + 1
-    total = sum(len(group.batches) for group in groups) * blocks * passes(pairing, chosen_sites)
-    with tqdm(total=total, desc="transmute", unit="block", disable=not progress, leave=False) as bar:
-        run = Run(
-            decoder=decoder, groups=groups, layers=chosen_layers, sites=chosen_sites, accumulator=accumulator,
-            solve=solve, header_weight=header_weight, tick=bar.update,
+    if scales is None or epsilon is None:
+        usual = inspect.signature(transmute).parameters["ridge"].default
+        choice = choose(
+            model, decoder, recipe, encoded, scale=scales, ridge=epsilon, usual_ridge=usual, seed=seed,
+            progress=progress,
         )  # fmt: skip
-        PAIRINGS[pairing](run)
-    return solve(chosen_layers, chosen_sites)
+        setting = choice.setting
+        described["selection"] = choice.record
+    else:
+        setting = Setting(scales, epsilon)
+    return fit(decoder, recipe, encoded, setting, provenance=described, progress=progress)
 
 
 def _layers(layers: Iterable[int] | None, blocks: int) -> frozenset[int]:
@@ -194,7 +181,8 @@ def _scales(scale: float | Mapping[str, float], sites: frozenset[str]) -> dict[s
 
 def _number(name: str, value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, Real):
-        raise TypeError(f"transmute: {name} must be a number, got {value!r}")
+        choice = " or 'auto'" if name in ("scale", "ridge") else ""
+        raise TypeError(f"transmute: {name} must be a number{choice}, got {value!r}")
     if not math.isfinite(value):
         raise ValueError(f"transmute: {name} must be finite, got {value}")
     return float(value)
@@ -224,11 +212,3 @@ def _check_lengths(decoder: Decoder, encoded: list[EncodedExample]) -> None:
                 f"transmute: examples[{index}] must fit the model's context of {limit} tokens, got {length} with the "
                 "instruction; shorten it or drop it"
             )
-
-
-def _memory(decoder: Decoder, layers: frozenset[int], sites: frozenset[str], dtype: torch.dtype) -> str:
-    """What the accumulators will hold: two square matrices per block and matrix site."""
-    block = decoder.blocks[0]
-    widths = {"attention": block.num_attention_heads * block.head_dim, "mlp": decoder.hidden_size}
-    elements = sum(2 * widths[site] ** 2 for site in sites if site in MATRIX_SITES) * len(layers)
-    return f"accumulators of {len(layers)} blocks take {elements * dtype.itemsize / 2**20:.1f} MiB"
