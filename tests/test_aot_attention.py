@@ -19,7 +19,7 @@ TYPES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 
 def attention_case(
     arch: int, dtype: str, head_dim: int, *, header: bool = True, windowed: bool = False, pointers: bool = False,
-    rows: int = 512, shared: bool = False,
+    rows: int = 512, shared: bool = False, wide: bool = False,
 ) -> Case:  # fmt: skip
     """paired_attention, or shared_prefix_attention, with the tiles that a launch would choose on this chip."""
     import torch
@@ -44,14 +44,15 @@ def attention_case(
         "prefix_index": "*i64",
         "bounds": "*i32",
         "lengths": "*i64",
-        **dict.fromkeys(("without", "output"), pointer),
+        "without": pointer,
+        "output": "*fp32" if wide else pointer,
         "delta": "*fp32",
         "scratch": "*fp32" if header else None,
         "window": "i32" if windowed else None,
         "scale": "fp32",
         "softcap": None,
         "GROUP": 4,
-        "PARTS": plan.parts,
+        "PARTS": 1 if shared and not wide else plan.parts,
         "PRECISION": plan.precision,
         "HEAD_DIM": head_dim,
         "BLOCK_M": plan.block_m,
@@ -62,7 +63,9 @@ def attention_case(
     }
     kernel = single.shared_prefix_attention_kernel if shared else paired.paired_attention_kernel
     words = ["shared" if shared else "paired", dtype, str(head_dim)]
-    words += [word for word, on in (("header", header), ("window", windowed), ("pointers", pointers)) if on]
+    words += [
+        word for word, on in (("header", header), ("window", windowed), ("pointers", pointers), ("wide", wide)) if on
+    ]
     return Case(" ".join([*words, f"{rows} rows"]), kernel, arguments, plan.options, dtype != "float32")
 
 

@@ -70,12 +70,14 @@ def assert_pair_matches(arguments: dict[str, Any], **options: Any) -> None:
     assert largest(delta.double() - true_delta) <= allowed
 
 
-def assert_output_matches(arguments: dict[str, Any], **options: Any) -> None:
-    dtype = arguments["query"].dtype
+def assert_output_matches(arguments: dict[str, Any], output_dtype: torch.dtype | None = None, **options: Any) -> None:
+    dtype = output_dtype or arguments["query"].dtype
     truth = dense_rows(**arguments, **options)
     plain = dense_rows(**arguments, **options, dtype=torch.float32).to(dtype)
     allowed = allowed_error(truth, plain) + SOFTMAX_WEIGHTS[dtype] * largest(truth)
-    assert largest(shared(arguments, **options).double() - truth) <= allowed
+    output = shared(arguments, output_dtype=output_dtype, **options)
+    assert output.dtype == dtype
+    assert largest(output.double() - truth) <= allowed
 
 
 @pytest.fixture(params=["pointers", "descriptors"])
@@ -246,6 +248,7 @@ def test_rows_equal_the_dense_softmax(data: st.DataObject) -> None:
         lengths=None if lengths is None else torch.tensor(lengths),
         window=draw(st.none() | st.integers(1, 50), "window"),
         softcap=draw(st.none() | st.just(1.5), "softcap"),
+        output_dtype=draw(st.sampled_from([None, torch.float32]), "output_dtype"),
     )
 
 
@@ -253,6 +256,14 @@ def test_rows_equal_the_dense_softmax(data: st.DataObject) -> None:
 @pytest.mark.parametrize("window", [None, 40], ids=["full", "window"])
 def test_rows_beyond_one_tile(window: int | None) -> None:
     assert_output_matches(shared_inputs([1, -1, 0], (131, 67), 4, 4, 70, 32), window=window)
+
+
+@pytest.mark.usefixtures("loads")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_a_float32_output_of_narrow_inputs_is_accurate_to_float32(dtype: torch.dtype) -> None:
+    # SOFTMAX_WEIGHTS allows nothing for float32: weights must not be rounded to the inputs' dtype.
+    arguments = shared_inputs([1, -1, 0], (35, 7), 4, 4, 40, 32, dtype)
+    assert_output_matches(arguments, torch.float32, lengths=torch.tensor([40, 21, 33]))
 
 
 def test_a_prefix_does_not_see_its_neighbours() -> None:

@@ -230,7 +230,9 @@ def test_compiled_kernels_name_themselves_when_a_length_is_out_of_range() -> Non
         torch.ops.thought_kernels.paired_attention_cpp(*own, *prefixes, lengths, None, 0.2, None)
     none_shared = ([], [], torch.tensor([-1, -1]))
     with pytest.raises(ValueError, match="^shared_prefix_attention_cpp: lengths must be between 0 and 6, got 9"):
-        torch.ops.thought_kernels.shared_prefix_attention_cpp(*own, *none_shared, lengths, None, 0.2, None)
+        torch.ops.thought_kernels.shared_prefix_attention_cpp(
+            *own, *none_shared, lengths, None, 0.2, None, torch.float32
+        )
 
 
 def test_scores_too_large_to_exponentiate() -> None:

@@ -68,10 +68,12 @@ def dense_rows(
 
 
 def assert_matches(arguments: dict[str, Any], backend: str | None, **options: Any) -> None:
+    wanted = options.pop("output_dtype", None)
     dtype = arguments["query"].dtype
-    output = tk.shared_prefix_attention(**arguments, **options, backend=backend)
+    output = tk.shared_prefix_attention(**arguments, **options, output_dtype=wanted, backend=backend)
     truth = dense_rows(**arguments, **options)
     plain = dense_rows(**arguments, **options, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+    dtype = wanted or dtype
     assert output.dtype == dtype and output.transpose(1, 2).is_contiguous()
     assert largest(output.double() - truth) <= allowed_error(truth, plain.to(dtype))
 
@@ -96,6 +98,7 @@ def test_each_row_equals_the_dense_softmax(backend: str, data: st.DataObject) ->
         draw(st.integers(0, 1000), "seed"),
     )
     lengths = draw(st.none() | st.lists(st.integers(0, length), min_size=len(index), max_size=len(index)), "lengths")
+    narrow = arguments["query"].dtype.itemsize < 4
     assert_matches(
         arguments,
         backend,
@@ -103,6 +106,7 @@ def test_each_row_equals_the_dense_softmax(backend: str, data: st.DataObject) ->
         window=draw(st.none() | st.integers(1, 50), "window"),
         scale=draw(st.none() | st.just(0.3), "scale"),
         softcap=draw(st.none() | st.just(1.5), "softcap"),
+        output_dtype=torch.float32 if narrow and draw(st.booleans(), "wide output") else None,
     )
 
 
@@ -153,7 +157,13 @@ def test_opcheck(dtype: torch.dtype) -> None:
     arguments = inputs([1, -1], dtype=dtype)
     keys, values = map(list, zip(*arguments["prefixes"], strict=True))
     own = (arguments["query"], arguments["key"], arguments["value"])
-    options = {"lengths": torch.tensor([6, 4]), "window": 4, "scale": 0.2, "softcap": 5.0}
+    options = {
+        "lengths": torch.tensor([6, 4]),
+        "window": 4,
+        "scale": 0.2,
+        "softcap": 5.0,
+        "output_dtype": torch.float32,
+    }
     operator = torch.ops.thought_kernels.shared_prefix_attention.default
     opcheck(operator, (*own, keys, values, arguments["prefix_index"]), options)
 
@@ -161,13 +171,24 @@ def test_opcheck(dtype: torch.dtype) -> None:
 def test_options_of_the_operator_are_keywords() -> None:
     arguments = torch.ops.thought_kernels.shared_prefix_attention.default._schema.arguments
     options = {argument.name: argument.default_value for argument in arguments if argument.kwarg_only}
-    assert options == dict.fromkeys(("lengths", "window", "scale", "softcap", "backend"))
+    assert options == dict.fromkeys(("lengths", "window", "scale", "softcap", "output_dtype", "backend"))
 
 
 def test_compiles_without_a_graph_break() -> None:
-    arguments = inputs([1, -1, 0])
+    arguments = inputs([1, -1, 0], dtype=torch.bfloat16)
     function = torch.compile(tk.shared_prefix_attention, backend="aot_eager", fullgraph=True)
-    assert torch.equal(function(**arguments, window=4), tk.shared_prefix_attention(**arguments, window=4))
+    for options in ({"window": 4}, {"output_dtype": torch.float32}):
+        expected = tk.shared_prefix_attention(**arguments, **options)
+        output = function(**arguments, **options)
+        assert torch.equal(output, expected) and output.dtype == expected.dtype
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_wide_output_is_the_narrow_one_before_it_is_rounded(backend: str, dtype: torch.dtype) -> None:
+    arguments = inputs([1, -1, 0], dtype=dtype)
+    wide = tk.shared_prefix_attention(**arguments, output_dtype=torch.float32, backend=backend)
+    assert torch.equal(wide.to(dtype), tk.shared_prefix_attention(**arguments, backend=backend))
 
 
 BAD = {
@@ -181,6 +202,9 @@ BAD = {
     "lengths": ({"lengths": torch.tensor([0, 9])}, ValueError, "lengths must be between 0 and 6, got 9"),
     "window": ({"window": -1}, ValueError, "window must be at least 1, got -1"),
     "key": ({"key": torch.zeros(2, 2, 6, 8)}, ValueError, "D = 16"),
+    "wider": ({"output_dtype": torch.float64}, ValueError, r"output_dtype must be None or torch\.float32 .*float64"),
+    "narrower": ({"output_dtype": torch.float16}, ValueError, r"output_dtype must be None or torch\.float32 .*float16"),
+    "dtype name": ({"output_dtype": "float32"}, TypeError, r"output_dtype must be a torch\.dtype or None, got str"),
     "backend": ({"backend": "cuda"}, ValueError, "backend must support this call on cpu"),
 }
 

@@ -115,6 +115,17 @@ namespace avx512 {
 #pragma GCC pop_options
 #endif
 
+// How keys are scored, and which are too far off.
+struct Limits {
+    int64_t window;
+    double scale, softcap;  // softcap 0 for none
+
+    Limits(std::optional<int64_t> window_, double scale_, std::optional<double> softcap_)
+        : window(std::min(window_.value_or(kNoWindow), kNoWindow)), scale(scale_), softcap(softcap_.value_or(0)) {}
+    // What queries are multiplied with: attend() takes the tanh of their products with keys.
+    double query_scale() const { return softcap == 0 ? scale : scale / softcap; }
+};
+
 enum class Instructions { kBaseline, kAvx2, kAvx512 };
 
 // The widest set that the processor has, or the named one, which tests use to run them all.
@@ -197,6 +208,23 @@ inline void check_prefix(const char* function, const at::Tensor& query, const at
     check_shape(function, "prefix value", prefix_value, prefix_key.sizes());
     check_dtype(function, "prefix key", prefix_key, query.scalar_type());
     check_dtype(function, "prefix value", prefix_value, query.scalar_type());
+}
+
+// Calls run(In{}, T{}) for inputs of a dtype: In is theirs and T that of the arithmetic.
+template <typename Run>
+void for_dtype(const char* function, at::ScalarType dtype, const Run& run) {
+    switch (dtype) {
+        case at::kFloat:
+            return run(float{}, float{});
+        case at::kDouble:
+            return run(double{}, double{});
+        case at::kBFloat16:
+            return run(at::BFloat16{}, float{});
+        case at::kHalf:
+            return run(at::Half{}, float{});
+        default:
+            TORCH_CHECK_TYPE(false, function, ": query must be float64, float32, bfloat16 or float16, got ", dtype);
+    }
 }
 
 // Calls run(tile, example, key head, scratch) for every tile of real queries, on all threads. Which thread takes which

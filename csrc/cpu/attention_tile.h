@@ -309,9 +309,9 @@ void paired_tile(const Tile& tile, const QueryRows<In>& rows, const Segment<T>& 
 }
 
 // One tile of shared_prefix_attention; prefix is null for rows that see none.
-template <typename In, typename T>
+template <typename In, typename T, typename Out>
 void shared_tile(const Tile& tile, const QueryRows<In>& rows, const Segment<T>& own, const Segment<T>* prefix, T scale,
-                 T softcap, Scratch<T>& scratch, const OutputRows<In>& output) {
+                 T softcap, Scratch<T>& scratch, const OutputRows<Out>& output) {
     gather_queries<In, T>(tile, rows, scale, scratch.queries);
     attend(tile, own, softcap, scratch.queries, scratch.scores, scratch.states[0]);
     T p[kRows], not_p[kRows];
@@ -321,12 +321,12 @@ void shared_tile(const Tile& tile, const QueryRows<In>& rows, const Segment<T>& 
     }
     for (int64_t r = 0; r < tile.count; ++r) {
         const T* __restrict o_s = scratch.states[0].output + r * tile.head_dim;
-        In* __restrict out = output.row(tile.first + r);
+        Out* __restrict out = output.row(tile.first + r);
         if (prefix == nullptr) {
-            for (int64_t d = 0; d < tile.head_dim; ++d) out[d] = static_cast<In>(o_s[d]);
+            for (int64_t d = 0; d < tile.head_dim; ++d) out[d] = static_cast<Out>(o_s[d]);
         } else {
             const T* __restrict o_p = scratch.states[1].output + r * tile.head_dim;
-            for (int64_t d = 0; d < tile.head_dim; ++d) out[d] = static_cast<In>(not_p[r] * o_s[d] + p[r] * o_p[d]);
+            for (int64_t d = 0; d < tile.head_dim; ++d) out[d] = static_cast<Out>(not_p[r] * o_s[d] + p[r] * o_p[d]);
         }
     }
 }

@@ -15,29 +15,29 @@ constexpr const char* kName = "paired_attention_cpp";
 template <typename In, typename T>
 void run(const at::Tensor& query_, const at::Tensor& key, const at::Tensor& value, const at::Tensor& with_key,
          const at::Tensor& with_value, const std::optional<at::Tensor>& without_key,
-         const std::optional<at::Tensor>& without_value, const std::optional<at::Tensor>& lengths, int64_t window,
-         double scale, double softcap, attention::Instructions instructions, const at::Tensor& output,
+         const std::optional<at::Tensor>& without_value, const std::optional<at::Tensor>& lengths,
+         const attention::Limits& limits, attention::Instructions instructions, const at::Tensor& output,
          const at::Tensor& delta) {
     using namespace attention;
     const at::Tensor query = query_.stride(3) == 1 ? query_ : query_.contiguous();
     const Keys<T> own(key, value), with(with_key, with_value);
     std::optional<Keys<T>> without;
     if (without_key.has_value() && without_key->size(1) > 0) without.emplace(*without_key, *without_value);
-    const T query_scale = static_cast<T>(softcap == 0 ? scale : scale / softcap);
     const In* const queries = query.const_data_ptr<In>();
     In* const outputs = output.mutable_data_ptr<In>();
     T* const deltas = delta.mutable_data_ptr<T>();
-    for_each_tile<T>(
-        query, key.size(1), lengths, without ? 3 : 2,
-        [&](const Tile& tile, int64_t example, int64_t head, Scratch<T>& scratch) {
-            const Segment<T> own_keys = own.own(example, head, window), with_keys = with.prefix(head, window);
-            const Segment<T> without_keys = without ? without->prefix(head, window) : Segment<T>{};
-            THOUGHT_KERNELS_CALL(instructions, paired_tile, tile,
-                                 QueryRows<In>(queries, query, example, head, tile.group), own_keys, with_keys,
-                                 without ? &without_keys : nullptr, query_scale, static_cast<T>(softcap), scratch,
-                                 OutputRows<In>(outputs, output, example, head, tile.group),
-                                 OutputRows<T>(deltas, delta, example, head, tile.group));
-        });
+    for_each_tile<T>(query, key.size(1), lengths, without ? 3 : 2,
+                     [&](const Tile& tile, int64_t example, int64_t head, Scratch<T>& scratch) {
+                         const Segment<T> own_keys = own.own(example, head, limits.window),
+                                          with_keys = with.prefix(head, limits.window);
+                         const Segment<T> without_keys = without ? without->prefix(head, limits.window) : Segment<T>{};
+                         THOUGHT_KERNELS_CALL(instructions, paired_tile, tile,
+                                              QueryRows<In>(queries, query, example, head, tile.group), own_keys,
+                                              with_keys, without ? &without_keys : nullptr,
+                                              static_cast<T>(limits.query_scale()), static_cast<T>(limits.softcap),
+                                              scratch, OutputRows<In>(outputs, output, example, head, tile.group),
+                                              OutputRows<T>(deltas, delta, example, head, tile.group));
+                     });
 }
 
 std::tuple<at::Tensor, at::Tensor> paired_attention(
@@ -58,28 +58,12 @@ std::tuple<at::Tensor, at::Tensor> paired_attention(
     attention::zero_padding(kName, output, lengths);
     attention::zero_padding(kName, delta, lengths);
     if (output.numel() == 0) return {output, delta};
+    const attention::Limits limits(window, scale, softcap);
     const attention::Instructions set = attention::choose_instructions(kName, instructions);
-    const auto call = [&](auto function) {
-        function(query, key, value, with_key, with_value, without_key, without_value, lengths,
-                 std::min(window.value_or(attention::kNoWindow), attention::kNoWindow), scale, softcap.value_or(0), set,
-                 output, delta);
-    };
-    switch (dtype) {
-        case at::kFloat:
-            call(run<float, float>);
-            break;
-        case at::kDouble:
-            call(run<double, double>);
-            break;
-        case at::kBFloat16:
-            call(run<at::BFloat16, float>);
-            break;
-        case at::kHalf:
-            call(run<at::Half, float>);
-            break;
-        default:
-            TORCH_CHECK_TYPE(false, kName, ": query must be float64, float32, bfloat16 or float16, got ", dtype);
-    }
+    attention::for_dtype(kName, dtype, [&](auto in, auto wide) {
+        run<decltype(in), decltype(wide)>(query, key, value, with_key, with_value, without_key, without_value, lengths,
+                                          limits, set, output, delta);
+    });
     return {output, delta};
 }
 

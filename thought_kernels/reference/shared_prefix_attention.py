@@ -28,10 +28,11 @@ def launch(
     window: int | None,
     scale: float,
     softcap: float | None,
+    output_dtype: torch.dtype,
 ) -> Tensor:
     """shared_prefix_attention on checked arguments: float64 throughout for float64 inputs, float32 for all others."""
     if query.numel() == 0:
-        return query.new_empty(query.shape)
+        return query.new_empty(query.shape, dtype=output_dtype)
     dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
     rows = heads_first(query, key.shape[1], dtype)  # [Hkv, B, G, T, D]
     own = own_state(rows, key, value, lengths=lengths, window=window, scale=scale, softcap=softcap)
@@ -43,4 +44,4 @@ def launch(
         state = prefix_state(rows[:, chosen], prefix, window=window, scale=scale, softcap=softcap)
         if state is not None:
             output[:, chosen] = merge(SoftmaxState(*(part[:, chosen] for part in own)), state).output()
-    return zero_padding(heads_last(output, query.dtype), lengths)
+    return zero_padding(heads_last(output, output_dtype), lengths)

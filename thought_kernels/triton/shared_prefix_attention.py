@@ -216,7 +216,7 @@ def shared_prefix_attention_kernel(
     prefix_index,  # [B] integers, -1 for no prefix
     bounds,  # [prefixes, 2] int32: where a prefix starts in prefix_key, and how many keys it has
     lengths,  # [B] integers, or None
-    output,  # [B, T, Hq, D], query's dtype
+    output,  # [B, T, Hq, D]
     length,
     query_batch,
     query_head,
@@ -235,6 +235,7 @@ def shared_prefix_attention_kernel(
     scale,
     softcap,  # or None
     GROUP: tl.constexpr,
+    PARTS: tl.constexpr,
     PRECISION: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -264,16 +265,17 @@ def shared_prefix_attention_kernel(
         begin, end = prefix_bounds(token, keys, last, window, BLOCK_N)
         maximum, total, accumulated = attend(
             maximum, total, accumulated, q, prefix_key, prefix_value, prefix_key_row, prefix_value_row, 0, head,
-            start + begin, start + end, start + keys, t + start + keys, window, scale, softcap, "end", False, 1,
+            start + begin, start + end, start + keys, t + start + keys, window, scale, softcap, "end", False, PARTS,
             PRECISION, HEAD_DIM, BLOCK_M, BLOCK_N, BLOCK_D, DESCRIPTORS,
         )  # fmt: skip
     maximum, total, accumulated = attend(
         maximum, total, accumulated, q, key, value, key_row, value_row, batch, head, first, tl.minimum(middle, last),
-        count, t, window, scale, softcap, "none", False, 1, PRECISION, HEAD_DIM, BLOCK_M, BLOCK_N, BLOCK_D, DESCRIPTORS,
+        count, t, window, scale, softcap, "none", False, PARTS, PRECISION, HEAD_DIM, BLOCK_M, BLOCK_N, BLOCK_D,
+        DESCRIPTORS,
     )  # fmt: skip
     maximum, total, accumulated = attend(
         maximum, total, accumulated, q, key, value, key_row, value_row, batch, head, middle, last, count, t, window,
-        scale, softcap, "causal", DESCRIPTORS and lengths is not None, 1, PRECISION, HEAD_DIM, BLOCK_M, BLOCK_N,
+        scale, softcap, "causal", DESCRIPTORS and lengths is not None, PARTS, PRECISION, HEAD_DIM, BLOCK_M, BLOCK_N,
         BLOCK_D, DESCRIPTORS,
     )  # fmt: skip
     heads = tl.num_programs(1) * GROUP
@@ -395,13 +397,14 @@ def launch(
     window: int | None,
     scale: float,
     softcap: float | None,
+    output_dtype: torch.dtype,
 ) -> torch.Tensor:
     """shared_prefix_attention on checked arguments, on one GPU and in its current stream.
 
     Two prefixes or more are first copied together: once a call, not once a row.
     """
     batch, num_heads, length, head_dim = query.shape
-    output = query.new_empty(batch, length, num_heads, head_dim)
+    output = query.new_empty(batch, length, num_heads, head_dim, dtype=output_dtype)
     if query.numel() == 0:
         return output.transpose(1, 2)
     query, key, value = rows_of(query), rows_of(key), rows_of(value)
@@ -421,12 +424,14 @@ def launch(
     strides = [stride for part in joined for stride in ((0, 0) if part is None else part.stride()[:2])]
     window = None if window is not None and window >= length + max(counts, default=0) else window
     sources = [describe(tensor, chosen.block_n, chosen) for tensor in (key, value, *joined)]
+    # A float32 output of narrower inputs is asked for by who subtracts outputs, to whom rounded weights are errors.
+    parts = chosen.parts if output_dtype == torch.float32 else 1
     grid = (triton.cdiv(length * group, chosen.block_m), key.shape[1], batch)
     with on(query.device):
         shared_prefix_attention_kernel[grid](
             query, *sources, prefix_index.contiguous(), bounds, None if lengths is None else lengths.contiguous(),
             output, length, *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *strides, window, scale,
-            softcap, group, chosen.precision, head_dim, chosen.block_m, chosen.block_n, chosen.block_d,
+            softcap, group, parts, chosen.precision, head_dim, chosen.block_m, chosen.block_n, chosen.block_d,
             chosen.descriptors, **chosen.options, enable_fp_fusion=True,
         )  # fmt: skip
     return output.transpose(1, 2)
