@@ -1,7 +1,7 @@
-"""The command line: `thought-kernels tokens | transmute | generate | verify | demo`.
+"""The command line: `thought-kernels tokens | transmute | generate | verify | demo | inspect | export | bench`.
 
     options     the options that commands share, and loading
-    tokens, transmute, generate, verify, demo       one command each
+    tokens, transmute, ...      one command each
 
 Commands exit with 0 when all is well, 1 with one sentence on stderr when a call is refused or a check fails, and 2 on
 wrong usage. `thought-kernels --debug COMMAND ...` shows the traceback instead.
@@ -17,7 +17,7 @@ import typer
 from typer.core import TyperGroup
 
 import thought_kernels
-from thought_kernels.cli import demo, generate, options, tokens, transmute, verify
+from thought_kernels.cli import demo, generate, inspect, options, tokens, transmute, verify
 
 __all__ = ["app", "main"]
 
@@ -71,6 +71,7 @@ app.command("transmute")(transmute.transmute)
 app.command("generate")(generate.generate)
 app.command("verify")(verify.verify)
 app.command("demo")(demo.demo)
+app.command("inspect")(inspect.inspect)
 
 
 def main() -> None:
