@@ -23,7 +23,7 @@ class Batch:
         tokens: ids of e, [B, T].
         lengths: real tokens per row, [B].
         weights: w_i, 1/n_e at the tokens of e that are summed and 0 elsewhere, [B, T] (theory §5).
-        examples: each row's place in the list of examples, for messages.
+        examples: each row's place in the user's list of examples, for messages.
     """
 
     tokens: Tensor
@@ -61,7 +61,8 @@ def group_examples(examples: Sequence[EncodedExample], batch_size: int, tokens: 
     """
     shared: dict[tuple[tuple[int, ...], tuple[int, ...]], list[tuple[int, EncodedExample]]] = {}
     for index, example in enumerate(examples):
-        shared.setdefault((tuple(example.header), tuple(example.instruction)), []).append((index, example))
+        number = index if example.number is None else example.number
+        shared.setdefault((tuple(example.header), tuple(example.instruction)), []).append((number, example))
     groups = []
     for (header, instruction), members in shared.items():
         members = sorted(members, key=lambda member: len(member[1].tokens))
@@ -91,7 +92,7 @@ def _batches(
             ids[row, :length] = torch.as_tensor(example.tokens)
             weights[row, first:length] = 1 / (length - first)
         lengths = torch.tensor([len(example.tokens) for _, example in rows])
-        yield Batch(ids, lengths, weights, tuple(index for index, _ in rows))
+        yield Batch(ids, lengths, weights, tuple(number for number, _ in rows))
         start = stop
 
 

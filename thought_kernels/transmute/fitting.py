@@ -13,7 +13,7 @@ from tqdm import tqdm
 from thought_kernels.models.decoder import Decoder
 from thought_kernels.transmute.accumulator import ThoughtAccumulator
 from thought_kernels.transmute.batches import group_examples
-from thought_kernels.transmute.pairing import PAIRINGS, Run, passes
+from thought_kernels.transmute.pairing import MEMORY_BUDGET, PAIRINGS, Run, passes
 from thought_kernels.transmute.patch import ThoughtPatch
 from thought_kernels.transmute.prompt import EncodedExample
 from thought_kernels.transmute.site import MATRIX_SITES, SitePatch
@@ -33,6 +33,7 @@ class Recipe:
     tokens: str
     header_weight: float
     batch_size: int
+    memory_budget: int = MEMORY_BUDGET
 
     @property
     def solved_once(self) -> bool:
@@ -125,6 +126,7 @@ class _Fitting:
             run = Run(
                 decoder=self._decoder, groups=groups, layers=recipe.layers, sites=recipe.sites,
                 accumulator=self.accumulator, solve=self._solve, header_weight=recipe.header_weight, tick=bar.update,
+                memory_budget=recipe.memory_budget,
             )  # fmt: skip
             PAIRINGS[recipe.pairing](run)
         self.filled = True

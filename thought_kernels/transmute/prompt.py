@@ -46,12 +46,14 @@ class EncodedExample(NamedTuple):
         instruction: I, the ids of the instruction and its separator, or of few-shot turns.
         tokens: e, the ids after it, up to and with the completion's end-of-turn token, or the generation prompt.
         answer_start: index in `tokens` of the completion's first token; len(tokens) without a completion.
+        number: place in the user's list of examples, 0-based, for messages; None if unknown.
     """
 
     header: list[int]
     instruction: list[int]
     tokens: list[int]
     answer_start: int
+    number: int | None = None
 
 
 class ExplainedToken(NamedTuple):

@@ -58,16 +58,14 @@ def attend(
     wide = torch.promote_types(x.dtype, torch.float32)
     q, k, v = block.qkv(x)
     cos, sin = run.decoder.rotary(block.index, group.positions(x.shape[1]))
-    q, k, v = block.rotate(q, cos, sin).to(wide), block.rotate(k, cos, sin).to(wide), v.to(wide)
-    given = [(key.to(wide), value.to(wide)) for key, value in filter(None, prefixes)]
     numbers, count = [], 0
     for prefix in prefixes:
         numbers += [-1 if prefix is None else count] * len(batch.lengths)
         count += prefix is not None
     o = shared_prefix_attention(
-        q, k, v, given, torch.tensor(numbers, device=q.device),
-        lengths=batch.lengths.to(q.device).repeat(len(prefixes)),
-        window=block.window, scale=block.scale, softcap=block.softcap,
+        block.rotate(q, cos, sin), block.rotate(k, cos, sin), v, list(filter(None, prefixes)),
+        torch.tensor(numbers, device=q.device), lengths=batch.lengths.to(q.device).repeat(len(prefixes)),
+        window=block.window, scale=block.scale, softcap=block.softcap, output_dtype=wide,
     )  # fmt: skip
     return heads_last(o)
 

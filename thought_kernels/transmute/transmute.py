@@ -17,7 +17,7 @@ from thought_kernels.transmute import estimators
 from thought_kernels.transmute.accumulator import NORMALIZATIONS
 from thought_kernels.transmute.completions import end_of_turn_id, with_completions
 from thought_kernels.transmute.fitting import Recipe, Setting, fit
-from thought_kernels.transmute.pairing import PAIRINGS
+from thought_kernels.transmute.pairing import MEMORY_BUDGET, PAIRINGS
 from thought_kernels.transmute.patch import ThoughtPatch
 from thought_kernels.transmute.prompt import EncodedExample, Instruction, encode, load_examples
 from thought_kernels.transmute.selection import AUTO, check_choosable, choose
@@ -44,6 +44,7 @@ def transmute(
     header_weight: float = 0.0,
     separator: str = "\n",
     batch_size: int = 32,
+    memory_budget: int = MEMORY_BUDGET,
     max_new_tokens: int = 64,
     seed: int = 0,
     progress: bool = False,
@@ -77,6 +78,9 @@ def transmute(
             patch from moving the keys that e sees in H. 0 leaves them out.
         separator: between instruction and example text; part of I.
         batch_size: examples in a batch at most. It changes the result by rounding only.
+        memory_budget: bytes of hidden states, 2 GiB unless given. "sequential" keeps 2 · tokens · hidden size numbers
+            between blocks, for all examples: first on the model's device and, where that is not the CPU, as many bytes
+            again in CPU memory; what is left over lies in a temporary file. The others need none of it.
         max_new_tokens: longest completion that is generated.
         seed: of the examples that "auto" holds back; nothing else is random.
         progress: show a progress bar on stderr.
@@ -87,7 +91,7 @@ def transmute(
 
     Raises:
         ValueError: an unknown or unfit option, a prompt that does not align, an example longer than the model's
-            context, or NaN in the model's activations.
+            context, or NaN or an infinity in the model's activations: the message names block and example.
         TypeError: a model without an adapter, or arguments of another type.
 
     Source: "Transmuting prompts into weights", Algorithm 1, eq. 5-8 and A.2; the attention site, the sequential pairing
@@ -103,7 +107,7 @@ def transmute(
     ):
         _choice(name, value, known)
     batch_size, max_new_tokens = _count("batch_size", batch_size), _count("max_new_tokens", max_new_tokens)
-    header_weight = _number("header_weight", header_weight)
+    memory_budget, header_weight = _count("memory_budget", memory_budget), _number("header_weight", header_weight)
     scales = None if scale == AUTO else _scales(scale, chosen_sites)
     epsilon = None if ridge == AUTO else _number("ridge", ridge)
     if header_weight < 0:
@@ -111,12 +115,15 @@ def transmute(
     estimators.check_options(estimator, 1.0, 1.0 if epsilon is None else epsilon, normalization)
     recipe = Recipe(
         layers=chosen_layers, sites=chosen_sites, pairing=pairing, estimator=estimator, normalization=normalization,
-        tokens=tokens, header_weight=header_weight, batch_size=batch_size,
+        tokens=tokens, header_weight=header_weight, batch_size=batch_size, memory_budget=memory_budget,
     )  # fmt: skip
     loaded = load_examples(examples)
     if scales is None or epsilon is None:
         check_choosable(estimator, scales, epsilon, len(loaded))
-    encoded = [encode(tokenizer, instruction, example, separator=separator) for example in loaded]
+    encoded = [
+        encode(tokenizer, instruction, example, separator=separator)._replace(number=number)
+        for number, example in enumerate(loaded)
+    ]
     _check_lengths(decoder, encoded)  # before completions are written, which may take long, and after
     generated = sum(example.completion is None for example in loaded)
     if generated:
@@ -171,7 +178,7 @@ def _sites(sites: Iterable[str]) -> frozenset[str]:
     return frozenset(chosen)
 
 
-def _scales(scale: float | Mapping[str, float], sites: frozenset[str]) -> dict[str, float]:
+def _scales(scale: float | Mapping[str, float] | str, sites: frozenset[str]) -> dict[str, float]:
     if not isinstance(scale, Mapping):
         return dict.fromkeys(sites, _number("scale", scale))
     if not sites <= set(scale) or not set(scale) <= set(SITES):
