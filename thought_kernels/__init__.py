@@ -24,6 +24,7 @@ from thought_kernels.ops.rms_norm_pair import rms_norm_pair
 from thought_kernels.ops.shared_prefix_attention import shared_prefix_attention
 
 if TYPE_CHECKING:
+    from thought_kernels.evaluate.evaluate import evaluate as evaluate
     from thought_kernels.transmute.accumulator import ThoughtAccumulator as ThoughtAccumulator
     from thought_kernels.transmute.patch import ThoughtPatch as ThoughtPatch
     from thought_kernels.transmute.prompt import align as align
@@ -40,6 +41,7 @@ __all__ = [
     "accumulate_pair",
     "align",
     "available_backends",
+    "evaluate",
     "paired_attention",
     "paper_recipe",
     "replay",
@@ -55,8 +57,9 @@ _LAZY = {  # public name -> the module that defines it
     "paper_recipe": "thought_kernels.transmute.recipe",
     "replay": "thought_kernels.transmute.replay",
 }
-# Packages, imported at first use; transmute is called like the function it holds, see callable_package.py.
-_LAZY_PACKAGES = ("spectral", "transmute")
+# Packages, imported at first use; evaluate and transmute are called like the functions they hold, see
+# callable_package.py.
+_LAZY_PACKAGES = ("evaluate", "spectral", "transmute")
 
 
 def __getattr__(name: str) -> Any:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import copy
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from thought_kernels.evaluate.answers import MATCHES, value_tokens
 from thought_kernels.evaluate.metrics import Effect, completion_logprobs, completions, divergence, effect
+from thought_kernels.evaluate.scorers import as_scorer
 from thought_kernels.transmute.completions import end_of_turn_id, stop_ids
-from thought_kernels.transmute.prompt import EncodedExample, Instruction, encode, load_examples
+from thought_kernels.transmute.prompt import EncodedExample, Example, Instruction, encode, load_examples
 
 
 @dataclass(frozen=True)
@@ -19,16 +23,22 @@ class Score:
     """What a model did without the instruction.
 
     Attributes:
-        accuracy: share of right answers.
+        accuracy: mean grade of the answers.
         effect: over all tokens of the prompted model's completions.
         values: over their value tokens alone (answers.value_tokens).
         texts: the answers, in the inputs' order.
+        grades: one per input, 0 to 1.
+        divergences: KL(prompted ‖ this model) at each token of the prompted model's completion, nats, per input.
+        follows: whether this model's likeliest token there is the completion's, [n_answer] bool per input.
     """
 
     accuracy: float
     effect: Effect
     values: Effect
     texts: list[str]
+    grades: list[float]
+    divergences: list[Tensor]
+    follows: list[Tensor]
 
 
 class Trial:
@@ -38,9 +48,9 @@ class Trial:
         model: a transformers causal language model, unpatched.
         tokenizer: its tokenizer.
         instruction: text or turns, as transmute takes them.
-        questions: user texts.
-        answers: the right answer to each.
-        match: "exact" or "contains", see evaluate/answers.py.
+        questions: user texts, or examples in any form that load_examples takes; completions are ignored.
+        answers: the right answer to each; None grades by agreement, the prompted model's answers being the right ones.
+        match: "exact" or "contains", see evaluate/answers.py, or what as_scorer takes.
         separator: between instruction and question.
         batch_size: inputs at a time.
         max_new_tokens: where completions are cut.
@@ -52,6 +62,14 @@ class Trial:
         prompted: accuracy with the instruction.
         base: accuracy without it.
         prompted_texts, base_texts: the answers.
+        prompted_grades, base_grades: their grades.
+        questions, answers: what the answers are graded by: each input's last user text, and the right answer.
+        prompts, bare_prompts, written: token ids of the prompts with and without the instruction, and the prompted
+            completions.
+        prompted_logprobs: the prompted model's log-probabilities there, [n_answer, vocabulary] each; None without
+            divergences.
+        bare_divergences: KL(prompted ‖ bare) at each token of the prompted completions, nats, per input.
+        bare_follows: as Score.follows, of the bare model.
 
     Raises:
         ValueError: no questions, another number of answers, an unknown match, or prompts that do not align.
@@ -62,45 +80,65 @@ class Trial:
         model: Any,
         tokenizer: Any,
         instruction: Instruction,
-        questions: Sequence[str],
-        answers: Sequence[str],
+        questions: Sequence[Any],
+        answers: Sequence[str] | None,
         *,
-        match: str = "exact",
+        match: Any = "exact",
         separator: str = "\n",
         batch_size: int = 256,
         max_new_tokens: int = 64,
         known: dict[str, list[int]] | None = None,
         divergences: bool = True,
     ) -> None:
-        if not questions or len(questions) != len(answers):
+        if not questions or (answers is not None and len(questions) != len(answers)):
+            got = "no answers" if answers is None else len(answers)
             raise ValueError(
-                f"Trial: questions must be at least one, with one answer each, got {len(questions)} and {len(answers)}"
+                f"Trial: questions must be at least one, with one answer each, got {len(questions)} and {got}"
             )
-        if match not in MATCHES:
+        if isinstance(match, str) and match not in MATCHES and ":" not in match:
             raise ValueError(f"Trial: match must be one of {', '.join(MATCHES)}, got {match!r}")
-        self._tokenizer, self._match = tokenizer, MATCHES[match]
-        self._questions, self._answers = list(questions), list(answers)
+        self._tokenizer, self._scorer = tokenizer, as_scorer(match)
         self._batch_size, self._max_new_tokens = batch_size, max_new_tokens
-        encoded, self._stops = _asked(model, tokenizer, instruction, questions, separator)
-        prompts = [[*row.header, *row.instruction, *row.tokens] for row in encoded]
-        self._bare_prompts = [[*row.header, *row.tokens] for row in encoded]
+        asked = [example._replace(completion=None) for example in load_examples(questions)]
+        self.questions = [example.messages[-1]["content"] for example in asked]
+        encoded, stops = _asked(model, tokenizer, instruction, asked, separator)
+        self._stops = tuple(stops)
+        self.prompts = [[*row.header, *row.instruction, *row.tokens] for row in encoded]
+        self.bare_prompts = [[*row.header, *row.tokens] for row in encoded]
 
-        self._written = self._complete(model, prompts)
-        self.prompted_texts = decoded(tokenizer, self._written)
-        self.prompted = self._accuracy(self.prompted_texts)
+        self.written = self._complete(model, self.prompts)
+        self.prompted_texts = decoded(tokenizer, self.written)
+        self.answers = list(self.prompted_texts if answers is None else answers)
+        self.prompted_grades = self.grade(self.prompted_texts)
+        self.prompted = _mean(self.prompted_grades)
         known = {} if known is None else known
-        asked = [index for index, question in enumerate(questions) if question not in known]
-        fresh = self._complete(model, [self._bare_prompts[index] for index in asked])
-        known.update((questions[index], ids) for index, ids in zip(asked, fresh, strict=True))
-        self.base_texts = decoded(tokenizer, [known[question] for question in questions])
-        self.base = self._accuracy(self.base_texts)
-        self._values = [value_tokens(tokenizer, ids, self._stops) for ids in self._written]
-        self._logprobs: list[Tensor] | None = None
-        self._bare: list[Tensor] = []
+        keys = [_key(example) for example in asked]
+        fresh = [index for index, key in enumerate(keys) if key not in known]
+        bare = self._complete(model, [self.bare_prompts[index] for index in fresh])
+        known.update((keys[index], ids) for index, ids in zip(fresh, bare, strict=True))
+        self.bare_written = [known[key] for key in keys]
+        self.base_texts = decoded(tokenizer, self.bare_written)
+        self.base_grades = self.grade(self.base_texts)
+        self.base = _mean(self.base_grades)
+        self._values = [value_tokens(tokenizer, ids, self._stops) for ids in self.written]
+        self.prompted_logprobs: list[Tensor] | None = None
+        self.bare_divergences: list[Tensor] = []
+        self.bare_follows: list[Tensor] = []
         if divergences:
-            self._logprobs = list(completion_logprobs(model, prompts, self._written, batch_size=batch_size))
-            bare = completion_logprobs(model, self._bare_prompts, self._written, batch_size=batch_size)
-            self._bare = divergence(self._logprobs, bare)
+            self.prompted_logprobs = list(completion_logprobs(model, self.prompts, self.written, batch_size=batch_size))
+            self.bare_divergences, self.bare_follows = self._read(model)
+
+    def __len__(self) -> int:
+        return len(self.questions)
+
+    def first(self, count: int) -> Trial:
+        """The trial on its first inputs only; nothing is computed again."""
+        part = copy.copy(self)
+        for name, value in vars(self).items():
+            if isinstance(value, list) and len(value) == len(self):
+                setattr(part, name, value[:count])
+        part.prompted, part.base = _mean(part.prompted_grades), _mean(part.base_grades)
+        return part
 
     def score(self, model: Any) -> Score:
         """Asks the model, as it is now (with a patch applied, say), every question without the instruction.
@@ -112,46 +150,64 @@ class Trial:
         Raises:
             ValueError: if the trial was made without divergences.
         """
-        if self._logprobs is None:
-            raise ValueError("Trial.score: divergences must have been asked for, got divergences=False; use answer")
-        follows: list[bool] = []
-
-        def watched() -> Iterator[Tensor]:
-            rows = completion_logprobs(model, self._bare_prompts, self._written, batch_size=self._batch_size)
-            for logprobs, written in zip(rows, self._written, strict=True):
-                follows.append(logprobs.argmax(-1).tolist() == written)
-                yield logprobs
-
-        patched = divergence(self._logprobs, watched())
-        own = list(self._written)
-        others = [index for index, same in enumerate(follows) if not same]
-        for index, ids in zip(others, self._complete(model, [self._bare_prompts[i] for i in others]), strict=True):
+        patched, follows = self._read(model)
+        own = list(self.written)
+        others = [index for index, same in enumerate(follows) if not bool(same.all())]
+        for index, ids in zip(others, self._complete(model, [self.bare_prompts[i] for i in others]), strict=True):
             own[index] = ids
         texts = decoded(self._tokenizer, own)
+        grades = self.grade(texts)
+        bare = self.bare_divergences
         return Score(
-            self._accuracy(texts), effect(patched, self._bare), effect(patched, self._bare, self._values), texts
+            _mean(grades), effect(patched, bare), effect(patched, bare, self._values), texts, grades, patched, follows
         )
+
+    def effect(self, model: Any) -> Effect:
+        """The divergences of the model as it is now, summed; no answers are written, so cheaper than score.
+
+        Raises:
+            ValueError: if the trial was made without divergences.
+        """
+        return effect(self._read(model)[0], self.bare_divergences)
 
     def answer(self, model: Any) -> tuple[float, list[str]]:
         """Accuracy and answers of the model as it is now, without the instruction; no divergences, so cheaper."""
-        texts = decoded(self._tokenizer, self._complete(model, self._bare_prompts))
-        return self._accuracy(texts), texts
+        texts = decoded(self._tokenizer, self._complete(model, self.bare_prompts))
+        return _mean(self.grade(texts)), texts
+
+    def answer_prompted(self, model: Any) -> list[str]:
+        """Answers of the model as it is now with the instruction: whether a patch disturbs what the model is told."""
+        return decoded(self._tokenizer, self._complete(model, self.prompts))
+
+    def grade(self, texts: Sequence[str]) -> list[float]:
+        """The scorer's grade of an answer to each question."""
+        return self._scorer(texts, self.answers, self.questions)
+
+    def _read(self, model: Any) -> tuple[list[Tensor], list[Tensor]]:
+        """(KL(prompted ‖ model), whether model's likeliest token is the completion's) at each token, per input."""
+        if self.prompted_logprobs is None:
+            raise ValueError("Trial.score: divergences must have been asked for, got divergences=False; use answer")
+        follows: list[Tensor] = []
+
+        def watched() -> Iterator[Tensor]:
+            rows = completion_logprobs(model, self.bare_prompts, self.written, batch_size=self._batch_size)
+            for logprobs, written in zip(rows, self.written, strict=True):
+                follows.append(logprobs.argmax(-1).cpu() == torch.tensor(written))
+                yield logprobs
+
+        return divergence(self.prompted_logprobs, watched()), follows
 
     def _complete(self, model: Any, prompts: list[list[int]]) -> list[list[int]]:
         return completions(
             model, prompts, stops=self._stops, max_new_tokens=self._max_new_tokens, batch_size=self._batch_size
         )
 
-    def _accuracy(self, texts: Sequence[str]) -> float:
-        rows = zip(texts, self._answers, self._questions, strict=True)
-        return sum(self._match(text, answer, question) for text, answer, question in rows) / len(texts)
-
 
 def prompted_texts(
     model: Any,
     tokenizer: Any,
     instruction: Instruction,
-    questions: Sequence[str],
+    questions: Sequence[Any],
     *,
     separator: str = "\n",
     batch_size: int = 256,
@@ -185,8 +241,17 @@ def decoded(tokenizer: Any, written: Sequence[Sequence[int]]) -> list[str]:
     return [text.strip() for text in texts]
 
 
+def _mean(grades: Sequence[float]) -> float:
+    return sum(grades) / len(grades)
+
+
+def _key(example: Example) -> str:
+    """A question's text, or for a longer chat all of it."""
+    return example.messages[0]["content"] if len(example.messages) == 1 else json.dumps(example.messages)
+
+
 def _asked(
-    model: Any, tokenizer: Any, instruction: Instruction, questions: Sequence[str], separator: str
+    model: Any, tokenizer: Any, instruction: Instruction, questions: Sequence[Any], separator: str
 ) -> tuple[list[EncodedExample], list[int]]:
     """The questions as prompts, and the ids that end an answer."""
     encoded = [encode(tokenizer, instruction, question, separator=separator) for question in questions]

@@ -1,0 +1,183 @@
+"""`thought-kernels evaluate`: one report on whether a patch can be trusted, as JSON, CSV and a page."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from rich.text import Text
+
+from thought_kernels.cli import options
+
+_COLOURS = {"yes": "green", "partly": "yellow", "no": "red", "unknown": "dim"}
+_TASK = "sum"
+_TASK_TOKENS = 24  # no answer of the shipped tasks is longer
+
+
+def evaluate(
+    model_name: Annotated[str | None, typer.Argument(metavar="[MODEL]", help="As --model.", show_default=False)] = None,
+    model: options.Model = options.DEFAULT_MODEL,
+    patch: Annotated[Path | None, typer.Option(help="A folder written by transmute.")] = None,
+    instruction: options.InstructionText = None,
+    demonstrations: options.Demonstrations = None,
+    examples: Annotated[
+        Path | None, typer.Option(help="jsonl that the patch is, or was, fitted on; the baselines get the same.")
+    ] = None,
+    held_out: Annotated[
+        Path | None, typer.Option(help="jsonl to measure on; a completion is the input's right answer.")
+    ] = None,
+    task: Annotated[
+        str | None,
+        typer.Option(help=f"Data for every section from a task of the shipped model (default {_TASK} without data)."),
+    ] = None,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the report.")] = Path("evaluation"),
+    sections: Annotated[str, typer.Option(help="Names, comma-separated, or all.")] = "all",
+    scorer: Annotated[
+        str, typer.Option(help="exact, contains, regex:PATTERN, module:function, or judge:MODEL (any causal model).")
+    ] = "exact",
+    judge_prompt: Annotated[
+        Path | None, typer.Option(help="Text with {instruction}, {question}, {answer}, {text} for judge:MODEL.")
+    ] = None,
+    outside: Annotated[Path | None, typer.Option(help="jsonl of inputs unlike the examples.")] = None,
+    longer: Annotated[Path | None, typer.Option(help="jsonl of longer inputs.")] = None,
+    unrelated: Annotated[Path | None, typer.Option(help="jsonl of prompts that the patch should leave alone.")] = None,
+    pool: Annotated[Path | None, typer.Option(help="jsonl of more examples, for the data-efficiency curve.")] = None,
+    paraphrase: Annotated[
+        list[str] | None, typer.Option(help="Another wording of the instruction; may be repeated.")
+    ] = None,
+    other: Annotated[list[str] | None, typer.Option(help="Another instruction; may be repeated.")] = None,
+    recipe: Annotated[
+        str | None, typer.Option(help='Options of transmute for every fit, as JSON: {"ridge": 0.3}.')
+    ] = None,
+    inputs: Annotated[int, typer.Option(min=2, help="Held-out inputs at most.")] = 256,
+    sweep_inputs: Annotated[int, typer.Option(min=2, help="Of these, for controls, baselines and sweeps.")] = 96,
+    lora_steps: Annotated[int, typer.Option(min=1, help="Optimiser steps of the LoRA baseline.")] = 100,
+    seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
+    separator: Annotated[
+        str | None, typer.Option(help=r"Between instruction and input (default the patch's, or \n).")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Inputs at a time.")] = 128,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(min=1, help=f"Longest answer (default 64; {_TASK_TOKENS} for a task).")
+    ] = None,
+    dtype: options.Dtype = "auto",
+    device: options.Device = "cpu",
+    offline: options.Offline = False,
+) -> None:
+    """Measure whether a patch can be trusted: effect, controls, baselines, side effects, what carries over.
+
+    Writes evaluation.json, evaluation.csv and evaluation.html. Sections are kept as they finish: the same command takes
+    up where it was stopped. Without data it reports on a task of the shipped model.
+    """
+    from thought_kernels.evaluate.evaluate import evaluate as run_evaluate
+    from thought_kernels.evaluate.sections import chosen_sections
+    from thought_kernels.transmute.patch import ThoughtPatch
+
+    if model_name is not None and model not in (options.DEFAULT_MODEL, model_name):
+        raise typer.BadParameter(f"MODEL must be given once, got {model_name} and {model}")
+    wanted = sections if sections == "all" else options.listed([sections])
+    chosen_sections(wanted)
+    if output.exists() and not output.is_dir():
+        raise typer.BadParameter(f"--output must be a folder, got the file {output}")
+    given: dict[str, Any] = options.pairs({
+        "held_out": held_out, "outside": outside, "longer": longer, "unrelated": unrelated, "pool": pool,
+        "paraphrases": paraphrase, "others": other,
+    })  # fmt: skip
+    subject: Any = None
+    if patch is not None:
+        subject = ThoughtPatch.from_pretrained(patch)
+    elif instruction is not None or demonstrations is not None:
+        subject = options.read_instruction(instruction, demonstrations)
+    fitted: Any = examples
+    if task is not None or (subject is None and examples is None and held_out is None):
+        task = task or _TASK
+        arguments = _task(task, seed, inputs)
+        subject = arguments.pop("patch_or_instruction") if subject is None else subject
+        fitted = arguments.pop("examples") if examples is None else examples
+        given = arguments | given
+    if subject is None:
+        raise typer.BadParameter("give --patch, --instruction or --task")
+    if "held_out" not in given:
+        raise typer.BadParameter("give --held-out FILE.jsonl, the inputs to measure on, or --task")
+    if patch is not None and instruction is not None:
+        given["instruction"] = instruction
+
+    found, tokenizer = options.load_model(model_name or model, dtype, device, offline)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=options.err, transient=True, disable=not options.err.is_terminal) as progress:
+        bar = progress.add_task("evaluate", total=None)
+        evaluation = run_evaluate(
+            found, tokenizer, subject, fitted, scorer=_scorer(scorer, judge_prompt, subject, dtype, device, offline),
+            sections=wanted, output=output, recipe=_recipe(recipe), inputs=inputs, sweep_inputs=sweep_inputs,
+            lora_steps=lora_steps, seed=seed, separator=None if separator is None else options.unescaped(separator),
+            batch_size=batch_size, max_new_tokens=max_new_tokens or (64 if task is None else _TASK_TOKENS),
+            progress=lambda done, total, what: progress.update(bar, completed=done, total=total, description=what),
+            **given,
+        )  # fmt: skip
+    show(evaluation)
+    options.out.print(f"report in {output / 'evaluation.html'}", markup=False, soft_wrap=True)
+
+
+def show(evaluation: Any) -> None:
+    """Prints the verdict, and what did not finish."""
+    from thought_kernels.evaluate.verdict import summary
+
+    options.out.print(Text(summary(evaluation.verdict), style="bold"))
+    table = Table(box=None, show_header=False, pad_edge=False)
+    for line in evaluation.verdict:
+        table.add_row(Text(line.status, style=_COLOURS[line.status]), Text(f"{line.question} {line.answer}"))
+    options.out.print(table)
+    for sentence in evaluation.warnings:
+        options.show_warning(sentence)
+    for section in evaluation.sections.values():
+        if section.error:
+            options.show_warning(f"section {section.name} did not finish: {section.error}")
+    options.out.print(f"{evaluation.seconds:.0f} s", style="dim")
+
+
+def _task(name: str, seed: int, inputs: int) -> dict[str, Any]:
+    from thought_kernels.demo.evaluation import task_arguments
+
+    return task_arguments(name, seed=seed, inputs=inputs)
+
+
+def _recipe(text: str | None) -> dict[str, Any] | None:
+    if text is None:
+        return None
+    try:
+        recipe = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise typer.BadParameter(f"--recipe must be JSON, got {text!r}; {error}") from None
+    if not isinstance(recipe, dict):
+        raise typer.BadParameter(f"--recipe must be a JSON object, got {text!r}")
+    return recipe
+
+
+def _scorer(spec: str, prompt_file: Path | None, subject: Any, dtype: str, device: str, offline: bool) -> Any:
+    """The scorer by name, or a judge with the model it names."""
+    from thought_kernels.evaluate.scorers import JUDGE_PROMPT, Judge, as_scorer
+
+    kind, _, name = spec.partition(":")
+    if kind != "judge":
+        return as_scorer(spec)
+    if not name:
+        raise typer.BadParameter("--scorer judge:MODEL must name a model, got none")
+    prompt = JUDGE_PROMPT if prompt_file is None else prompt_file.read_text(encoding="utf-8")
+    provenance = getattr(subject, "provenance", {})
+    told = subject if isinstance(subject, str) else str(provenance.get("instruction", ""))
+    offline = offline or Path(name).is_dir()
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from thought_kernels.models.load import DTYPES
+
+    wanted = DTYPES[dtype]  # an unknown name was refused with the model
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=offline)
+        judge = AutoModelForCausalLM.from_pretrained(name, dtype=wanted, local_files_only=offline).to(device).eval()
+    except Exception as error:  # transformers, safetensors and the hub each raise types of their own
+        raise ValueError(f"evaluate: scorer must name a model to judge, got {name!r}; {error}") from error
+    return Judge(judge, tokenizer, told, prompt=prompt)

@@ -1,0 +1,150 @@
+"""Baselines from the same examples: what a patch must beat to be worth its matrices.
+
+Every hyper-parameter (block, place, scale, c1, learning rate) is chosen by the KL to the prompted model on the
+examples, the data that the patch itself was fitted on; no label and no held-out input is looked at.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from torch import Tensor
+
+from thought_kernels.evaluate.lora import RATES, train_lora
+from thought_kernels.evaluate.refit import rank_one, refit
+from thought_kernels.evaluate.report import Section
+from thought_kernels.evaluate.side_effects import Bystander
+from thought_kernels.evaluate.steering import PLACES, Steering, common_suffix, function_vector, mean_differences
+from thought_kernels.evaluate.subject import Intervention, Subject
+from thought_kernels.transmute.patch import ThoughtPatch
+from thought_kernels.transmute.recipe import paper_recipe
+from thought_kernels.transmute.transmute import transmute
+
+MAX_LAYERS = 8  # tried by the baselines that act on one block
+VECTOR_SCALES = (0.5, 1.0, 2.0, 4.0)
+EDIT_SCALES = (0.25, 0.5, 1.0, 2.0)
+PAPER_C1 = 0.015
+C1_FACTORS = (0.5, 1, 2, 4, 8, 16, 32, 64, 128, 256)
+PAPER_BLOCKS, PAPER_FIRST, PAPER_STOP = 26, 10, 20
+
+Baseline = Callable[[Subject, Section], tuple[str, Intervention]]
+
+
+def baselines(subject: Subject, section: Section) -> None:
+    """Steering vector, function vector, rank-one edit, the paper's recipe and a trained LoRA, beside the patch."""
+    subject.need_examples("baselines")
+    bystander = Bystander(subject)
+    subject.report_references(section, subject.sweep)
+    _report(subject, section, bystander, "patched", subject.patch, None)
+    section.note("KL elsewhere: KL(bare ‖ changed) on the unrelated prompts, nats a token; smaller is gentler.")
+    for name, baseline in BASELINES.items():
+        started = time.monotonic()
+        try:
+            label, intervention = baseline(subject, section)
+        except ValueError as error:  # peft not installed, say: the others go on
+            section.note(f"{name}: {error}")
+            continue
+        _report(subject, section, bystander, name, intervention, time.monotonic() - started)
+        section.note(f"{name[0].upper()}{name[1:]}: {label}.")
+
+
+def _report(
+    subject: Subject, section: Section, bystander: Bystander, name: str, change: Intervention, seconds: float | None
+) -> None:
+    subject.report(section, name, subject.measure(change))
+    section.add(name, "unrelated KL", bystander.divergence(change), inputs=len(bystander))
+    if seconds is not None:
+        section.add(name, "seconds to make", seconds)
+
+
+def _layers(subject: Subject) -> list[int]:
+    """Block indices to try, evenly spread over the depth."""
+    count = len(subject.decoder.blocks)
+    tried = min(count, MAX_LAYERS)
+    return sorted({round((index + 0.5) * count / tried - 0.5) for index in range(tried)})
+
+
+def _steered(subject: Subject, vectors: dict[int, Tensor]) -> Iterator[tuple[str, Intervention]]:
+    suffix = common_suffix(subject.training.bare_prompts)
+    for layer, vector in vectors.items():
+        for place in PLACES if suffix else PLACES[1:]:
+            for scale in VECTOR_SCALES:
+                steering = Steering(layer, scale * vector, suffix if place == "answer" else ())
+                yield f"block {layer}, added {_WHERE[place]}, scale {scale:g}", steering
+
+
+_WHERE = {"answer": "from the last prompt token on", "everywhere": "everywhere"}
+
+
+def _mean_difference(subject: Subject, section: Section) -> tuple[str, Intervention]:
+    found = mean_differences(subject.training, subject.model)
+    return subject.choose(_steered(subject, {layer: found[layer] for layer in _layers(subject)}))
+
+
+def _function_vector(subject: Subject, section: Section) -> tuple[str, Intervention]:
+    suffix = common_suffix(subject.training.bare_prompts)
+    vector, heads = function_vector(subject.choice, subject.model, suffix)
+    label, steering = subject.choose(_steered(subject, dict.fromkeys(_layers(subject), vector)))
+    shown = ", ".join(f"{layer}.{head}" for layer, head in heads)
+    return f"{label}; heads (block.head) {shown}", steering
+
+
+def _rank_one(subject: Subject, section: Section) -> tuple[str, Intervention]:
+    def candidates() -> Iterator[tuple[str, Intervention]]:
+        for site in ("attention", "mlp"):
+            for tokens in ("all", "answer"):
+                recipe = {
+                    "layers": _layers(subject), "sites": (site,), "pairing": "two_pass", "tokens": tokens,
+                    "normalization": "none", "header_weight": 0.0,
+                }  # fmt: skip
+                edits = refit(subject, recipe, rank_one)
+                for (layer, _), entry in edits.entries.items():
+                    alone = ThoughtPatch({(layer, site): entry}, edits.provenance)
+                    for scale in EDIT_SCALES:
+                        yield f"{site} site of block {layer}, rows of {tokens} tokens, scale {scale:g}", scale * alone
+
+    return subject.choose(candidates())
+
+
+def paper_layers(blocks: int) -> list[int]:
+    """The paper's blocks 10..19 of 26 carried to another depth: the same share of it, 0-based, at least one block."""
+    first = round(blocks * PAPER_FIRST / PAPER_BLOCKS)
+    return list(range(first, max(round(blocks * PAPER_STOP / PAPER_BLOCKS), first + 1)))
+
+
+def _paper(subject: Subject, section: Section) -> tuple[str, Intervention]:
+    layers = paper_layers(len(subject.decoder.blocks))
+    count = len(subject.examples)
+    # Its matrices are linear in c1: one patch is fitted and scaled.
+    unit: Any = transmute(
+        subject.model, subject.tokenizer, subject.instruction, subject.examples, separator=subject.separator,
+        max_new_tokens=subject.max_new_tokens, **paper_recipe(c1=1.0, layers=layers, steps=count),
+    )  # fmt: skip
+    label, patch = subject.choose((f"c1 {factor * PAPER_C1:g}", factor * PAPER_C1 * unit) for factor in C1_FACTORS)
+    return f"Algorithm 1 on blocks {layers[0]} to {layers[-1]}, effective {label}, c2 0", patch
+
+
+def _lora(subject: Subject, section: Section) -> tuple[str, Intervention]:
+    trained = [
+        train_lora(
+            subject.model, subject.training, steps=subject.lora_steps, rate=rate, generator=subject.generator("lora")
+        )
+        for rate in RATES
+    ]
+    best = min(trained, key=lambda one: one.divergence if one.divergence == one.divergence else float("inf"))
+    label = (
+        f"rank 8 on every linear layer, {subject.lora_steps} steps of AdamW on KL(prompted ‖ LoRA) over the prompted "
+        f"model's answers to {len(subject.training)} examples, rate {best.rate:g}, {best.seconds:.1f} s of training"
+    )
+    return label, best
+
+
+BASELINES: dict[str, Baseline] = {
+    "mean-difference vector": _mean_difference,
+    "function vector": _function_vector,
+    "rank-one edit": _rank_one,
+    "paper's recipe": _paper,
+    "LoRA": _lora,
+}

@@ -1,0 +1,117 @@
+"""Does the patch do what the instruction does: the exact replay, accuracy, recovered effect, harm, token by token."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from thought_kernels.evaluate.intervals import mean_interval, recovered_interval
+from thought_kernels.evaluate.report import Section
+from thought_kernels.evaluate.subject import Subject, sums
+from thought_kernels.evaluate.trial import Score, Trial
+from thought_kernels.transmute.prompt import encode
+from thought_kernels.transmute.replay import replay as run_replay
+
+REPLAYED = 4
+# Up to this size a float64 copy of the model is made for the replay; beyond it the model's own dtype has to do.
+MAX_FLOAT64_PARAMETERS = 50_000_000
+POSITIONS = 16  # answer tokens shown one by one
+SAMPLES = 8
+
+
+def replay(subject: Subject, section: Section) -> None:
+    """The exactness theorem on this model: per-token patches in place of the instruction, and nothing in its place."""
+    small = sum(parameter.numel() for parameter in subject.model.parameters()) <= MAX_FLOAT64_PARAMETERS
+    model = copy.deepcopy(subject.model).double() if small else subject.model
+    worst_blocks: Tensor | None = None
+    logits, control = [], []
+    count = min(REPLAYED, len(subject.trial))
+    for index in range(count):
+        example = subject.held_out.questions[index]._replace(completion=subject.trial.prompted_texts[index] or None)
+        row = encode(subject.tokenizer, subject.instruction, example, separator=subject.separator)
+        ids = torch.tensor([*row.header, *row.instruction, *row.tokens])
+        report = run_replay(model, ids, (len(row.header), len(row.header) + len(row.instruction)))
+        blocks = report.block_error
+        worst_blocks = blocks if worst_blocks is None else torch.maximum(worst_blocks, blocks)
+        logits.append(report.logit_error)
+        control.append(report.control_error)
+    assert worst_blocks is not None
+    for block, error in enumerate(worst_blocks.tolist()):
+        section.add("replayed", "block error", error, inputs=count, x=block)
+    section.add("replayed", "logit error", max(logits), inputs=count)
+    section.add("unpatched control", "logit error", min(control), inputs=count)
+    section.note(
+        f"Worst of {count} held-out prompts with their answers, in {str(model.dtype).removeprefix('torch.')}; errors "
+        "are max|x − x̂| / max|x|. The control is the smallest error without patches. This shows that the model's "
+        "difference is read off exactly, before anything is averaged into one patch."
+    )
+
+
+def effect(subject: Subject, section: Section) -> None:
+    """The evaluated patch on all held-out inputs."""
+    trial = subject.trial
+    score = subject.measure(subject.patch, trial)
+    subject.report_references(section, trial)
+    subject.report(section, "patched", score, trial)
+    bare, patched = sums(trial.bare_divergences), sums(score.divergences)
+    values = [float(score.values.patched), float(score.values.bare)]
+    if values[1] > 0 and score.values.tokens < score.effect.tokens:
+        section.add("patched, value tokens", "recovered", score.values.recovered, inputs=len(trial))
+    _harm(subject, section, trial, score, bare, patched)
+    _positions(subject, section, trial, score)
+    _samples(section, trial, score)
+    section.note(
+        "Recovered effect: 1 − ΣKL(prompted‖patched)/ΣKL(prompted‖bare) over the tokens of the prompted model's greedy "
+        "answers; 1 is the prompted model, 0 the bare one. Intervals: 95 %, bootstrap over inputs."
+    )
+
+
+def _harm(
+    subject: Subject, section: Section, trial: Trial, score: Score, bare: Sequence[float], patched: Sequence[float]
+) -> None:
+    shares = {
+        "moved away": [float(p > b) for p, b in zip(patched, bare, strict=True)],
+        "lost": [max(0.0, p - s) for p, s in zip(trial.prompted_grades, score.grades, strict=True)],
+        "spoilt": [max(0.0, b - s) for b, s in zip(trial.base_grades, score.grades, strict=True)],
+    }
+    for quantity, values in shares.items():
+        section.add("patched", quantity, mean_interval(values, seed=subject.seed), inputs=len(trial))
+    section.note(
+        "Inputs harmed: “moved away”, further from the prompted model (in KL) than the bare model is; “lost”, right "
+        "when prompted and wrong when patched; “spoilt”, right when bare and wrong when patched."
+    )
+
+
+def _positions(subject: Subject, section: Section, trial: Trial, score: Score) -> None:
+    """Figures at the 1st, 2nd, ... token of the prompted model's answers."""
+    longest = min(POSITIONS, max(map(len, trial.written)))
+    for position in range(longest):
+        rows = [index for index, ids in enumerate(trial.written) if len(ids) > position]
+        patched = [float(score.divergences[index][position]) for index in rows]
+        bare = [float(trial.bare_divergences[index][position]) for index in rows]
+        section.add(
+            "patched",
+            "recovered",
+            recovered_interval(patched, bare, seed=subject.seed),
+            inputs=len(rows),
+            x=position + 1,
+        )
+        for name, follows in (("bare", trial.bare_follows), ("patched", score.follows)):
+            same = [float(follows[index][position]) for index in rows]
+            section.add(name, "same token", mean_interval(same, seed=subject.seed), inputs=len(rows), x=position + 1)
+
+
+def _samples(section: Section, trial: Trial, score: Score) -> None:
+    """Some failures first, then the first inputs."""
+    wrong = [index for index, grade in enumerate(score.grades) if not grade >= 0.5]
+    for index in dict.fromkeys([*wrong[: SAMPLES // 2], *range(len(trial))]):
+        if len(section.samples) == SAMPLES:
+            break
+        section.samples.append({
+            "input": trial.questions[index], "right": trial.answers[index], "bare": trial.base_texts[index],
+            "prompted": trial.prompted_texts[index], "patched": score.texts[index],
+            "grade": f"{score.grades[index]:g}",
+        })  # fmt: skip

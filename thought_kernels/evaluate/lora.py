@@ -1,0 +1,150 @@
+"""The trained rival: a LoRA that learns the prompted model's answers by gradient descent."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from thought_kernels.evaluate.trial import Trial
+
+RANK, ALPHA, BATCH = 8, 16, 16
+RATES = (3e-4, 1e-3, 3e-3)
+MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+@dataclass(frozen=True)
+class TrainedLora:
+    """A LoRA's weights, and how they were trained.
+
+    Attributes:
+        state: peft's state dict.
+        rate: learning rate.
+        divergence: Σ KL(prompted ‖ trained) on the examples, nats.
+        seconds: training time.
+    """
+
+    state: dict[str, Tensor]
+    rate: float
+    divergence: float
+    seconds: float
+
+    @contextlib.contextmanager
+    def applied(self, model: Any) -> Iterator[None]:
+        """The model with the LoRA in it, as a context manager; its modules and flags are restored after."""
+        with _injected(model) as peft_model:
+            from peft import set_peft_model_state_dict
+
+            set_peft_model_state_dict(peft_model, self.state)
+            yield
+
+
+def train_lora(model: Any, trial: Trial, *, steps: int, rate: float, generator: torch.Generator) -> TrainedLora:
+    """Trains a LoRA on every linear layer to answer without the instruction as the model does with it.
+
+        loss = mean over the answers' tokens of KL(prompted ‖ bare with LoRA)
+
+    Args:
+        model: unpatched; it is as it was afterwards.
+        trial: the examples, with divergences.
+        steps: optimiser steps (AdamW, no weight decay), each on BATCH examples.
+        rate: learning rate, falling linearly to zero.
+        generator: of the initial factors and of the batches.
+
+    Returns:
+        A TrainedLora.
+
+    Raises:
+        ValueError: if peft is not installed.
+    """
+    started = time.monotonic()
+    with _injected(model, seed=int(torch.randint(2**31, (), generator=generator))) as peft_model:
+        from peft import get_peft_model_state_dict
+
+        parameters = [parameter for parameter in peft_model.parameters() if parameter.requires_grad]
+        optimiser = torch.optim.AdamW(parameters, lr=rate, weight_decay=0.0)
+        order: list[int] = []
+        with torch.enable_grad():
+            for step in range(steps):
+                if len(order) < min(BATCH, len(trial)):
+                    order += torch.randperm(len(trial), generator=generator).tolist()
+                chosen, order = order[:BATCH], order[BATCH:]
+                for group in optimiser.param_groups:
+                    group["lr"] = rate * (1 - step / steps)
+                loss = _loss(model, trial, chosen)
+                optimiser.zero_grad(set_to_none=True)
+                loss.backward()
+                optimiser.step()
+        seconds = time.monotonic() - started
+        state = {name: tensor.detach().clone() for name, tensor in get_peft_model_state_dict(peft_model).items()}
+        return TrainedLora(state, rate, trial.effect(model).patched, seconds)
+
+
+def _loss(model: Any, trial: Trial, chosen: Sequence[int]) -> Tensor:
+    assert trial.prompted_logprobs is not None
+    device = model.get_input_embeddings().weight.device
+    rows = [[*trial.bare_prompts[i], *trial.written[i]] for i in chosen]
+    longest = max(map(len, rows))
+    ids = torch.zeros(len(rows), longest, dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for index, row in enumerate(rows):
+        ids[index, longest - len(row) :] = torch.tensor(row)
+        mask[index, longest - len(row) :] = 1
+    keep = max(len(trial.written[i]) for i in chosen) + 1
+    logits = model(
+        input_ids=ids.to(device), attention_mask=mask.to(device), logits_to_keep=keep, use_cache=False
+    ).logits.float()
+    divergences = []
+    for index, i in enumerate(chosen):
+        count = len(trial.written[i])
+        student = torch.log_softmax(logits[index, keep - 1 - count : keep - 1], dim=-1)
+        teacher = trial.prompted_logprobs[i].to(student)
+        divergences.append((teacher.exp() * (teacher - student)).nan_to_num(0.0).sum(-1))
+    return torch.cat(divergences).mean()
+
+
+@contextlib.contextmanager
+def _injected(model: Any, seed: int = 0) -> Iterator[Any]:
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError as error:
+        raise ValueError(
+            "evaluate: the LoRA baseline must have peft installed, got none; "
+            "pip install --no-deps peft accelerate psutil"
+        ) from error
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    training = model.training
+    held = set(vars(model))
+    config = LoraConfig(
+        r=RANK, lora_alpha=ALPHA, lora_dropout=0.0, target_modules=_targets(model), task_type="CAUSAL_LM"
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        peft_model = get_peft_model(model, config)
+    try:
+        model.train(training)
+        yield peft_model
+    finally:
+        peft_model.unload()
+        for name in set(vars(model)) - held:  # peft leaves its configuration on the model
+            delattr(model, name)
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
+
+
+def _targets(model: Any) -> list[str]:
+    """Full names, so that the vision tower of a multimodal model is left alone."""
+    from thought_kernels.models import describe
+
+    layers = {id(block.layer) for block in describe(model).blocks}
+    prefixes = [name for name, module in model.named_modules() if id(module) in layers]
+    return [
+        name
+        for name, _ in model.named_modules()
+        if name.rpartition(".")[2] in MODULES and any(name.startswith(f"{prefix}.") for prefix in prefixes)
+    ]

@@ -1,0 +1,128 @@
+"""The report as one page that needs no network: a template filled with tables and inline plots."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from thought_kernels.evaluate.plots import plot
+from thought_kernels.evaluate.report import Evaluation, Figure, Section
+from thought_kernels.evaluate.sections import SECTIONS
+from thought_kernels.evaluate.verdict import RULES, summary
+
+TEMPLATE = Path(__file__).with_name("template.html.jinja")
+
+# Quantities that are shares, shown in per cent.
+SHARES = {
+    "accuracy", "bare", "prompted", "same token", "moved away", "lost", "spoilt", "accuracy, patch off",
+    "accuracy, patch on",
+}  # fmt: skip
+# Quantities that are read block by block or token by token off the plot; their rows are in the JSON and the CSV.
+PLOTTED_ONLY = {("effect", "same token"), ("patch", "norm"), ("patch", "residual"), ("replay", "block error")}
+
+
+def render(evaluation: Evaluation) -> str:
+    """The page's HTML text."""
+    import jinja2
+
+    environment = jinja2.Environment(
+        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
+    )
+    template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
+    sections = [
+        {
+            "name": name,
+            "title": section.title,
+            "reading": SECTIONS[name].reading if name in SECTIONS else "",
+            "error": section.error,
+            "plot": plot(section),
+            "table": table(section),
+            "samples": section.samples,
+            "notes": section.notes,
+            "cost": _cost(section),
+        }
+        for name, section in evaluation.sections.items()
+    ]
+    settings = evaluation.settings
+    return template.render(
+        title=_shown_setting(settings.get("instruction", "a patch")),
+        summary=summary(evaluation.verdict), verdict=evaluation.verdict, rules=RULES, warnings=evaluation.warnings,
+        sections=sections, seconds=f"{evaluation.seconds:.0f}",
+        settings={name.replace("_", " "): _shown_setting(value) for name, value in settings.items()},
+        settings_line=_settings_line(settings),
+    )  # fmt: skip
+
+
+def table(section: Section) -> dict[str, Any] | None:
+    """Subjects by quantities: {"columns": [...], "rows": [(name, [cell, ...])]}, a cell being (text, interval)."""
+    shown = [f for f in section.figures if (section.name, f.quantity) not in PLOTTED_ONLY]
+    if section.name == "effect":  # the positions are in the plot
+        shown = [f for f in shown if f.x is None]
+    if not shown:
+        return None
+    columns = list(dict.fromkeys(f.quantity for f in shown))
+    labels = list(dict.fromkeys((f.subject, f.x) for f in shown))
+    cells = {(f.subject, f.x, f.quantity): f for f in shown}
+    rows = [
+        (subject if x is None else f"{subject}, {_X.get(section.name, '')}{x:g}",
+         [_cell(cells.get((subject, x, column))) for column in columns])
+        for subject, x in labels
+    ]  # fmt: skip
+    inputs = sorted({f.inputs for f in shown if f.inputs})
+    return {
+        "columns": columns,
+        "rows": rows,
+        "inputs": " to ".join(map(str, {inputs[0]: 0, inputs[-1]: 0})) if inputs else "",
+    }
+
+
+_X = {"scale": "scale ", "data": "examples "}
+
+
+def _cell(figure: Figure | None) -> tuple[str, str]:
+    if figure is None:
+        return "", ""
+    if math.isnan(figure.value):
+        return "–", ""
+    share = figure.quantity in SHARES
+    interval = "" if math.isnan(figure.low) else f"{number(figure.low, share)} to {number(figure.high, share)}"
+    return number(figure.value, share) + (" %" if share else ""), interval
+
+
+def number(value: float, share: bool = False) -> str:
+    """A number as the tables show it: per cent with one decimal for shares, three significant digits otherwise."""
+    if share:
+        return f"{100 * value:.1f}"
+    if value == 0:
+        return "0"
+    if abs(value) < 1e-3 or abs(value) >= 1e4:
+        return f"{value:.1e}"
+    return f"{value:.4f}" if abs(value) < 1.5 else f"{value:.3g}"
+
+
+def _cost(section: Section) -> str:
+    parts = [f"{section.seconds:.1f} s"]
+    if section.peak_memory_mib is not None:
+        parts.append(f"peak memory {section.peak_memory_mib:.0f} MiB")
+    if section.device_memory_mib is not None:
+        parts.append(f"on the device {section.device_memory_mib:.0f} MiB")
+    return ", ".join(parts)
+
+
+def _settings_line(settings: dict[str, Any]) -> str:
+    model = str(settings.get("model", "")).rstrip("/").rpartition("/")[2]
+    return (
+        f"{model} ({settings.get('parameters', 0):,} parameters, {settings.get('dtype', '')}), "
+        f"{settings.get('examples', 0)} examples, {settings.get('held_out', 0)} held-out inputs, "
+        f"scorer {settings.get('scorer', '')}, {settings.get('date', '')}"
+    )
+
+
+def _shown_setting(value: Any) -> str:
+    if isinstance(value, str):
+        return repr(value) if value != value.strip() else value
+    if isinstance(value, list) and all(isinstance(item, str) for item in value):
+        return ", ".join(value)
+    return json.dumps(value, ensure_ascii=False)

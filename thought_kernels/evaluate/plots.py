@@ -1,0 +1,297 @@
+"""The report's plots, one function a section, as inline SVG that needs no network and no fonts of its own."""
+
+from __future__ import annotations
+
+import io
+import math
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from thought_kernels.evaluate.report import Figure, Section
+
+# Okabe and Ito's palette: apart for colour-blind readers, and by lightness in print.
+GREY, BLUE, ORANGE, GREEN, RED, INK = "#a9adb3", "#0072b2", "#e69f00", "#009e73", "#c0392b", "#30343a"
+COLOURS = {"bare": GREY, "prompted": INK, "patched": BLUE}
+FLOOR = -0.25  # recovered effects below this are drawn at the edge, since ‑40 and ‑4 say the same
+_STYLE = {
+    "font.size": 10.5, "font.family": "sans-serif", "axes.spines.top": False, "axes.spines.right": False,
+    "axes.edgecolor": "#8a9099", "axes.labelcolor": INK, "text.color": INK, "xtick.color": INK, "ytick.color": INK,
+    "axes.titlelocation": "left", "axes.titlesize": 11, "axes.titleweight": "bold", "legend.frameon": False,
+    "figure.facecolor": "none", "axes.facecolor": "none", "svg.fonttype": "none", "svg.hashsalt": "thought_kernels",
+    "axes.grid": False, "grid.color": "#e3e6ea",
+}  # fmt: skip
+
+
+def plot(section: Section) -> str | None:
+    """The section's plot as an <svg> element; None for a section that has none, or nothing to draw."""
+    draw = PLOTS.get(section.name)
+    if draw is None or not section.figures:
+        return None
+    import matplotlib
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure as Canvas
+
+    with matplotlib.rc_context(_STYLE):
+        canvas = Canvas(layout="constrained")
+        FigureCanvasAgg(canvas)  # not pyplot: no global state is left behind
+        if not draw(section, canvas):
+            return None
+        text = io.StringIO()
+        canvas.savefig(text, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
+    return _inline(text.getvalue(), section.name)
+
+
+def _inline(svg: str, name: str) -> str:
+    """The <svg> element alone: no prologue, no metadata with its addresses, ids that no other plot has."""
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r'\b(id="|href="#|url\(#)', rf"\g<1>{name}-", svg)
+    return re.sub(
+        r'(<svg[^>]*?) width="[^"]*"', r"\1", re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", svg, count=1), count=1
+    )
+
+
+def _dots(section: Section, canvas: Any) -> bool:
+    """Accuracy and recovered effect of every subject, a row each, with intervals."""
+    names = [name for name in section.subjects() if any(section.get(name, q) for q in ("accuracy", "recovered"))]
+    if not names:
+        return False
+    canvas.set_size_inches(9.6, 0.9 + 0.34 * len(names))
+    left, right = canvas.subplots(1, 2, sharey=True)
+    for axes, quantity, title in ((left, "accuracy", "accuracy"), (right, "recovered", "recovered effect")):
+        for row, name in enumerate(names):
+            figure = section.get(name, quantity)
+            if figure is not None and not math.isnan(figure.value):
+                _dot(axes, row, figure, COLOURS.get(name, ORANGE))
+        axes.set_title(title)
+        axes.set_yticks(range(len(names)), names)
+        axes.tick_params(axis="y", length=0)
+        axes.grid(axis="x")
+        axes.set_axisbelow(True)
+        patched = section.get("patched", quantity)
+        if patched is not None and not math.isnan(patched.value):
+            axes.axvline(patched.value, color=BLUE, linewidth=0.8, linestyle=(0, (2, 3)), zorder=1)
+    left.invert_yaxis()
+    left.set_xlim(-0.02, 1.03)
+    right.set_xlim(FLOOR - 0.05, 1.06)
+    _percent(left.xaxis)
+    return True
+
+
+def _dot(axes: Any, row: float, figure: Figure, colour: str) -> None:
+    value = max(figure.value, FLOOR)
+    if not math.isnan(figure.low):
+        axes.plot([max(figure.low, FLOOR), max(figure.high, FLOOR)], [row, row], color=colour, linewidth=2, alpha=0.55)
+    axes.plot([value], [row], marker="<" if figure.value < FLOOR else "o", markersize=6, color=colour, zorder=3)
+
+
+def _effect(section: Section, canvas: Any) -> bool:
+    canvas.set_size_inches(9.6, 2.9)
+    bars, tokens, effects = canvas.subplots(1, 3, width_ratios=(0.8, 1.1, 1.1))
+    for place, name in enumerate(("bare", "prompted", "patched")):
+        figure = section.get(name, "accuracy")
+        if figure is None or math.isnan(figure.value):
+            continue
+        bars.bar(place, figure.value, 0.7, color=COLOURS[name])
+        _whisker(bars, place, figure)
+    bars.set_xticks(range(3), ["bare", "prompted", "patched"])
+    bars.set_title("accuracy")
+    bars.set_ylim(0, 1.05)
+    _percent(bars.yaxis)
+    for name in ("bare", "patched"):
+        _line(tokens, section.series(name, "same token"), COLOURS[name], name)
+    tokens.set_title("same next token as prompted")
+    tokens.set_ylim(-0.02, 1.05)
+    _percent(tokens.yaxis)
+    tokens.legend(loc="lower right")
+    _line(effects, section.series("patched", "recovered"), BLUE, "patched", floor=FLOOR)
+    effects.set_title("recovered effect")
+    effects.set_ylim(FLOOR, 1.08)
+    for axes in (tokens, effects):
+        axes.set_xlabel("answer position (token)")
+        axes.xaxis.get_major_locator().set_params(integer=True)
+    for axes in (bars, tokens, effects):
+        axes.grid(axis="y")
+        axes.set_axisbelow(True)
+    return True
+
+
+def _whisker(axes: Any, place: float, figure: Figure) -> None:
+    if not math.isnan(figure.low):
+        axes.plot([place, place], [figure.low, figure.high], color="#000000", linewidth=1.2)
+
+
+def _line(axes: Any, figures: Sequence[Figure], colour: str, label: str, *, floor: float = -math.inf) -> None:
+    known = [figure for figure in figures if not math.isnan(figure.value)]
+    if not known:
+        return
+    xs = [figure.x for figure in known]
+    axes.plot(
+        xs, [max(figure.value, floor) for figure in known], color=colour, marker="o", markersize=4.5, label=label,
+        linewidth=1.8, zorder=3,
+    )  # fmt: skip
+    if not any(math.isnan(figure.low) for figure in known):
+        lows, highs = ([max(getattr(figure, end), floor) for figure in known] for end in ("low", "high"))
+        axes.fill_between(xs, lows, highs, color=colour, alpha=0.15, linewidth=0)
+
+
+def _side_effects(section: Section, canvas: Any) -> bool:
+    names = section.subjects("accuracy, patch on")
+    if not names:
+        return False
+    canvas.set_size_inches(9.6, 1.1 + 0.42 * len(names))
+    axes = canvas.subplots()
+    for shift, (quantity, colour) in enumerate((("accuracy, patch off", INK), ("accuracy, patch on", BLUE))):
+        for row, name in enumerate(names):
+            figure = section.get(name, quantity)
+            if figure is not None and not math.isnan(figure.value):
+                axes.barh(
+                    row + (shift - 0.5) * 0.38, figure.value, 0.36, color=colour,
+                    label=quantity.removeprefix("accuracy, ") if row == 0 else None,
+                )  # fmt: skip
+    axes.set_yticks(range(len(names)), names)
+    axes.tick_params(axis="y", length=0)
+    axes.invert_yaxis()
+    axes.set_xlim(0, 1.02)
+    _percent(axes.xaxis)
+    axes.set_title("accuracy on other instructions")
+    axes.grid(axis="x")
+    axes.set_axisbelow(True)
+    axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
+    return True
+
+
+def _scale(section: Section, canvas: Any) -> bool:
+    recovered, beside = section.series("patched", "recovered"), section.series("patched", "unrelated KL")
+    if not recovered:
+        return False
+    canvas.set_size_inches(9.6, 3.1)
+    left, right = canvas.subplots(1, 2)
+    _line(left, section.series("patched", "accuracy"), BLUE, "accuracy")
+    _line(left, recovered, GREEN, "recovered effect", floor=FLOOR)
+    left.set_xlabel("scale")
+    left.set_ylim(FLOOR, 1.08)
+    left.set_title("against scale")
+    left.legend(loc="lower center")
+    pairs = [(b, a) for a, b in zip(recovered, beside, strict=False) if a.value > FLOOR and not math.isnan(b.value)]
+    right.plot([b.value for b, _ in pairs], [a.value for _, a in pairs], color=BLUE, marker="o", markersize=4.5)
+    for beside_figure, figure in pairs:
+        right.annotate(
+            f"{figure.x:g}",
+            (beside_figure.value, figure.value),
+            xytext=(5, -11),
+            textcoords="offset points",
+            fontsize=9,
+        )
+    right.set_xlabel("KL on unrelated prompts, nats a token")
+    right.set_ylabel("recovered effect")
+    right.set_title("effect against side effect, by scale")
+    for axes in (left, right):
+        axes.grid()
+        axes.set_axisbelow(True)
+    return True
+
+
+def _data(section: Section, canvas: Any) -> bool:
+    if not section.series("patched", "recovered"):
+        return False
+    canvas.set_size_inches(9.6, 3.0)
+    left, right = canvas.subplots(1, 2)
+    _line(left, section.series("patched", "accuracy"), BLUE, "patched")
+    _line(right, section.series("patched", "recovered"), BLUE, "patched", floor=FLOOR)
+    prompted = section.get("prompted", "accuracy")
+    if prompted is not None and not math.isnan(prompted.value):
+        left.axhline(prompted.value, color=INK, linewidth=1, linestyle=(0, (4, 3)), label="prompted")
+    left.legend(loc="lower right")
+    counts = [figure.x for figure in section.series("patched", "recovered")]
+    for axes, title in ((left, "accuracy"), (right, "recovered effect")):
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(counts, [f"{count:g}" for count in counts])
+        axes.set_xlabel("examples")
+        axes.set_title(title)
+        axes.grid(axis="y")
+        axes.set_axisbelow(True)
+        axes.set_ylim(FLOOR if axes is right else 0, 1.06)
+    _percent(left.yaxis)
+    return True
+
+
+def _generalisation(section: Section, canvas: Any) -> bool:
+    names = section.subjects("prompted")
+    if not names:
+        return False
+    canvas.set_size_inches(9.6, 1.0 + 0.34 * len(names))
+    axes = canvas.subplots()
+    for row, name in enumerate(names):
+        for quantity, label in (("bare", "bare"), ("prompted", "prompted"), ("accuracy", "patched")):
+            figure = section.get(name, quantity)
+            if figure is not None and not math.isnan(figure.value):
+                _dot(axes, row, figure, COLOURS[label])
+    for label in ("bare", "prompted", "patched"):
+        axes.plot([], [], "o", color=COLOURS[label], label=label)
+    axes.set_yticks(range(len(names)), names)
+    axes.tick_params(axis="y", length=0)
+    axes.invert_yaxis()
+    axes.set_xlim(-0.02, 1.03)
+    _percent(axes.xaxis)
+    axes.set_title("accuracy")
+    axes.grid(axis="x")
+    axes.set_axisbelow(True)
+    axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
+    return True
+
+
+def _replay(section: Section, canvas: Any) -> bool:
+    blocks = section.series("replayed", "block error")
+    control = section.get("unpatched control", "logit error")
+    if not blocks:
+        return False
+    canvas.set_size_inches(9.6, 2.5)
+    axes = canvas.subplots()
+    # A block that is exact to the last bit is drawn where a logarithm can be taken.
+    axes.plot(
+        [figure.x for figure in blocks], [max(figure.value, 1e-17) for figure in blocks], color=BLUE, marker="o",
+        markersize=4.5, label="replayed, after each block",
+    )  # fmt: skip
+    if control is not None and control.value > 0:
+        axes.axhline(control.value, color=RED, linewidth=1.2, linestyle=(0, (4, 3)), label="logits, no patch")
+    axes.set_yscale("log")
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.set_xlabel("block (0-based)")
+    axes.set_title("relative error")
+    axes.grid(axis="y")
+    axes.legend(loc="center right")
+    return True
+
+
+def _patch(section: Section, canvas: Any) -> bool:
+    norms = [name for name in section.subjects("norm") if section.series(name, "norm")]
+    if not norms:
+        return False
+    canvas.set_size_inches(9.6, 2.5)
+    left, right = canvas.subplots(1, 2)
+    for name, colour in zip(norms, (BLUE, ORANGE, GREEN, RED, GREY), strict=False):
+        _line(left, section.series(name, "norm"), colour, name)
+    for name, colour in zip(section.subjects("residual"), (BLUE, ORANGE, GREEN), strict=False):
+        _line(right, section.series(name, "residual"), colour, name)
+    for axes, title in ((left, "size, Frobenius norm"), (right, "share of the examples' difference left")):
+        axes.set_title(title)
+        axes.set_xlabel("block (0-based)")
+        axes.set_ylim(0, None)
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.grid(axis="y")
+        axes.set_axisbelow(True)
+        if axes.lines:
+            axes.legend(loc="best")
+    return True
+
+
+def _percent(axis: Any) -> None:
+    axis.set_ticks([0, 0.25, 0.5, 0.75, 1], ["0", "25 %", "50 %", "75 %", "100 %"])
+
+
+PLOTS: dict[str, Callable[[Section, Any], bool]] = {
+    "patch": _patch, "effect": _effect, "controls": _dots, "baselines": _dots, "side_effects": _side_effects,
+    "scale": _scale, "data": _data, "generalisation": _generalisation, "replay": _replay,
+}  # fmt: skip

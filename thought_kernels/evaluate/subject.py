@@ -1,0 +1,248 @@
+"""What is evaluated: a model, a patch and its data, with everything that several sections measure against."""
+
+from __future__ import annotations
+
+import inspect
+import random
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, Protocol
+
+import torch
+
+from thought_kernels.evaluate.intervals import mean_interval, recovered_interval
+from thought_kernels.evaluate.report import Section
+from thought_kernels.evaluate.scorers import Scorer, ScorerError
+from thought_kernels.evaluate.trial import Score, Trial
+from thought_kernels.models import describe
+from thought_kernels.models.decoder import Decoder
+from thought_kernels.transmute.completions import end_of_turn_id, with_completions
+from thought_kernels.transmute.patch import ThoughtPatch
+from thought_kernels.transmute.prompt import EncodedExample, Example, Instruction, encode
+from thought_kernels.transmute.transmute import transmute
+
+# Hyper-parameters of the baselines are chosen on this many of the examples at most: a choice needs no more.
+CHOICE_EXAMPLES = 32
+# Arguments of transmute that are the evaluation's own and no part of a recipe.
+NOT_RECIPE = {"model", "tokenizer", "instruction", "examples", "separator", "max_new_tokens", "progress"}
+
+
+class Intervention(Protocol):
+    """Anything that can be put to work in a model and taken out again."""
+
+    def applied(self, model: Any) -> Any:
+        """A context manager; the model is as it was after it."""
+        ...
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Examples with their right answers, None where agreement with the prompted model is all that can be asked."""
+
+    questions: list[Example]
+    answers: list[str] | None
+
+    def first(self, count: int) -> Inputs:
+        """The first of them."""
+        return Inputs(self.questions[:count], None if self.answers is None else self.answers[:count])
+
+
+@dataclass(frozen=True)
+class Other:
+    """Another instruction, with inputs of its own or None for those of the instruction that is evaluated."""
+
+    instruction: Instruction
+    inputs: Inputs | None
+
+
+@dataclass(frozen=True)
+class Outside:
+    """Inputs unlike the examples, and the examples of a patch that is fitted to be judged on them, None for no such."""
+
+    inputs: Inputs
+    examples: list[Example] | None
+
+
+class Tolerant:
+    """A scorer whose failure costs the accuracies it was asked for and nothing else; the sentences are kept."""
+
+    def __init__(self, scorer: Scorer) -> None:
+        self.name, self._scorer = scorer.name, scorer
+        self.failures: list[str] = []
+
+    def __call__(self, texts: Sequence[str], answers: Sequence[str], questions: Sequence[str]) -> list[float]:
+        """The scorer's grades, or NaN for each answer."""
+        try:
+            return self._scorer(texts, answers, questions)
+        except ScorerError as error:
+            self.failures.append(str(error))
+            return [float("nan")] * len(texts)
+
+
+@dataclass
+class Subject:
+    """The evaluated patch with its surroundings; expensive parts are computed once, when first asked for.
+
+    Attributes:
+        model, tokenizer: unpatched.
+        instruction: what the patch stands for.
+        given_patch: the user's patch; None fits one on the examples.
+        recipe: arguments of transmute for every fit.
+        examples: what patches and baselines are fitted on; empty where only a patch was given.
+        pool: more examples, `examples` first, for the data-efficiency curve.
+        held_out: what is measured on.
+        paraphrases: other wordings of the instruction.
+        others: other instructions by name.
+        outside: inputs unlike the examples.
+        longer: longer inputs.
+        unrelated: prompts that the patch should not change.
+        scorer: grades answers.
+        seed: of everything random.
+        sweep_inputs: how many held-out inputs the sweeps, controls and baselines are measured on.
+        lora_steps: optimiser steps of the LoRA baseline.
+    """
+
+    model: Any
+    tokenizer: Any
+    instruction: Instruction
+    given_patch: ThoughtPatch | None
+    recipe: dict[str, Any]
+    examples: list[Example]
+    pool: list[Example]
+    held_out: Inputs
+    paraphrases: list[str]
+    others: dict[str, Other]
+    outside: Outside | None
+    longer: Inputs | None
+    unrelated: list[Example]
+    scorer: Tolerant
+    separator: str
+    seed: int
+    sweep_inputs: int
+    lora_steps: int
+    batch_size: int
+    max_new_tokens: int
+    known: dict[str, list[int]] = field(default_factory=dict)
+
+    @cached_property
+    def decoder(self) -> Decoder:
+        """The model, described."""
+        return describe(self.model)
+
+    @cached_property
+    def patch(self) -> ThoughtPatch:
+        """The patch that is evaluated."""
+        return self.given_patch if self.given_patch is not None else self.fit(self.instruction, self.examples)
+
+    @cached_property
+    def trial(self) -> Trial:
+        """The held-out inputs."""
+        return self.new_trial(self.instruction, self.held_out)
+
+    @cached_property
+    def sweep(self) -> Trial:
+        """The held-out inputs of the sweeps, controls and baselines."""
+        return self.trial.first(self.sweep_inputs)
+
+    @cached_property
+    def training(self) -> Trial:
+        """The examples, graded by agreement with the prompted model: what baselines are made from.
+
+        Raises:
+            ValueError: without examples.
+        """
+        self.need_examples("baselines")
+        return self.new_trial(self.instruction, Inputs(self.examples, None))
+
+    @cached_property
+    def choice(self) -> Trial:
+        """The examples that hyper-parameters are chosen on."""
+        return self.training.first(CHOICE_EXAMPLES)
+
+    @cached_property
+    def encoded(self) -> list[EncodedExample]:
+        """The examples as token ids, completed by the prompted model where they had no completion."""
+        self.need_examples("controls")
+        rows = [encode(self.tokenizer, self.instruction, one, separator=self.separator) for one in self.examples]
+        end_of_turn = end_of_turn_id(self.tokenizer, self.instruction, self.examples[0], self.separator)
+        return with_completions(
+            self.model, rows, end_of_turn=end_of_turn, max_new_tokens=self.max_new_tokens, batch_size=self.batch_size
+        )
+
+    def need_examples(self, what: str, count: int = 2) -> None:
+        """Raises ValueError where there are too few examples for something."""
+        if len(self.examples) < count:
+            raise ValueError(
+                f"evaluate: examples must be at least {count} for the {what}, got {len(self.examples)}; "
+                "give the ones the patch was fitted on"
+            )
+
+    def fit(self, instruction: Instruction, examples: Sequence[Example]) -> ThoughtPatch:
+        """transmute with the recipe."""
+        return transmute(
+            self.model, self.tokenizer, instruction, list(examples), separator=self.separator,
+            max_new_tokens=self.max_new_tokens, **self.recipe,
+        )  # fmt: skip
+
+    def new_trial(self, instruction: Instruction, inputs: Inputs, *, divergences: bool = True) -> Trial:
+        """A Trial with the evaluation's settings."""
+        return Trial(
+            self.model, self.tokenizer, instruction, inputs.questions, inputs.answers, match=self.scorer,
+            separator=self.separator, batch_size=self.batch_size, max_new_tokens=self.max_new_tokens,
+            known=self.known, divergences=divergences,
+        )  # fmt: skip
+
+    def measure(self, intervention: Intervention, trial: Trial | None = None) -> Score:
+        """The score of the model with something applied, on the sweep's inputs where no trial is named."""
+        with intervention.applied(self.model):
+            return (self.sweep if trial is None else trial).score(self.model)
+
+    def report(
+        self, section: Section, subject: str, score: Score, trial: Trial | None = None, *, x: float | None = None
+    ) -> None:
+        """Adds accuracy and recovered effect of a score, with their intervals."""
+        trial = self.sweep if trial is None else trial
+        section.add(subject, "accuracy", mean_interval(score.grades, seed=self.seed), inputs=len(trial), x=x)
+        interval = recovered_interval(sums(score.divergences), sums(trial.bare_divergences), seed=self.seed)
+        section.add(subject, "recovered", interval, inputs=len(trial), x=x)
+
+    def report_references(self, section: Section, trial: Trial) -> None:
+        """Adds the accuracies without and with the instruction."""
+        for name, grades in (("bare", trial.base_grades), ("prompted", trial.prompted_grades)):
+            section.add(name, "accuracy", mean_interval(grades, seed=self.seed), inputs=len(trial))
+
+    def choose(self, candidates: Iterable[tuple[str, Intervention]]) -> tuple[str, Any]:
+        """The candidate that leaves the least KL to the prompted model on the examples; no label is looked at.
+
+        Returns:
+            (label, intervention) of the best.
+
+        Raises:
+            ValueError: no candidate with a finite divergence.
+        """
+        best: tuple[float, str, Any] | None = None
+        for label, candidate in candidates:
+            with candidate.applied(self.model):
+                divergence = self.choice.effect(self.model).patched
+            if divergence == divergence and (best is None or divergence < best[0]):
+                best = (divergence, label, candidate)
+        if best is None:
+            raise ValueError("evaluate: candidates must leave a finite KL on the examples, got none that does")
+        return best[1], best[2]
+
+    def generator(self, purpose: str) -> torch.Generator:
+        """A random generator for one purpose."""
+        return torch.Generator().manual_seed(random.Random(f"{self.seed} {purpose}").getrandbits(62))
+
+
+def sums(divergences: Sequence[torch.Tensor]) -> list[float]:
+    """Each input's divergence, summed over its tokens, nats."""
+    return [float(row.double().sum()) for row in divergences]
+
+
+def recipe_of(patch: ThoughtPatch) -> dict[str, Any]:
+    """The arguments of transmute that a patch's provenance records, so that other fits are made like it."""
+    names = set(inspect.signature(transmute).parameters) - NOT_RECIPE
+    recorded: Mapping[str, Any] = patch.provenance
+    return {name: recorded[name] for name in sorted(names) if recorded.get(name) is not None}
