@@ -16,14 +16,15 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "thought_kernels"
 
 # What each part of the package may import from the others. Arrows point one way:
-# reference, triton <- ops <- models <- transmute <- evaluate <- cli, and spectral <- ops.
+# reference, triton <- ops <- models <- transmute <- evaluate <- cli, and models <- spectral <- evaluate: what is said
+# of a patch reads a model's weights through its description, and takes any object that hands out matrices as a patch.
 MAY_IMPORT = {
     "reference": {"reference"},
     "triton": {"triton"},
     "ops": {"reference", "triton", "ops"},
     "models": {"ops", "models"},
     "transmute": {"ops", "models", "transmute", "callable_package"},
-    "spectral": {"ops", "spectral"},
+    "spectral": {"ops", "models", "spectral"},
     "evaluate": {"ops", "models", "transmute", "spectral", "evaluate", "callable_package"},
     "demo": {"ops", "models", "transmute", "spectral", "evaluate", "demo"},
     "cli": {"ops", "models", "transmute", "spectral", "evaluate", "demo", "cli"},

@@ -8,14 +8,19 @@
     geometry      names of the figures that clusters form
     taxonomy      localized, band-localized and broadband features, and their budget
     density       the empirical spectral density, stable and effective rank
+    tails         power laws of its largest eigenvalues
+    inspect       all of it for the matrices of a model's files, one at a time
+    diagnose, overlap       what a patch touches in a model, and how two patches interfere
 
 W is [m, n] with features in columns throughout.
 """
 
 from thought_kernels.spectral.clusters import ClusterFit, TightFrame, projective_linearity, tight_frames
 from thought_kernels.spectral.density import SpectralDensity, empirical_spectral_density
+from thought_kernels.spectral.diagnose import Diagnosis, FeatureChange, SiteDiagnosis, diagnose
 from thought_kernels.spectral.frames import fractional_dimensionality, frame_operator, gram
 from thought_kernels.spectral.geometry import Component, identify_components, identify_geometry
+from thought_kernels.spectral.inspect import MatrixRow, inspect_matrix, inspect_model, stored_matrices
 from thought_kernels.spectral.measure import (
     FeatureMeasures,
     SpectralMeasure,
@@ -29,22 +34,31 @@ from thought_kernels.spectral.measure import (
     spectral_moment,
     support_bounds,
 )
+from thought_kernels.spectral.overlap import Overlap
 from thought_kernels.spectral.scheme import AssociationScheme, association_scheme
 from thought_kernels.spectral.spectrum import FrameSpectrum, frame_spectrum
+from thought_kernels.spectral.tails import Tail, power_law_tail
 from thought_kernels.spectral.taxonomy import FeatureClasses, classify_features
 
 __all__ = [
     "AssociationScheme",
     "ClusterFit",
     "Component",
+    "Diagnosis",
+    "FeatureChange",
     "FeatureClasses",
     "FeatureMeasures",
     "FrameSpectrum",
+    "MatrixRow",
+    "Overlap",
+    "SiteDiagnosis",
     "SpectralDensity",
     "SpectralMeasure",
+    "Tail",
     "TightFrame",
     "association_scheme",
     "classify_features",
+    "diagnose",
     "eigenvector_residual",
     "empirical_spectral_density",
     "fractional_dimensionality",
@@ -53,14 +67,18 @@ __all__ = [
     "gram",
     "identify_components",
     "identify_geometry",
+    "inspect_matrix",
+    "inspect_model",
     "leverage",
     "measure_features",
+    "power_law_tail",
     "projective_linearity",
     "rayleigh_quotient",
     "saturation",
     "slack",
     "spectral_measure",
     "spectral_moment",
+    "stored_matrices",
     "support_bounds",
     "tight_frames",
 ]

@@ -1,0 +1,73 @@
+"""How far two edits W (1 + Δ) of one weight matrix get in each other's way, from the weights alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Overlap:
+    """What two edits W (1 + A) and W (1 + B) share; A is the patch that is diagnosed, B the other one.
+
+    Attributes:
+        read: ‖A Bᵀ‖² / (‖AᵀA‖ ‖BᵀB‖), the cosine of the inputs they read, weighted by their strengths; in [0, 1].
+        write: the same of what they write through W, ‖(WA)ᵀ WB‖² / (‖(WA)ᵀ WA‖ ‖(WB)ᵀ WB‖); in [0, 1].
+        alignment: ⟨WA, WB⟩ / (‖WA‖ ‖WB‖), in [−1, 1]: negative where they undo each other.
+        felt: ‖W B Aᵀ‖ / ‖W A Aᵀ‖: on the inputs that A reads, what B does through W over what A does.
+        caused: ‖W A Bᵀ‖ / ‖W B Bᵀ‖: the same the other way round.
+    """
+
+    read: float
+    write: float
+    alignment: float
+    felt: float
+    caused: float
+
+
+def overlap(A: Tensor, B: Tensor, F: Tensor) -> Overlap:
+    """The Overlap of two edits, norms being Frobenius norms.
+
+    An edit is fitted to its examples' inputs, so its strong right singular directions are those its inputs have: the
+    products with Aᵀ stand for the inputs of A's examples, which the patch itself no longer has.
+
+    Args:
+        A, B: ``[d, d]`` float64, nonzero.
+        F: WᵀW ``[d, d]`` float64, the frame operator of W's rows.
+
+    Returns:
+        An Overlap.
+    """
+    reads = _squared(A @ B.T) / _positive(_norm(A.T @ A) * _norm(B.T @ B))
+    FA, FB = F @ A, F @ B
+    own_a, own_b, cross = A.T @ FA, B.T @ FB, A.T @ FB
+    writes = _squared(cross) / _positive(_norm(own_a) * _norm(own_b))
+    trace_a, trace_b = float(own_a.diagonal().sum()), float(own_b.diagonal().sum())
+    alignment = float(cross.diagonal().sum()) / _positive(max(trace_a, 0.0) * max(trace_b, 0.0)) ** 0.5
+    return Overlap(
+        read=min(reads, 1.0),
+        write=min(writes, 1.0),
+        alignment=max(-1.0, min(alignment, 1.0)),
+        felt=_through(B, A, FB) / _positive(_through(A, A, FA)),
+        caused=_through(A, B, FA) / _positive(_through(B, B, FB)),
+    )
+
+
+def _through(change: Tensor, reader: Tensor, weighted: Tensor) -> float:
+    """‖W C Rᵀ‖_F = √tr((C Rᵀ)ᵀ F C Rᵀ), given F C."""
+    return max(0.0, float(((change @ reader.T) * (weighted @ reader.T)).sum())) ** 0.5
+
+
+def _norm(matrix: Tensor) -> float:
+    return float(torch.linalg.vector_norm(matrix))
+
+
+def _squared(matrix: Tensor) -> float:
+    return float(matrix.square().sum())
+
+
+def _positive(number: float) -> float:
+    # An edit that W does not pass on (in its kernel) overlaps with nothing: 0 / inf.
+    return number if number > 0 else float("inf")
