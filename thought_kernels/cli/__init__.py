@@ -17,7 +17,7 @@ import typer
 from typer.core import TyperGroup
 
 import thought_kernels
-from thought_kernels.cli import demo, generate, inspect, options, tokens, transmute, verify
+from thought_kernels.cli import demo, evaluate, generate, inspect, options, tokens, transmute, verify
 
 __all__ = ["app", "main"]
 
@@ -71,6 +71,7 @@ app.command("transmute")(transmute.transmute)
 app.command("generate")(generate.generate)
 app.command("verify")(verify.verify)
 app.command("demo")(demo.demo)
+app.command("evaluate")(evaluate.evaluate)
 app.command("inspect")(inspect.inspect)
 
 
