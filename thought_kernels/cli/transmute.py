@@ -14,10 +14,10 @@ from thought_kernels.transmute.transmute import transmute as run_transmute
 _DEFAULTS = {name: parameter.default for name, parameter in inspect.signature(run_transmute).parameters.items()}
 
 
-def _help(name: str, text: str) -> str:
-    """The option's help with transmute's own default, so that the two cannot drift apart."""
+def _help(name: str, text: str, none: str = "all") -> str:
+    """The option's help with transmute's own default, so that the two cannot drift apart; `none` says what None is."""
     default = _DEFAULTS[name]
-    shown = ",".join(default) if isinstance(default, tuple) else "all" if default is None else str(default)
+    shown = ",".join(default) if isinstance(default, tuple) else none if default is None else str(default)
     return f"{text} (default {shown})"
 
 
@@ -44,7 +44,7 @@ def transmute(
     ] = None,
     pairing: Annotated[str | None, typer.Option(help=_help("pairing", "two_pass, layerwise or sequential."))] = None,
     estimator: Annotated[
-        str | None, typer.Option(help=_help("estimator", "mean, exact, ridge, second_order or affine."))
+        str | None, typer.Option(help=_help("estimator", "mean, exact, ridge, second_order or affine.", "ridge"))
     ] = None,
     normalization: Annotated[
         str | None, typer.Option(help=_help("normalization", "none, norm or squared_norm."))
@@ -53,13 +53,24 @@ def transmute(
         str | None, typer.Option(help=_help("scale", "A number, one per site: mlp=0.5,residual=0.1, or auto."))
     ] = None,
     ridge: Annotated[
-        str | None, typer.Option(help=_help("ridge", "In units of the Gram's mean eigenvalue, or auto."))
+        str | None,
+        typer.Option(
+            help=_help("ridge", "In units of the Gram's mean eigenvalue, or auto.", "0.01 with substitutions, else 0.1")
+        ),
+    ] = None,
+    substitutions: Annotated[
+        int | None,
+        typer.Option(
+            help=_help("substitutions", "Copies of each example with other words.", "8, 0 with --estimator or --ridge")
+        ),
     ] = None,
     tokens: Annotated[str | None, typer.Option(help=_help("tokens", "Which tokens are summed, all or answer."))] = None,
     header_weight: Annotated[
         float | None, typer.Option(help=_help("header_weight", "Weight of the header's rows."))
     ] = None,
-    seed: Annotated[int | None, typer.Option(help=_help("seed", "Of the examples that auto holds back."))] = None,
+    seed: Annotated[
+        int | None, typer.Option(help=_help("seed", "Of the substitutes and of what auto holds back."))
+    ] = None,
     separator: options.Separator = options.DEFAULT_SEPARATOR,
     batch_size: Annotated[int | None, typer.Option(help=_help("batch_size", "Examples at a time."))] = None,
     max_new_tokens: Annotated[
@@ -84,8 +95,8 @@ def transmute(
         "layers": None if layers is None else read_layers(layers), "sites": site and tuple(options.listed(site)),
         "pairing": pairing, "estimator": estimator, "normalization": normalization,
         "scale": None if scale is None else read_scale(scale), "ridge": None if ridge is None else read_ridge(ridge),
-        "tokens": tokens, "header_weight": header_weight, "seed": seed, "batch_size": batch_size,
-        "max_new_tokens": max_new_tokens,
+        "tokens": tokens, "header_weight": header_weight, "substitutions": substitutions, "seed": seed,
+        "batch_size": batch_size, "max_new_tokens": max_new_tokens,
     })  # fmt: skip
     settings = _recipe(recipe, options.pairs({"c1": c1, "c2": c2, "steps": steps})) | given
     loaded = [*(load_examples(examples) if examples is not None else []), *(example or [])]

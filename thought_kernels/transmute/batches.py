@@ -22,7 +22,8 @@ class Batch:
     Attributes:
         tokens: ids of e, [B, T].
         lengths: real tokens per row, [B].
-        weights: w_i, 1/n_e at the tokens of e that are summed and 0 elsewhere, [B, T] (theory §5).
+        weights: w_i, share/n_e at the tokens of e that are summed and 0 elsewhere, [B, T]; the share of a user's
+            example is 1 (theory §5).
         examples: each row's place in the user's list of examples, for messages.
     """
 
@@ -41,8 +42,9 @@ class Group:
     batches: tuple[Batch, ...]
 
     @property
-    def examples(self) -> int:
-        return sum(len(batch.tokens) for batch in self.batches)
+    def weight(self) -> float:
+        """Total weight of the examples, which is their number where none has copies."""
+        return sum(float(batch.weights.sum()) for batch in self.batches)
 
     def positions(self, length: int) -> Tensor:
         """Positions of e's tokens in the full prompt [H, I, e], [1, T]. The stream without context uses them too."""
@@ -90,7 +92,7 @@ def _batches(
             length = len(example.tokens)
             first = example.answer_start if tokens == "answer" else 0
             ids[row, :length] = torch.as_tensor(example.tokens)
-            weights[row, first:length] = 1 / (length - first)
+            weights[row, first:length] = example.share / (length - first)
         lengths = torch.tensor([len(example.tokens) for _, example in rows])
         yield Batch(ids, lengths, weights, tuple(number for number, _ in rows))
         start = stop

@@ -17,6 +17,7 @@ from thought_kernels.transmute.pairing import MEMORY_BUDGET, PAIRINGS, Run, pass
 from thought_kernels.transmute.patch import ThoughtPatch
 from thought_kernels.transmute.prompt import EncodedExample
 from thought_kernels.transmute.site import MATRIX_SITES, SitePatch
+from thought_kernels.transmute.substitution import with_substitutions
 
 log = logging.getLogger(__name__)
 
@@ -34,6 +35,9 @@ class Recipe:
     header_weight: float
     batch_size: int
     memory_budget: int = MEMORY_BUDGET
+    substitutions: int = 0
+    substitutes: Sequence[int] = ()
+    seed: int = 0
 
     @property
     def solved_once(self) -> bool:
@@ -48,6 +52,7 @@ class Recipe:
             "pairing": self.pairing,
             "tokens": self.tokens,
             "header_weight": self.header_weight,
+            "substitutions": self.substitutions,
         }
 
 
@@ -118,6 +123,7 @@ class _Fitting:
 
     def accumulate(self, examples: Sequence[EncodedExample], progress: bool) -> None:
         recipe = self._recipe
+        examples = with_substitutions(examples, recipe.substitutions, recipe.substitutes, recipe.seed)
         groups = group_examples(examples, recipe.batch_size, recipe.tokens, self._dtype)
         log.info("%s", _memory(self._decoder, recipe, self._dtype))
         blocks = max(recipe.layers) + 1

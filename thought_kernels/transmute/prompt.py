@@ -47,6 +47,7 @@ class EncodedExample(NamedTuple):
         tokens: e, the ids after it, up to and with the completion's end-of-turn token, or the generation prompt.
         answer_start: index in `tokens` of the completion's first token; len(tokens) without a completion.
         number: place in the user's list of examples, 0-based, for messages; None if unknown.
+        share: total weight of its tokens; an example of the user's has 1.
     """
 
     header: list[int]
@@ -54,6 +55,7 @@ class EncodedExample(NamedTuple):
     tokens: list[int]
     answer_start: int
     number: int | None = None
+    share: float = 1.0
 
 
 class ExplainedToken(NamedTuple):

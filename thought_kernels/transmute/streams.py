@@ -137,7 +137,7 @@ def observe_header(
     if not group.header or run.header_weight == 0:
         return
     wide = torch.promote_types(x.dtype, torch.float32)
-    weights = torch.full(x.shape[:2], run.header_weight * group.examples / len(group.header), dtype=wide)
+    weights = torch.full(x.shape[:2], run.header_weight * group.weight / len(group.header), dtype=wide)
     if "attention" in stage:
         run.update(block, "attention", torch.zeros_like(o, dtype=wide), o, weights)
     if "mlp" in stage:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 import operator
 from collections.abc import Iterable, Mapping
@@ -22,8 +21,11 @@ from thought_kernels.transmute.patch import ThoughtPatch
 from thought_kernels.transmute.prompt import EncodedExample, Instruction, encode, load_examples
 from thought_kernels.transmute.selection import AUTO, check_choosable, choose
 from thought_kernels.transmute.site import SITES
+from thought_kernels.transmute.substitution import SUBSTITUTIONS, checked_substitutes, word_tokens
 
 TOKENS = ("all", "answer")
+# docs/recipes.md has the table these were read off.
+RIDGE, RIDGE_WITH_SUBSTITUTIONS = 0.1, 0.01
 
 
 @torch.no_grad()
@@ -36,10 +38,12 @@ def transmute(
     layers: Iterable[int] | None = None,
     sites: Iterable[str] = ("attention", "mlp"),
     pairing: str = "sequential",
-    estimator: str = "ridge",
+    estimator: str | None = None,
     normalization: str = "none",
     scale: float | Mapping[str, float] | str = 1.0,
-    ridge: float | str = 0.1,
+    ridge: float | str | None = None,
+    substitutions: int | None = None,
+    substitutes: Iterable[int] | None = None,
     tokens: str = "all",
     header_weight: float = 0.0,
     separator: str = "\n",
@@ -67,12 +71,18 @@ def transmute(
         sites: of "attention", "mlp", "residual". With "attention" and another, the other is fitted after the same
             block's attention patch is applied: "mlp" then mends what "attention" left.
         pairing: "two_pass", "layerwise" or "sequential", see transmute/pairing.py.
-        estimator: "mean", "exact", "ridge", "second_order" or "affine", see estimators.solve.
+        estimator: "mean", "exact", "ridge", "second_order" or "affine", see estimators.solve; None is "ridge".
         normalization: ν, "none", "norm" (‖a‖) or "squared_norm" (‖a‖²).
         scale: λ, one number or one per site; "mean" needs it tuned, the others are made for 1. "auto" chooses it by
             the KL to the prompted model on a quarter of the examples, held back and then fitted with the others; that
             needs four examples or more and at most six further fits on 64 examples, see transmute/selection.py.
-        ridge: ε, in units of Z's mean eigenvalue; "auto" chooses it in the same way, before the scale, from five.
+        ridge: ε, in units of Z's mean eigenvalue; "auto" chooses it in the same way, before the scale, from five. None
+            is 0.01 with substitutions and 0.1 without.
+        substitutions: copies of each example in which the words are replaced by others, so that the patch learns the
+            instruction and not the examples' words, see transmute/substitution.py. None is 8, which is the recommended
+            recipe, where neither estimator nor ridge is named, and 0 where one of them is: the sums are then those of
+            the examples alone.
+        substitutes: token ids that the copies' words are drawn from, None for all words of the tokenizer's vocabulary.
         tokens: which tokens of e are summed, "all" or "answer" (the completion with its end-of-turn token).
         header_weight: H's rows join the fit with δ = 0 and this total weight, one example's own being 1; it keeps the
             patch from moving the keys that e sees in H. 0 leaves them out.
@@ -82,7 +92,7 @@ def transmute(
             between blocks, for all examples: first on the model's device and, where that is not the CPU, as many bytes
             again in CPU memory; what is left over lies in a temporary file. The others need none of it.
         max_new_tokens: longest completion that is generated.
-        seed: of the examples that "auto" holds back; nothing else is random.
+        seed: of the substitutes and of the examples that "auto" holds back; nothing else is random.
         progress: show a progress bar on stderr.
 
     Returns:
@@ -98,6 +108,13 @@ def transmute(
         and the header's rows are ours.
     """
     decoder = describe(model)
+    if substitutions is None:
+        substitutions = SUBSTITUTIONS if estimator is None and ridge is None else 0
+    else:
+        substitutions = _count("substitutions", substitutions, at_least=0)
+    usual_ridge = RIDGE_WITH_SUBSTITUTIONS if substitutions else RIDGE
+    estimator = "ridge" if estimator is None else estimator
+    ridge = usual_ridge if ridge is None else ridge
     chosen_layers, chosen_sites = _layers(layers, len(decoder.blocks)), _sites(sites)
     for name, value, known in (
         ("pairing", pairing, PAIRINGS),
@@ -116,6 +133,8 @@ def transmute(
     recipe = Recipe(
         layers=chosen_layers, sites=chosen_sites, pairing=pairing, estimator=estimator, normalization=normalization,
         tokens=tokens, header_weight=header_weight, batch_size=batch_size, memory_budget=memory_budget,
+        substitutions=substitutions, seed=seed,
+        substitutes=_substitutes(tokenizer, decoder, substitutions, substitutes),
     )  # fmt: skip
     loaded = load_examples(examples)
     if scales is None or epsilon is None:
@@ -142,11 +161,12 @@ def transmute(
         "num_hidden_layers": len(decoder.blocks),
         "examples": len(encoded),
         "generated_completions": generated,
+        "substitutes": None if substitutes is None else list(recipe.substitutes),
+        "seed": seed,
     }
     if scales is None or epsilon is None:
-        usual = inspect.signature(transmute).parameters["ridge"].default
         choice = choose(
-            model, decoder, recipe, encoded, scale=scales, ridge=epsilon, usual_ridge=usual, seed=seed,
+            model, decoder, recipe, encoded, scale=scales, ridge=epsilon, usual_ridge=usual_ridge, seed=seed,
             progress=progress,
         )  # fmt: skip
         setting = choice.setting
@@ -195,14 +215,23 @@ def _number(name: str, value: Any) -> float:
     return float(value)
 
 
-def _count(name: str, value: Any) -> int:
+def _count(name: str, value: Any, *, at_least: int = 1) -> int:
     try:
         count = operator.index(value)
     except TypeError:
         raise TypeError(f"transmute: {name} must be an integer, got {value!r}") from None
-    if count < 1:
-        raise ValueError(f"transmute: {name} must be at least 1, got {count}")
+    if count < at_least:
+        raise ValueError(f"transmute: {name} must be at least {at_least}, got {count}")
     return count
+
+
+def _substitutes(
+    tokenizer: Any, decoder: Decoder, substitutions: int, substitutes: Iterable[int] | None
+) -> tuple[int, ...]:
+    vocabulary = decoder.config.vocab_size
+    if substitutes is not None:
+        return tuple(checked_substitutes(substitutes, vocabulary))
+    return tuple(index for index in word_tokens(tokenizer) if index < vocabulary) if substitutions else ()
 
 
 def _choice(name: str, value: str, known: Iterable[str]) -> None:

@@ -1,0 +1,109 @@
+"""Copies of examples with other words in place of theirs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from models import tiny_gemma3
+from transformers import AutoTokenizer
+
+import thought_kernels as tk
+from thought_kernels.demo import CHECKPOINT
+from thought_kernels.transmute.prompt import EncodedExample
+from thought_kernels.transmute.substitution import COPIES_SHARE, with_substitutions, word_tokens
+
+EXAMPLES = [EncodedExample([1], [2], tokens, 3) for tokens in ([10, 11, 10, 12, 9], [10, 13, 14, 9], [10, 15, 9, 15])]
+POOL = list(range(100, 120))
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Any:
+    return AutoTokenizer.from_pretrained(CHECKPOINT)
+
+
+def test_copies_replace_what_varies_and_nothing_else() -> None:
+    found = with_substitutions(EXAMPLES, 4, POOL, seed=0)
+    assert found[:3] == EXAMPLES and len(found) == 3 + 3 * 4
+    for index, copy in enumerate(found[3:]):
+        original = EXAMPLES[index // 4]
+        assert copy._replace(tokens=[], share=1.0) == original._replace(tokens=[])
+        seen: dict[int, int] = {}
+        for old, new in zip(original.tokens, copy.tokens, strict=True):
+            if old in (9, 10):  # in every example
+                assert new == old
+            else:
+                assert new in POOL and seen.setdefault(old, new) == new
+        assert len(set(seen.values())) == len(seen)
+    assert sum(copy.share for copy in found[3:7]) == pytest.approx(COPIES_SHARE)
+    assert len({tuple(copy.tokens) for copy in found[3:7]}) == 4
+
+
+def test_neither_the_order_of_the_examples_nor_other_seeds_matter_to_a_copy() -> None:
+    def copies(examples: list[EncodedExample], seed: int) -> set[tuple[int, ...]]:
+        return {tuple(copy.tokens) for copy in with_substitutions(examples, 3, POOL, seed)}
+
+    assert copies(EXAMPLES, 0) == copies(EXAMPLES[::-1], 0) != copies(EXAMPLES, 1)
+
+
+@pytest.mark.parametrize("examples", [EXAMPLES[:1], [EXAMPLES[0]] * 3])
+def test_examples_that_do_not_differ_have_no_copies(examples: list[EncodedExample]) -> None:
+    assert with_substitutions(examples, 4, POOL, 0) == examples
+
+
+def test_a_small_pool_is_drawn_from_more_than_once_and_an_empty_one_not_at_all() -> None:
+    (copy,) = [c for c in with_substitutions(EXAMPLES, 1, [100, 9], 0)[3:] if len(c.tokens) == 5]
+    assert copy.tokens == [10, 100, 10, 100, 9]
+    assert with_substitutions(EXAMPLES, 1, [9, 10], 0) == EXAMPLES
+
+
+def test_words_of_a_vocabulary(tokenizer: Any) -> None:
+    texts = [text.strip() for text in tokenizer.batch_decode([[index] for index in word_tokens(tokenizer)])]
+    assert {"maison", "garden", "odd"} <= set(texts)
+    assert not {"a", "5", "+", "<end_of_turn>", "<bos>"} & set(texts)
+
+
+def test_the_recommended_recipe_has_copies_and_a_named_estimator_none(tokenizer: Any) -> None:
+    model = tiny_gemma3(vocab_size=len(tokenizer), dtype=torch.float64)
+    texts = ["1 2 3", "4 5 6", "0 9 8"]
+    examples = [{"prompt": text, "completion": text} for text in texts]
+
+    def rows(**options: Any) -> int:
+        patch = tk.transmute(model, tokenizer, "Sum the numbers", examples, **options)
+        assert patch.provenance["substitutions"] == options.get("substitutions", 8 if not options else 0)
+        return patch.entries[0, "attention"].fit.rows
+
+    plain = rows(estimator="ridge")
+    assert rows() == 9 * plain
+    assert rows(ridge=0.3) == plain
+    assert rows(ridge=0.3, substitutions=2) == 3 * plain
+    assert rows(substitutions=0) == plain
+
+
+def test_substitutes_are_drawn_from_the_ids_given(tokenizer: Any) -> None:
+    model = tiny_gemma3(vocab_size=len(tokenizer), dtype=torch.float64)
+    examples = [{"prompt": text, "completion": text} for text in ("1 2 3", "4 5 6")]
+
+    def patch(**options: Any) -> torch.Tensor:
+        found = tk.transmute(model, tokenizer, "Sum the numbers", examples, layers=[0], **options)
+        return found.matrix(0, "attention")
+
+    words = word_tokens(tokenizer)
+    assert torch.equal(patch(), patch(substitutes=words))
+    assert not torch.equal(patch(), patch(substitutes=words[:20]))
+    assert not torch.equal(patch(), patch(seed=1))
+    assert torch.equal(patch(), patch(batch_size=32))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"substitutions": -1}, "transmute: substitutions must be at least 0, got -1"),
+        ({"substitutes": [5, 100000]}, "transmute: substitutes must be ids below .*, got 100000"),
+    ],
+)
+def test_bad_options_are_refused(tokenizer: Any, options: dict[str, Any], message: str) -> None:
+    model = tiny_gemma3(vocab_size=len(tokenizer))
+    with pytest.raises(ValueError, match=message):
+        tk.transmute(model, tokenizer, "Sum the numbers", ["1 2 3", "4 5 6"], **options)

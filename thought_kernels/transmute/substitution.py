@@ -1,0 +1,82 @@
+"""Copies of the examples with other words in place of theirs, so that a patch learns the instruction, not the words.
+
+A few examples hold a few symbols or words, and a patch fitted to them answers to these: on inputs of other words its
+matrices meet directions of activation space in which nothing told them what to do. Here the model itself fills them in.
+In every copy of an example each token that varies between examples is replaced by another one, the same wherever it
+occurs in the copy, in the completion too; tokens that all examples share, the chat's turns and the answer's form, stay.
+The prompted model reads the copy, and its activations with and without the instruction are rows like any others. No
+label is needed, and it does not matter that a copy's answer may be wrong: what is fitted is the change that the
+instruction makes, not the answer.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from thought_kernels.transmute.prompt import EncodedExample
+
+SUBSTITUTIONS = 8
+# What all copies of an example weigh together, the example itself weighing 1.
+COPIES_SHARE = 2.0
+_SHORTEST_WORD = 3
+
+
+def word_tokens(tokenizer: Any) -> list[int]:
+    """Ids of tokens that are words or long pieces of words: three or more letters, perhaps after a space.
+
+    Every id but the special ones where the tokenizer has no such token.
+    """
+    special = set(tokenizer.all_special_ids)
+    ids = [index for index in range(len(tokenizer)) if index not in special]
+    texts = tokenizer.batch_decode([[index] for index in ids])
+    found = zip(ids, (text.strip() for text in texts), strict=True)
+    return [index for index, text in found if text.isalpha() and len(text) >= _SHORTEST_WORD] or ids
+
+
+def with_substitutions(
+    examples: Sequence[EncodedExample], copies: int, substitutes: Sequence[int], seed: int
+) -> list[EncodedExample]:
+    """The examples, followed by copies of each with other tokens in place of those that vary between examples.
+
+    The draw for a copy depends on the seed, the example's own tokens and the copy's number only, so that neither the
+    order of the examples nor the batch size matters. Examples that do not differ have no copies: nothing varies.
+
+    Args:
+        examples: aligned examples.
+        copies: of each example; 0 for none.
+        substitutes: token ids to draw from; those that all examples share are not drawn. Two tokens of a copy get the
+            same substitute only where there are fewer of them than of its tokens.
+        seed: of the draw.
+
+    Returns:
+        EncodedExamples. The originals keep their share; the copies of one share COPIES_SHARE times its own.
+    """
+    shared = set.intersection(*(set(example.tokens) for example in examples))
+    pool = sorted(set(substitutes) - shared)
+    found = list(examples)
+    for example in examples:
+        varying = sorted(set(example.tokens) - shared)
+        if not varying or not pool:
+            continue
+        for number in range(copies):
+            rng = random.Random(f"{seed} {number} {example.tokens}")
+            enough = len(varying) <= len(pool)
+            drawn = rng.sample(pool, len(varying)) if enough else rng.choices(pool, k=len(varying))
+            new = dict(zip(varying, drawn, strict=True))
+            tokens = [new.get(token, token) for token in example.tokens]
+            found.append(example._replace(tokens=tokens, share=example.share * COPIES_SHARE / copies))
+    return found
+
+
+def checked_substitutes(substitutes: Iterable[int], vocabulary: int) -> list[int]:
+    """The ids as a list; raises unless each is one of the model's."""
+    ids = list(substitutes)
+    wrong = [index for index in ids if isinstance(index, bool) or not isinstance(index, int)]
+    if wrong:
+        raise TypeError(f"transmute: substitutes must be token ids, got {wrong[0]!r}")
+    if not all(0 <= index < vocabulary for index in ids):
+        outside = next(index for index in ids if not 0 <= index < vocabulary)
+        raise ValueError(f"transmute: substitutes must be ids below {vocabulary}, got {outside}")
+    return ids
