@@ -1,11 +1,12 @@
 """Which recipe: the table that transmute's defaults were read off.
 
-    python benchmarks/recipes.py [--model DIR] [--tasks a,b,...] [--examples 32] [--output results/recipes.csv]
+    python benchmarks/recipes.py [--model DIR] [--tasks a,b,...] [--examples 32] [--final] [--output FILE.csv]
 
 Every row of the grid is fitted on development instructions only, never on tasks.RESERVED_FOR_FINAL_STUDY, and judged
 twice: on fresh inputs of the examples' range, and outside it, on inputs none of whose numbers or words any example
-held. Neither uses the inputs held out from training, which the demonstration reports on. Rows are written as they are
-finished, and a run that was stopped goes on where it was.
+held, nor any of its copies: substitutes are drawn from other words. Neither uses the inputs held out from training,
+which the demonstration reports on. `--final` is the report on the reserved instructions, of a few rows of the grid, on
+inputs held out from training. Rows are written as they are finished, and a run that was stopped goes on where it was.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import argparse
 import csv
 import itertools
+import json
 import random
 import time
 from collections.abc import Iterator
@@ -26,47 +28,76 @@ from thought_kernels.demo import CHECKPOINT
 from thought_kernels.demo.tasks import RESERVED_FOR_FINAL_STUDY, TASKS, Task, held_out, inputs, split_by_symbols
 from thought_kernels.evaluate.trial import Trial
 from thought_kernels.models.load import load
+from thought_kernels.transmute.substitution import word_tokens
 
-RESULTS = Path(__file__).parent / "results" / "recipes.csv"
-COLUMNS = ("task", "recipe", "examples", "seed", "base", "prompted", "patched", "recovered", "recovered_values",
-           "prompted_outside", "patched_outside", "seconds")  # fmt: skip
+RESULTS = Path(__file__).parent / "results"
+COLUMNS = ("model", "task", "recipe", "examples", "seed", "base", "prompted", "patched", "recovered",
+           "recovered_values", "prompted_outside", "patched_outside", "seconds")  # fmt: skip
+PAPER_C1 = (0.015, 1.5, 5.0, 15.0)
+FINAL = ("default", "no copies", "affine", "affine, no copies", *(f"paper, c1 {c1}" for c1 in PAPER_C1))
 
 Options = dict[str, Any]
 
 
-def recipes() -> Iterator[tuple[str, Options]]:
-    """The default and changes to it."""
+def recipes(blocks: int) -> Iterator[tuple[str, Options]]:
+    """The default and changes to it; "no copies" and the rows after it have the ridge that is best without copies."""
+    ridge: Options = {"estimator": "ridge", "ridge": 0.01, "substitutions": 8}
     yield "default", {}
+    for copies in (2, 4, 16):
+        yield f"{copies} copies", ridge | {"substitutions": copies}
+    for epsilon in (0.001, 0.003, 0.03, 0.1):
+        yield f"ridge {epsilon}", ridge | {"ridge": epsilon}
+    yield "exact", ridge | {"estimator": "exact"}
+    for epsilon in (0.01, 0.1):
+        yield (
+            "affine" if epsilon == 0.1 else f"affine, ridge {epsilon}",
+            ridge | {"estimator": "affine", "ridge": epsilon},
+        )
     yield "attention alone", {"sites": ("attention",)}
-    yield "mlp and residual", {"sites": ("mlp", "residual")}
     yield "attention, mlp and residual", {"sites": ("attention", "mlp", "residual")}
-    yield "affine", {"estimator": "affine"}
-    yield "exact", {"estimator": "exact"}
-    yield "squared_norm", {"normalization": "squared_norm"}
-    yield "norm", {"normalization": "norm"}
-    for ridge in (0.01, 0.03, 0.3, 1.0):
-        yield f"ridge {ridge}", {"ridge": ridge}
+    yield "mlp and residual", {"sites": ("mlp", "residual")}
     yield "layerwise", {"pairing": "layerwise"}
     yield "two_pass", {"pairing": "two_pass"}
-    yield "mlp and residual, two_pass", {"sites": ("mlp", "residual"), "pairing": "two_pass"}
+    yield "norm", {"normalization": "norm"}
+    yield "squared_norm", {"normalization": "squared_norm"}
     yield "header_weight 0.1", {"header_weight": 0.1}
-    yield "layerwise, header_weight 0.1", {"pairing": "layerwise", "header_weight": 0.1}
     yield "answer tokens", {"tokens": "answer"}
-    yield "blocks 0-2", {"layers": [0, 1, 2]}
-    yield "blocks 3-5", {"layers": [3, 4, 5]}
+    yield "first half of the blocks", {"layers": range(blocks // 2)}
+    yield "second half of the blocks", {"layers": range(blocks // 2, blocks)}
+    for rank in (4, 8, 16):
+        yield f"rank {rank}", {"rank": rank}
+    yield "no copies", {"substitutions": 0, "ridge": 0.1}
+    for epsilon in (0.01, 0.03, 0.3, 1.0):
+        yield f"ridge {epsilon}, no copies", {"substitutions": 0, "ridge": epsilon}
+    yield "exact, no copies", {"estimator": "exact"}
+    yield "affine, no copies", {"estimator": "affine"}
+    yield "attention alone, no copies", {"ridge": 0.1, "sites": ("attention",)}
+    yield "layerwise, no copies", {"ridge": 0.1, "pairing": "layerwise"}
+    yield "two_pass, no copies", {"ridge": 0.1, "pairing": "two_pass"}
+    yield "header_weight 0.1, no copies", {"ridge": 0.1, "header_weight": 0.1}
+    layers = range(10 * blocks // 26, 20 * blocks // 26)  # the depths of the paper's
+    for c1 in PAPER_C1:
+        yield f"paper, c1 {c1}", tk.paper_recipe(c1=c1, layers=layers)
 
 
 class Bench:
     """One task's examples and trials, inside and outside, made once for all recipes."""
 
-    def __init__(self, model: Any, tokenizer: Any, task: Task, examples: int, seed: int) -> None:
+    def __init__(
+        self, model: Any, tokenizer: Any, task: Task, examples: int, seed: int, *, on_held_out: bool = False
+    ) -> None:
         rng = random.Random(f"recipes {seed} {task.name}")
         every, (near, far) = inputs(task), split_by_symbols(task)
         seen = [text for text in every if not held_out(text)]
         self.inside = rng.sample(seen, examples)
-        fresh = rng.sample(sorted(set(seen) - set(self.inside)), 256)
+        fresh = [text for text in every if held_out(text)] if on_held_out else sorted(set(seen) - set(self.inside))
+        fresh = rng.sample(fresh, 256)
         self.outside = rng.sample(near, examples)
-        far = [text for text in far if not held_out(text)]
+        unseen = set().union(*tokenizer(far, add_special_tokens=False).input_ids)
+        unseen -= set().union(*tokenizer(near, add_special_tokens=False).input_ids)
+        unseen |= {i for text in far for i in tokenizer(task.answer(text), add_special_tokens=False).input_ids}
+        self.other_words = [index for index in word_tokens(tokenizer) if index not in unseen]
+        far = far if on_held_out else [text for text in far if not held_out(text)]
         far = rng.sample(far, min(128, len(far)))
         options: Options = {"max_new_tokens": 20}
         answers = [[task.answer(text) for text in texts] for texts in (fresh, far)]
@@ -75,9 +106,16 @@ class Bench:
 
     def row(self, model: Any, tokenizer: Any, task: Task, recipe: Options) -> Options:
         start = time.monotonic()
-        with tk.transmute(model, tokenizer, task.instruction, self.inside, **recipe).applied(model):
+        recipe = dict(recipe)
+        rank = recipe.pop("rank", None)
+
+        def patch(examples: list[str], **more: Any) -> tk.ThoughtPatch:
+            found = tk.transmute(model, tokenizer, task.instruction, examples, **recipe, **more)
+            return found if rank is None else found.truncate(rank)
+
+        with patch(self.inside).applied(model):
             score = self.fresh.score(model)
-        with tk.transmute(model, tokenizer, task.instruction, self.outside, **recipe).applied(model):
+        with patch(self.outside, substitutes=self.other_words).applied(model):
             outside, _ = self.far.answer(model)
         return {
             "base": self.fresh.base, "prompted": self.fresh.prompted, "patched": score.accuracy,
@@ -113,39 +151,48 @@ def main() -> None:
     parser.add_argument("--recipes", help="only recipes whose name contains this")
     parser.add_argument("--examples", type=int, default=32)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1], help="of the examples and inputs")
-    parser.add_argument("--output", type=Path, default=RESULTS)
+    parser.add_argument("--final", action="store_true", help="report on the reserved instructions")
+    parser.add_argument("--output", type=Path)
     args = parser.parse_args()
-    names = args.tasks.split(",") if args.tasks else [name for name in TASKS if name not in RESERVED_FOR_FINAL_STUDY]
-    if reserved := set(names) & set(RESERVED_FOR_FINAL_STUDY):
+    names = [name for name in TASKS if (name in RESERVED_FOR_FINAL_STUDY) == args.final]
+    names = args.tasks.split(",") if args.tasks else names
+    if not args.final and (reserved := set(names) & set(RESERVED_FOR_FINAL_STUDY)):
         parser.error(f"{sorted(reserved)} are reserved: nothing may be chosen on them")
+    output = args.output or RESULTS / ("recipes_final.csv" if args.final else "recipes.csv")
     done: list[Options] = []
-    if args.output.exists():
-        with args.output.open(newline="") as file:
+    if output.exists():
+        with output.open(newline="") as file:
             done = list(csv.DictReader(file))
-    seen = {(row["task"], row["recipe"], row["examples"], row["seed"]) for row in done}
-    wanted = [(label, options) for label, options in recipes() if not args.recipes or args.recipes in label]
+    seen = {tuple(row[name] for name in COLUMNS[:5]) for row in done}
     model, tokenizer = load(args.model)
-    args.output.parent.mkdir(parents=True, exist_ok=True)
+    settings = json.loads((args.model / "training.json").read_text())["settings"]
+    shown = f"{settings['shape']}, seed {settings['seed']}"
+    wanted = [
+        (label, options)
+        for label, options in recipes(model.config.num_hidden_layers)
+        if (label in FINAL or not args.final) and (not args.recipes or args.recipes in label)
+    ]
+    output.parent.mkdir(parents=True, exist_ok=True)
     total = len(names) * len(wanted) * len(args.seeds)
-    with args.output.open("a", newline="") as file, tqdm(total=total) as bar:
+    with output.open("a", newline="") as file, tqdm(total=total) as bar:
         writer = csv.DictWriter(file, COLUMNS)
         if not done:
             writer.writeheader()
-        benches: dict[tuple[str, int], Bench] = {}
-        for (label, options), seed, name in itertools.product(wanted, args.seeds, names):
-            task = TASKS[name]
-            bar.set_description(f"{name} {label}")
-            bar.update()
-            key = {"task": name, "recipe": label, "examples": str(args.examples), "seed": str(seed)}
-            if tuple(key.values()) in seen:
-                continue
-            if (name, seed) not in benches:
-                benches[name, seed] = Bench(model, tokenizer, task, args.examples, seed)
-            row = key | benches[name, seed].row(model, tokenizer, task, options)
-            writer.writerow(row)
-            file.flush()
-            done.append(row)
-    print("\n".join(summary([row for row in done if row["task"] in names])))
+        for seed, name in itertools.product(args.seeds, names):
+            bench, task = None, TASKS[name]
+            for label, options in wanted:
+                bar.set_description(f"{name} {label}")
+                bar.update()
+                key = {"model": shown, "task": name, "recipe": label, "examples": str(args.examples), "seed": str(seed)}
+                if tuple(key.values()) in seen:
+                    continue
+                bench = bench or Bench(model, tokenizer, task, args.examples, seed, on_held_out=args.final)
+                row = key | bench.row(model, tokenizer, task, options)
+                writer.writerow(row)
+                file.flush()
+                done.append(row)
+    mine = [row for row in done if row["model"] == shown and row["examples"] == str(args.examples)]
+    print("\n".join(summary([row for row in mine if row["task"] in names])))
 
 
 if __name__ == "__main__":
