@@ -16,12 +16,13 @@ from typer.testing import CliRunner
 import thought_kernels as tk
 from thought_kernels.cli import app
 from thought_kernels.cli.demo import show, write_json
-from thought_kernels.demo import CHECKPOINT, curves
-from thought_kernels.demo.curves import curve_points, default_steps, paper_layers, paper_steps
+from thought_kernels.demo import CHECKPOINT
+from thought_kernels.demo.curves import curve_points
 from thought_kernels.demo.demo import DemoReport, Row, run_demo
 from thought_kernels.demo.picture import draw
 from thought_kernels.demo.tasks import RESERVED_FOR_FINAL_STUDY, TASKS, held_out, inputs, split_by_symbols
 from thought_kernels.demo.tokenizer import build_tokenizer
+from thought_kernels.evaluate.curves import default_steps, paper_layers, paper_patch, paper_steps
 from thought_kernels.evaluate.trial import Trial
 
 TOKENIZER = build_tokenizer()
@@ -100,11 +101,11 @@ def test_curves_hold_every_point(report: DemoReport) -> None:
 
 def test_pieces_of_the_paper_s_recipe_add_up(model: Any) -> None:
     examples = [{"prompt": text, "completion": TASKS["sum"].answer(text)} for text in ("1 2 3", "4 5 6", "7 8 9")]
-    parts = [curves._paper_patch(model, TOKENIZER, TASKS["sum"], piece, 0.3) for piece in (examples[:1], examples[1:])]
-    whole = curves._paper_patch(model, TOKENIZER, TASKS["sum"], examples, 0.3)
+    parts = [paper_patch(model, TOKENIZER, "Sum the numbers", piece, 0.3) for piece in (examples[:1], examples[1:])]
+    whole = paper_patch(model, TOKENIZER, "Sum the numbers", examples, 0.3)
     (layer,) = whole.layers
     torch.testing.assert_close((parts[0] + parts[1]).matrix(layer, "mlp"), whole.matrix(layer, "mlp"))
-    tripled = curves._paper_patch(model, TOKENIZER, TASKS["sum"], examples, 0.9)
+    tripled = paper_patch(model, TOKENIZER, "Sum the numbers", examples, 0.9)
     torch.testing.assert_close((3 * whole).matrix(layer, "mlp"), tripled.matrix(layer, "mlp"))
 
 

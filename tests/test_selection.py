@@ -64,26 +64,27 @@ def test_equal_examples_are_split_too() -> None:
 
 @pytest.mark.parametrize("pairing", ["sequential", "two_pass"])
 def test_the_chosen_values_are_fitted_on_all_examples(model: Any, pairing: str) -> None:
-    patch = tk.transmute(model, TOKENIZER, "Sum now", EXAMPLES, pairing=pairing, scale="auto", ridge="auto", seed=2)
+    options = {"pairing": pairing, "substitutions": 1, "seed": 2}
+    patch = tk.transmute(model, TOKENIZER, "Sum now", EXAMPLES, scale="auto", ridge="auto", **options)
     record = patch.provenance["selection"]
     assert record["chosen"] == ["ridge", "scale"] and record["seed"] == 2
     assert record["fitted_on"] + record["validated_on"] == len(EXAMPLES) == patch.provenance["examples"]
     table = record["table"]
     assert len(table) == len(selection.RIDGES) + len(selection.SCALES)
-    assert [row["ridge"] for row in table[:5]] == list(selection.RIDGES)
+    assert [row["ridge"] for row in table[:6]] == list(selection.RIDGES)
     ridge, scale = patch.provenance["ridge"], patch.provenance["scale"]
-    assert {row["ridge"] for row in table[5:]} == {ridge}
-    assert any(row["scale"] == scale for row in table[5:])
-    plain = tk.transmute(model, TOKENIZER, "Sum now", EXAMPLES, pairing=pairing, scale=scale, ridge=ridge)
+    assert {row["ridge"] for row in table[6:]} == {ridge}
+    assert any(row["scale"] == scale for row in table[6:])
+    plain = tk.transmute(model, TOKENIZER, "Sum now", EXAMPLES, scale=scale, ridge=ridge, **options)
     for layer, site in plain.entries:
         assert torch.equal(plain.matrix(layer, site), patch.matrix(layer, site))
-    again = tk.transmute(model, TOKENIZER, "Sum now", EXAMPLES, pairing=pairing, scale="auto", ridge="auto", seed=2)
+    again = tk.transmute(model, TOKENIZER, "Sum now", EXAMPLES, scale="auto", ridge="auto", **options)
     assert again.provenance["selection"] == record
 
 
 def test_the_table_is_the_divergence_written_out(model: Any) -> None:
     """One candidate's row against plain forwards over the examples that were held back."""
-    options = {"pairing": "layerwise", "sites": ("attention",)}
+    options = {"pairing": "layerwise", "sites": ("attention",), "substitutions": 0}
     patch = tk.transmute(model, TOKENIZER, "Sum now", EXAMPLES, ridge="auto", **options)
     rows = [encode(TOKENIZER, "Sum now", example) for example in EXAMPLES]
     fitted, held, tokens = split(rows, 0, len(TOKENIZER))

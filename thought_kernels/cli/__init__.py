@@ -17,7 +17,19 @@ import typer
 from typer.core import TyperGroup
 
 import thought_kernels
-from thought_kernels.cli import demo, evaluate, generate, inspect, options, tokens, transmute, verify
+from thought_kernels.cli import (
+    bench,
+    demo,
+    evaluate,
+    experiment,
+    export,
+    generate,
+    inspect,
+    options,
+    tokens,
+    transmute,
+    verify,
+)
 
 __all__ = ["app", "main"]
 
@@ -73,6 +85,9 @@ app.command("verify")(verify.verify)
 app.command("demo")(demo.demo)
 app.command("evaluate")(evaluate.evaluate)
 app.command("inspect")(inspect.inspect)
+app.command("export")(export.export)
+app.command("bench")(bench.bench)
+app.add_typer(experiment.app, name="experiment")
 
 
 def main() -> None:

@@ -173,7 +173,7 @@ def _show_curve(curve: Curve) -> None:
     for sample in curve.samples:
         table.add_row(
             str(sample.steps),
-            f"{sample.effective_c1:.3g}",
+            "" if sample.effective_c1 is None else f"{sample.effective_c1:.3g}",
             Text(sample.query),
             Text(sample.prompted),
             Text(sample.patched),

@@ -2,44 +2,31 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from thought_kernels.demo.tasks import TASKS, Task
+from thought_kernels.evaluate.curves import (
+    PAPER_DIVISOR,
+    Point,
+    Sample,
+    best_c1,
+    default_line,
+    default_steps,
+    effective_c1,
+    paper_layers,
+    paper_line,
+    paper_patch,
+    paper_steps,
+)
+from thought_kernels.evaluate.curves import sweep_c1 as sweep
 from thought_kernels.evaluate.trial import Trial, prompted_texts
 from thought_kernels.models import describe
-from thought_kernels.transmute.patch import ThoughtPatch
-from thought_kernels.transmute.recipe import paper_recipe
-from thought_kernels.transmute.transmute import transmute
 
 CURVES = ("sum", "multiply")
 VALIDATION = "largest"  # c1 is chosen on this instruction, and reported on the others
-PAPER_C1, PAPER_DIVISOR = 0.015, 300
-C1_FACTORS = (0.5, 1, 2, 4, 8, 16, 32, 64)
-PAPER_BLOCKS, PAPER_FIRST, PAPER_STOP = 26, 10, 20
 CURVE_INPUTS = 96
-
-
-@dataclass(frozen=True)
-class Point:
-    """Accuracy without the instruction after fitting on `steps` examples; effective_c1 is None for our recipe."""
-
-    steps: int
-    accuracy: float
-    effective_c1: float | None = None
-
-
-@dataclass(frozen=True)
-class Sample:
-    """One question of TP Table 1: the prompted and the patched answer after `steps` examples."""
-
-    steps: int
-    effective_c1: float
-    query: str
-    prompted: str
-    patched: str
 
 
 @dataclass(frozen=True)
@@ -85,22 +72,6 @@ class Sweep:
     c1: float
 
 
-def paper_layers(blocks: int) -> list[int]:
-    """The paper's blocks 10..19 of 26 carried to another depth: the same share of it, 0-based, at least one block."""
-    first = round(blocks * PAPER_FIRST / PAPER_BLOCKS)
-    return list(range(first, max(round(blocks * PAPER_STOP / PAPER_BLOCKS), first + 1)))
-
-
-def paper_steps(steps: int) -> list[int]:
-    """Fifteen equal strides: every 40 examples up to 600."""
-    return sorted({max(1, steps * k // 15) for k in range(1, 16)})
-
-
-def default_steps(steps: int) -> list[int]:
-    """A few examples, then doubling; the last is all of them."""
-    return [*itertools.takewhile(lambda n: n < steps, (4, 8, 16, 32, 64, 128)), steps]
-
-
 def curve_points(steps: int) -> list[int]:
     """The examples of every point that draw_curve measures, the paper's and ours, in order."""
     return [*paper_steps(steps), *default_steps(steps)]
@@ -118,13 +89,8 @@ def sweep_c1(
     task, count = TASKS[VALIDATION], max(1, min(PAPER_DIVISOR, steps // 2))
     fresh = fresh[:CURVE_INPUTS]
     trial = Trial(model, tokenizer, task.instruction, fresh, [task.answer(x) for x in fresh], known=known, **options)
-    unit = _paper_patch(model, tokenizer, task, fit[:count], 1.0)
-    tried = []
-    for factor in C1_FACTORS:
-        with (factor * PAPER_C1 * unit).applied(model):
-            score = trial.score(model)
-        tried.append((factor * PAPER_C1, score.accuracy, score.effect.recovered))
-    return Sweep(VALIDATION, count, tried, max(tried, key=lambda row: row[1:])[0])
+    tried = sweep(model, paper_patch(model, tokenizer, task.instruction, fit[:count], 1.0), trial)
+    return Sweep(VALIDATION, count, tried, best_c1(tried))
 
 
 def draw_curve(
@@ -163,31 +129,25 @@ def draw_curve(
         [Point(0, trial.base, 0.0)],
         [Sample(0, 0.0, fresh[0], trial.prompted_texts[0], trial.base_texts[0])],
     )
-    patch, fitted = None, 0
-    for count in paper_steps(steps):
-        ticker(f"{task.instruction}: paper's recipe, {count} examples")
-        piece = _paper_patch(model, tokenizer, task, examples[fitted:count], c1)
-        patch, fitted = piece if patch is None else patch + piece, count
+    ticker(f"{task.instruction}: paper's recipe")
+    for count, patch in paper_line(model, tokenizer, task.instruction, examples, paper_steps(steps), c1):
         with patch.applied(model):
             accuracy, texts = trial.answer(model)
-        effective = c1 * count / PAPER_DIVISOR
-        paper.append(Point(count, accuracy, effective))
+        paper.append(Point(count, accuracy, effective_c1(c1, count)))
         if count in sampled:
             query = len(samples) % len(fresh)
-            samples.append(Sample(count, effective, fresh[query], trial.prompted_texts[query], texts[query]))
+            samples.append(
+                Sample(count, effective_c1(c1, count), fresh[query], trial.prompted_texts[query], texts[query])
+            )
+        ticker(f"{task.instruction}: paper's recipe, {count} examples")
     default = [Point(0, trial.base)]
-    for count in default_steps(steps):
-        ticker(f"{task.instruction}: default recipe, {count} examples")
-        with transmute(model, tokenizer, task.instruction, examples[:count], batch_size=128).applied(model):
+    for count, patch in default_line(model, tokenizer, task.instruction, examples, default_steps(steps)):
+        with patch.applied(model):
             default.append(Point(count, trial.answer(model)[0]))
+        if count < steps:
+            ticker(f"{task.instruction}: default recipe, {count} examples")
     layers = paper_layers(len(describe(model).blocks))
     return Curve(task.name, trial.prompted, trial.base, paper, default, samples, c1, layers, len(fresh))
-
-
-def _paper_patch(model: Any, tokenizer: Any, task: Task, examples: Sequence[Any], c1: float) -> ThoughtPatch:
-    """Algorithm 1 on some of the examples; the sum over all pieces is Algorithm 1 on all of them, to rounding."""
-    recipe = paper_recipe(c1=c1, steps=PAPER_DIVISOR, layers=paper_layers(len(describe(model).blocks)))
-    return transmute(model, tokenizer, task.instruction, examples, batch_size=128, **recipe)
 
 
 def _sampled_steps(steps: int) -> set[int]:

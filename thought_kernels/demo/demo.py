@@ -216,7 +216,7 @@ def _measure(
     with transmute(model, tokenizer, task.instruction, near).applied(model):
         patched_outside, _ = outside.answer(model)
 
-    header, instruction, tokens, _ = encode(
+    header, instruction, tokens, *_ = encode(
         tokenizer, task.instruction, {"prompt": fresh[0], "completion": trial.prompted_texts[0] or None}
     )
     ids = torch.tensor([*header, *instruction, *tokens])

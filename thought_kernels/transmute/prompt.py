@@ -102,7 +102,7 @@ def explain(tokenizer: Any, instruction: Instruction, example: Any, *, separator
 
     Args and errors are those of align; the error's sentence says why a prompt does not align.
     """
-    header, chunk, tokens, answer_start = encode(tokenizer, instruction, example, separator=separator)
+    header, chunk, tokens, answer_start, *_ = encode(tokenizer, instruction, example, separator=separator)
     ids = [*header, *chunk, *tokens]
     parts = "H" * len(header) + "I" * len(chunk) + "e" * len(tokens)
     answer = len(header) + len(chunk) + answer_start

@@ -76,12 +76,12 @@ def transmute(
         scale: λ, one number or one per site; "mean" needs it tuned, the others are made for 1. "auto" chooses it by
             the KL to the prompted model on a quarter of the examples, held back and then fitted with the others; that
             needs four examples or more and at most six further fits on 64 examples, see transmute/selection.py.
-        ridge: ε, in units of Z's mean eigenvalue; "auto" chooses it in the same way, before the scale, from five. None
+        ridge: ε, in units of Z's mean eigenvalue; "auto" chooses it in the same way, before the scale, from six. None
             is 0.01 with substitutions and 0.1 without.
         substitutions: copies of each example in which the words are replaced by others, so that the patch learns the
             instruction and not the examples' words, see transmute/substitution.py. None is 8, which is the recommended
-            recipe, where neither estimator nor ridge is named, and 0 where one of them is: the sums are then those of
-            the examples alone.
+            recipe, where neither an estimator nor a number for ridge is given, and 0 where one is: the sums are then
+            those of the examples alone.
         substitutes: token ids that the copies' words are drawn from, None for all words of the tokenizer's vocabulary.
         tokens: which tokens of e are summed, "all" or "answer" (the completion with its end-of-turn token).
         header_weight: H's rows join the fit with δ = 0 and this total weight, one example's own being 1; it keeps the
@@ -109,7 +109,7 @@ def transmute(
     """
     decoder = describe(model)
     if substitutions is None:
-        substitutions = SUBSTITUTIONS if estimator is None and ridge is None else 0
+        substitutions = SUBSTITUTIONS if estimator is None and ridge in (None, AUTO) else 0
     else:
         substitutions = _count("substitutions", substitutions, at_least=0)
     usual_ridge = RIDGE_WITH_SUBSTITUTIONS if substitutions else RIDGE

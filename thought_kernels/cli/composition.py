@@ -1,0 +1,152 @@
+"""`thought-kernels experiment composition`: patches added and negated, interference predicted against measured."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+from rich.text import Text
+
+from thought_kernels.cli import options, scoring
+from thought_kernels.demo.tasks import TASKS, held_out, inputs
+from thought_kernels.evaluate.composition import Alone, Behaviour, Both, Composition, Together
+from thought_kernels.evaluate.overlap import PREDICTORS, rank_correlation
+
+# Compatible ones (a list, then its form), rivals for the same answer, and opposites.
+PAIRS = ("reverse+commas", "sort+commas", "rotate+reverse", "reverse+sort", "sum+largest", "sort+sort_down",
+         "double+add_one", "first+spell", "largest+smallest", "sum+commas")  # fmt: skip
+
+
+def composition(
+    model: options.Model = options.DEFAULT_MODEL,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder.")] = Path("experiment-composition"),
+    pair: Annotated[
+        list[str] | None, typer.Option(help=f"Two tasks such as reverse+commas; may be repeated ({', '.join(PAIRS)}).")
+    ] = None,
+    examples: Annotated[int, typer.Option(min=1, help="Inputs that each patch is fitted on.")] = 32,
+    inputs_count: Annotated[int, typer.Option("--inputs", min=1, help="Fresh inputs to measure on.")] = 128,
+    seed: Annotated[int, typer.Option(help="Of the choice of inputs and examples.")] = 0,
+    match: scoring.Match = None,
+    max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Longest answer in tokens.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Inputs at a time.")] = 128,
+    dtype: options.Dtype = "auto",
+    device: options.Device = "cpu",
+    offline: options.Offline = False,
+) -> None:
+    """Add and negate patches of two instructions on numbers, and see whether overlap foretells the damage."""
+    import thought_kernels
+    from thought_kernels.evaluate.experiments import default_recipe, write_csv
+    from thought_kernels.evaluate.journal import Journal, fingerprint, replace_file
+
+    scoring.check_folder(output)
+    pairs = [read_pair(text) for text in options.listed(pair or list(PAIRS))]
+    names = list(dict.fromkeys(name for names in pairs for name in names))
+    every = inputs(TASKS[names[0]])
+    rng = random.Random(f"composition {seed}")
+    held = [text for text in every if held_out(text)]
+    fresh = rng.sample(held, min(inputs_count, len(held)))
+    fit = rng.sample([text for text in every if not held_out(text)], examples)
+    found, tokenizer = options.load_model(model, dtype, device, offline)
+    name_of_match = scoring.chosen_match(match, model)
+    scorer = scoring.read_scorer(name_of_match, "", device, offline)
+    room = max_new_tokens or scoring.answer_room(
+        tokenizer, [TASKS[name].answer(text) for name in names for text in fresh], name_of_match
+    )
+    behaviours = {name: Behaviour(name, TASKS[name].instruction, TASKS[name].answer) for name in names}
+    run = Composition(
+        found, tokenizer, behaviours, fit, fresh, match=scorer, max_new_tokens=room, batch_size=batch_size
+    )
+    journal = Journal(output / "journal.jsonl", {
+        "experiment": "composition", "fit": fit, "fresh": fresh, "match": scorer.name, "max_new_tokens": room,
+        "weights": fingerprint(found), "default_recipe": default_recipe(), "version": thought_kernels.__version__,
+    })  # fmt: skip
+    from tqdm import tqdm
+
+    alone, together, both = [], [], []
+    with tqdm(total=len(names) + len(pairs), unit="step", disable=not options.err.is_terminal, leave=False) as bar:
+        for name in names:
+            bar.set_description(name)
+            alone.append(Alone(**journal.once(f"alone {name}", partial(_asdict, run.alone, name))))
+            bar.update()
+        for first, second in pairs:
+            bar.set_description(f"{first} + {second}")
+            for name, other in ((first, second), (second, first)):
+                row = journal.once(f"together {name} {other}", partial(_asdict, run.together, name, other))
+                together.append(Together(**row))
+                row = journal.once(f"both {name} {other}", partial(_asdict, run.both, name, other))
+                if row:
+                    both.append(Both(**row | {"sample": tuple(row["sample"])}))
+            bar.update()
+    correlations = correlate(together)
+    content = {
+        "alone": [asdict(row) for row in alone], "together": [asdict(row) for row in together],
+        "both": [asdict(row) for row in both], "correlations": correlations,
+    }  # fmt: skip
+    from thought_kernels.cli.demo import write_json
+
+    write_json(content, output / "results.json")
+    flat = [
+        {**{name: value for name, value in asdict(row).items() if name != "predicted"}, **row.predicted}
+        for row in together
+    ]
+    replace_file(output / "interference.csv", partial(write_csv, flat))
+    replace_file(output / "alone.csv", partial(write_csv, [asdict(row) for row in alone]))
+    _show(alone, together, both, correlations)
+    options.out.print(f"results in {output}", markup=False, soft_wrap=True)
+
+
+def read_pair(text: str) -> tuple[str, str]:
+    """ "reverse+commas" to its two task names, both on numbers."""
+    names = tuple(name.strip() for name in text.split("+"))
+    known = [name for name, task in TASKS.items() if not task.on_words]
+    if len(names) != 2 or names[0] == names[1] or not set(names) <= set(known):
+        raise typer.BadParameter(f"--pair must be two of {', '.join(known)} joined by +, got {text!r}")
+    return names[0], names[1]
+
+
+def correlate(rows: list[Together]) -> dict[str, float | None]:
+    """Spearman's ρ of each prediction with the KL that an added patch costs, over ordered pairs."""
+    lost = [row.kl_lost for row in rows]
+    return {name: rank_correlation([row.predicted[name] for row in rows], lost) for name in PREDICTORS}
+
+
+def _asdict(measure: Any, *names: str) -> dict[str, Any]:
+    row = measure(*names)
+    return {} if row is None else asdict(row)
+
+
+def _show(alone: list[Alone], together: list[Together], both: list[Both], correlations: dict[str, Any]) -> None:
+    _table("one patch, and the same negated", [
+        ("task", "bare", "told", "patched", "-patch: as bare", "told, -patch", "taken back"),
+        *((row.name, row.base, row.prompted, row.patched, row.negated_repeats, row.negated_prompted, row.cancelled)
+          for row in alone),
+    ])  # fmt: skip
+    _table("a second patch added", [
+        ("task", "with", "own patch", "sum", "in turn", "lost", "KL lost", "cosine", "disturbance"),
+        *((row.name, row.other, row.patched, row.added, row.in_turn, row.lost, row.kl_lost, row.predicted["cosine"],
+           row.predicted["disturbance"]) for row in together),
+    ])  # fmt: skip
+    if both:
+        _table("the second instruction on the first one's answer", [
+            ("first", "second", "sum", "in turn", "told both", "input", "right", "sum answers"),
+            *((row.first, row.second, row.added, row.in_turn, row.prompted, *row.sample) for row in both),
+        ])  # fmt: skip
+    shown = ", ".join(f"{name} {'-' if rho is None else f'{rho:.2f}'}" for name, rho in correlations.items())
+    options.out.print(f"\nSpearman's rho with the KL lost, {len(together)} ordered pairs: {shown}", markup=False)
+
+
+def _table(title: str, rows: list[tuple[Any, ...]]) -> None:
+    table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False)
+    for index, name in enumerate(rows[0]):
+        table.add_column(name, justify="left" if index == 0 else "right", overflow="fold")
+    for row in rows[1:]:
+        table.add_row(*(
+            Text("-" if cell is None else f"{cell:.3f}" if isinstance(cell, float) else str(cell)) for cell in row
+        ))  # fmt: skip
+    options.out.print()
+    options.out.print(table)
