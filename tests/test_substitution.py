@@ -12,7 +12,7 @@ from transformers import AutoTokenizer
 import thought_kernels as tk
 from thought_kernels.demo import CHECKPOINT
 from thought_kernels.transmute.prompt import EncodedExample
-from thought_kernels.transmute.substitution import COPIES_SHARE, with_substitutions, word_tokens
+from thought_kernels.transmute.substitution import COPIES_SHARE, usual_copies, with_substitutions, word_tokens
 
 EXAMPLES = [EncodedExample([1], [2], tokens, 3) for tokens in ([10, 11, 10, 12, 9], [10, 13, 14, 9], [10, 15, 9, 15])]
 POOL = list(range(100, 120))
@@ -56,6 +56,10 @@ def test_a_small_pool_is_drawn_from_more_than_once_and_an_empty_one_not_at_all()
     (copy,) = [c for c in with_substitutions(EXAMPLES, 1, [100, 9], 0)[3:] if len(c.tokens) == 5]
     assert copy.tokens == [10, 100, 10, 100, 9]
     assert with_substitutions(EXAMPLES, 1, [9, 10], 0) == EXAMPLES
+
+
+def test_many_examples_have_fewer_copies() -> None:
+    assert [usual_copies(count) for count in (1, 8, 64, 65, 300, 512, 10_000)] == [8, 8, 8, 7, 1, 1, 1]
 
 
 def test_words_of_a_vocabulary(tokenizer: Any) -> None:

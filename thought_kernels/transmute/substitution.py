@@ -17,10 +17,16 @@ from typing import Any
 
 from thought_kernels.transmute.prompt import EncodedExample
 
-SUBSTITUTIONS = 8
+# Many examples are diverse by themselves: all copies together are not many more than MOST_COPIES.
+SUBSTITUTIONS, MOST_COPIES = 8, 512
 # What all copies of an example weigh together, the example itself weighing 1.
 COPIES_SHARE = 2.0
 _SHORTEST_WORD = 3
+
+
+def usual_copies(examples: int) -> int:
+    """Copies of each of so many examples that the recommended recipe makes."""
+    return max(1, min(SUBSTITUTIONS, MOST_COPIES // examples))
 
 
 def word_tokens(tokenizer: Any) -> list[int]:

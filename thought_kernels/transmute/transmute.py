@@ -21,7 +21,7 @@ from thought_kernels.transmute.patch import ThoughtPatch
 from thought_kernels.transmute.prompt import EncodedExample, Instruction, encode, load_examples
 from thought_kernels.transmute.selection import AUTO, check_choosable, choose
 from thought_kernels.transmute.site import SITES
-from thought_kernels.transmute.substitution import SUBSTITUTIONS, checked_substitutes, word_tokens
+from thought_kernels.transmute.substitution import checked_substitutes, usual_copies, word_tokens
 
 TOKENS = ("all", "answer")
 # docs/recipes.md has the table these were read off.
@@ -79,9 +79,9 @@ def transmute(
         ridge: ε, in units of Z's mean eigenvalue; "auto" chooses it in the same way, before the scale, from six. None
             is 0.01 with substitutions and 0.1 without.
         substitutions: copies of each example in which the words are replaced by others, so that the patch learns the
-            instruction and not the examples' words, see transmute/substitution.py. None is 8, which is the recommended
-            recipe, where neither an estimator nor a number for ridge is given, and 0 where one is: the sums are then
-            those of the examples alone.
+            instruction and not the examples' words, see transmute/substitution.py. None is the recommended recipe, 8,
+            fewer beyond 64 examples, where neither an estimator nor a number for ridge is given; where one is, it is
+            0: the sums are then those of the examples alone.
         substitutes: token ids that the copies' words are drawn from, None for all words of the tokenizer's vocabulary.
         tokens: which tokens of e are summed, "all" or "answer" (the completion with its end-of-turn token).
         header_weight: H's rows join the fit with δ = 0 and this total weight, one example's own being 1; it keeps the
@@ -108,8 +108,9 @@ def transmute(
         and the header's rows are ours.
     """
     decoder = describe(model)
+    loaded = load_examples(examples)
     if substitutions is None:
-        substitutions = SUBSTITUTIONS if estimator is None and ridge in (None, AUTO) else 0
+        substitutions = usual_copies(len(loaded)) if estimator is None and ridge in (None, AUTO) else 0
     else:
         substitutions = _count("substitutions", substitutions, at_least=0)
     usual_ridge = RIDGE_WITH_SUBSTITUTIONS if substitutions else RIDGE
@@ -136,7 +137,6 @@ def transmute(
         substitutions=substitutions, seed=seed,
         substitutes=_substitutes(tokenizer, decoder, substitutions, substitutes),
     )  # fmt: skip
-    loaded = load_examples(examples)
     if scales is None or epsilon is None:
         check_choosable(estimator, scales, epsilon, len(loaded))
     encoded = [
