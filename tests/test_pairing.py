@@ -5,16 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 from models import tiny_gemma3, tiny_tokenizer
+from tolerances import SOLVED
 from torch import Tensor
-from two_forwards import activations, sums
+from two_forwards import activations, float64_throughout, sums
 
 import thought_kernels as tk
 from thought_kernels.transmute import estimators
 from thought_kernels.transmute.patch import ThoughtPatch
-
-# transformers computes norms, angles and softmax in float32 even in a float64 model: its own rounding, a few 1e-7,
-# passes through three blocks and a solve.
-HF_ROUNDING = 3e-5
 
 TOKENIZER = tiny_tokenizer()
 INSTRUCTION = "Sum now"
@@ -42,7 +39,7 @@ def pairs_of(model: object, key: tuple[int, str]) -> list[tuple[Tensor, Tensor]]
     return found
 
 
-def close(actual: Tensor | None, wanted: Tensor, tolerance: float = HF_ROUNDING) -> None:
+def close(actual: Tensor | None, wanted: Tensor, tolerance: float = SOLVED) -> None:
     assert actual is not None
     assert (actual - wanted).abs().max() <= tolerance * wanted.abs().max()
 
@@ -95,11 +92,13 @@ def test_layerwise_hides_only_the_instruction(window: int) -> None:
                 lambda _, args, seen=seen: seen.append(args[0][0])
             )
             positions = torch.arange(kept.shape[1])
-            cosine = model.model.rotary_emb(kept, positions[None], module.self_attn.layer_type)
+            with float64_throughout():
+                angles = model.model.rotary_emb(kept, positions[None], module.self_attn.layer_type)
             distance = positions[:, None] - positions[None]
             visible = (distance >= 0) & (distance < (module.self_attn.sliding_window or 10**6))
             mask = torch.where(visible, 0.0, -torch.inf).double()[None, None]
-            module(kept, position_embeddings=cosine, attention_mask=mask)
+            with float64_throughout():
+                module(kept, position_embeddings=angles, attention_mask=mask)
             handle.remove()
             found.append((full[layer, "attention"][-len(e) :], seen[0][-len(e) :].double()))
         close(patch.matrix(layer, "attention"), sums(found)[0])
@@ -190,18 +189,30 @@ def test_a_faint_instruction_survives_bf16() -> None:
     close(crosses[1].double(), crosses[0].double(), 1e-4)
 
 
+@pytest.mark.parametrize("sites", [("attention",), ("mlp",), ("residual",), SITES], ids="+".join)
 @pytest.mark.parametrize("pairing", ["two_pass", "layerwise", "sequential"])
-def test_batches_change_nothing_but_rounding(pairing: str) -> None:
+def test_batches_and_their_order_change_nothing_but_rounding(pairing: str, sites: tuple[str, ...]) -> None:
     model = model_of(6)
-    options = {"sites": SITES, "pairing": pairing}
+    options = {"sites": sites, "pairing": pairing}
     one = tk.transmute(model, TOKENIZER, INSTRUCTION, EXAMPLES, batch_size=1, **options)
     all_ = tk.transmute(model, TOKENIZER, INSTRUCTION, EXAMPLES[::-1], batch_size=3, **options)
     again = tk.transmute(model, TOKENIZER, INSTRUCTION, EXAMPLES, batch_size=1, **options)
-    for layer in range(3):
-        for site in ("attention", "mlp"):
-            close(all_.matrix(layer, site), one.matrix(layer, site), 1e-9)
-            assert torch.equal(again.matrix(layer, site), one.matrix(layer, site))
-        close(all_.vector(layer, "residual"), one.vector(layer, "residual"), 1e-9)
+    assert set(one.entries) == {(layer, site) for layer in range(3) for site in sites}
+    for (layer, site), entry in one.entries.items():
+        for name, tensor in entry.tensors().items():
+            close(all_.entries[layer, site].tensors()[name], tensor, SOLVED)
+            assert torch.equal(again.entries[layer, site].tensors()[name], tensor)
+
+
+@pytest.mark.parametrize("pairing", ["two_pass", "layerwise", "sequential"])
+def test_low_precision_runs_repeat_bit_by_bit(pairing: str) -> None:
+    model = model_of(6).to(torch.bfloat16)
+    first, second = (
+        tk.transmute(model, TOKENIZER, INSTRUCTION, EXAMPLES, batch_size=2, pairing=pairing, header_weight=0.1)
+        for _ in range(2)
+    )
+    for key, entry in first.entries.items():
+        assert torch.equal(entry.matrix, second.entries[key].matrix)
 
 
 def test_blocks_beyond_the_last_targeted_one_and_the_head_are_not_run() -> None:

@@ -5,9 +5,22 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from typing import Any
+from unittest import mock
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+
+@contextlib.contextmanager
+def float64_throughout() -> Iterator[None]:
+    """transformers computes norms, angles and softmax in float32 even in a float64 model; in here, in float64."""
+    softmax = nn.functional.softmax
+    with (
+        mock.patch.object(Tensor, "float", Tensor.double),
+        mock.patch.object(torch, "float", torch.float64),
+        mock.patch.object(nn.functional, "softmax", lambda x, dim, dtype=None: softmax(x, dim=dim)),
+    ):
+        yield
 
 
 @contextlib.contextmanager
@@ -33,8 +46,9 @@ def recorded(model: Any) -> Iterator[dict[tuple[int, str], Tensor]]:
 
 @torch.no_grad()
 def activations(model: Any, ids: list[int], last: int) -> dict[tuple[int, str], Tensor]:
-    """Everything recorded over the last `last` tokens of one forward."""
-    with recorded(model) as seen:
+    """Everything recorded over the last `last` tokens of one forward of a float64 model."""
+    assert model.dtype == torch.float64
+    with recorded(model) as seen, float64_throughout():
         model(torch.tensor([ids]))
     return {key: value[-last:] for key, value in seen.items()}
 

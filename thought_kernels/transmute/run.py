@@ -81,14 +81,14 @@ class Run:
         """Adds a batch's rows, or H's where there is no batch, to the sums of one block and site.
 
         Raises:
-            ValueError: NaN or an infinity in a row of nonzero weight, with its block, example and token. Nothing has
+            ValueError: NaN or an infinity in a row of nonzero weight, with its block and example. Nothing has
                 been added then.
         """
         try:
             self.accumulator.update(block.index, site, delta, activation, weights.to(delta.device))
         except NonFiniteRows as error:
-            place = "a token of H" if batch is None else _token(batch, error.row)
-            raise ValueError(_not_finite(f"{error.name} at {place}", f"block {block.index}, site {site!r}")) from error
+            place = "H" if batch is None else _example(batch, error.row)
+            raise ValueError(_not_finite(f"{error.name} of {place}", f"block {block.index}, site {site!r}")) from error
 
     def check_output(self, block: Block, y: Tensor, batch: Batch) -> None:
         """Raises ValueError, with block and example, unless y is finite at every token.
@@ -104,12 +104,12 @@ class Run:
         bad = ~y.isfinite().all(dim=-1).cpu() & real.repeat(len(y) // len(real), 1)
         if bad.any():
             row = int(bad.flatten().nonzero()[0]) % real.numel()
-            raise ValueError(_not_finite(f"the block's output at {_token(batch, row)}", f"block {block.index}"))
+            raise ValueError(_not_finite(f"the block's output for {_example(batch, row)}", f"block {block.index}"))
 
 
-def _token(batch: Batch, row: int) -> str:
-    example, token = divmod(row, batch.tokens.shape[1])
-    return f"token {token} after the instruction of examples[{batch.examples[example]}]"
+def _example(batch: Batch, row: int) -> str:
+    # Not the token: kernels multiply hidden values by weights of 0, so NaN may reach tokens before it.
+    return f"examples[{batch.examples[row // batch.tokens.shape[1]]}]"
 
 
 def _not_finite(what: str, where: str) -> str:

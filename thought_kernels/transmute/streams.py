@@ -15,7 +15,7 @@ from thought_kernels.transmute.run import Run
 
 # Rows that go through an MLP at once. Its intermediates are the widest tensors of a pass; beyond these numbers larger
 # products are no faster, so the MLP's weights are read once more for every so many rows and never for want of rows.
-MLP_ROWS = {"cpu": 512}
+MLP_ROWS = {"cpu": 256}
 MLP_ROWS_ELSEWHERE = 4096
 
 KeysValues = tuple[Tensor, Tensor]
