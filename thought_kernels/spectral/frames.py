@@ -17,6 +17,7 @@ from thought_kernels.ops.accumulate import accumulate
 from thought_kernels.ops.checks import FLOATS
 from thought_kernels.ops.library import message
 
+_TINY = {torch.float32: 1e-30, torch.float64: 1e-250}  # below this a quotient of products has few digits left
 _BLOCK_ELEMENTS = 2 << 20  # of a block of columns: a product with F runs at full speed, and the block stays in cache
 
 
@@ -97,16 +98,27 @@ def fractional_dimensionality(W: Tensor, *, dtype: torch.dtype | None = None) ->
     F = _gram_of_rows(W.T, dtype)
     scale = F.diagonal().max()
     F /= scale
-    dimensionality = torch.empty(W.shape[1], dtype=dtype, device=W.device)
+    parts = []
+    buffer = F.new_empty(0)
     for columns in column_blocks(W):
         x = W[:, columns].to(dtype)
-        peak = x.abs().amax(0)  # fourth powers of a small feature would underflow
-        x = x / torch.where(peak > 0, peak, 1)
-        squared_norm = x.square().sum(0)
-        energy = (F @ x).mul_(x).sum(0)
-        value = (squared_norm * peak).square_().div_(torch.where(energy > 0, energy, 1)).div_(scale)
-        dimensionality[columns] = torch.where(energy > 0, value, 0)
-    return dimensionality
+        unit = x.new_ones(())
+        if buffer.shape != x.shape:
+            buffer = torch.empty_like(x, memory_format=torch.contiguous_format)
+        squared_norm, energy = _norm_and_energy(F, x, buffer)
+        if float(energy.min()) < _TINY[dtype]:  # rare: a feature so small that its energy has underflowed, or is zero
+            peak = x.abs().amax(0)
+            unit = torch.where(peak > 0, peak, 1)
+            squared_norm, energy = _norm_and_energy(F, x / unit, buffer)
+        ratio = squared_norm / torch.where(energy > 0, energy, 1)
+        parts.append(ratio * squared_norm * unit / scale * unit)
+    return torch.cat(parts)
+
+
+def _norm_and_energy(F: Tensor, x: Tensor, buffer: Tensor) -> tuple[Tensor, Tensor]:
+    """‖x_i‖² and x_iᵀ F x_i of the columns of x ``[m, block]``; the buffer has x's shape."""
+    energy = torch.mm(F, x, out=buffer).mul_(x).sum(0)
+    return torch.mul(x, x, out=buffer).sum(0), energy
 
 
 def check_matrix(function: str, W: object) -> float:

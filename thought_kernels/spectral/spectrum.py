@@ -1,6 +1,6 @@
 """Eigenvalues and eigenspaces of the frame operator, in float64, grouped where they are equal to a tolerance.
 
-F's positive spectrum is that of M, whichever is smaller is decomposed, and either side's eigenvectors give the other's:
+F and M have the same positive spectrum, and either one's eigenvectors give the other's:
 W v_e = √λ_e u_e and Wᵀ u_e = √λ_e v_e.
 """
 
@@ -15,12 +15,13 @@ from torch import Tensor
 
 from thought_kernels.ops.checks import check_number
 from thought_kernels.ops.library import message
-from thought_kernels.spectral.frames import check_matrix, column_blocks, frame_operator, gram, in_range
+from thought_kernels.spectral.frames import check_matrix, column_blocks, frame_operator, in_range
 
 RTOL = 1e-6
 
 # Squaring W loses digits: below this ratio of F's eigenvalues σ and its vectors are taken from W itself, by QR.
 _WELL_CONDITIONED = 1e-4
+_OUTSIDE = 1e-8  # of a feature's norm: less than this within the range is rounding
 _QR_ROWS = 8192
 
 
@@ -31,17 +32,21 @@ class FrameSpectrum:
     Attributes:
         matrix: W as given ``[m, n]``, detached; W / 2^exponent where its squares would leave float64's range.
         exponent: 0 unless W was rescaled.
+        columns: ``matrix`` where m ≤ n, else R ``[n, n]`` of its QR factorisation, whose Gram matrix is the same.
         all_eigenvalues: the r positive eigenvalues of ``matrix`` ``[r]``, one for each dimension.
         groups: for each of them its eigenspace's index ``[r]``, 0 to E − 1.
-        short_basis: eigenvectors of F ``[m, r]`` where m ≤ n, else of M ``[n, r]``.
+        basis: orthonormal eigenvectors of columns columnsᵀ ``[min(m, n), r]``.
+        right: those of M ``[n, r]`` where n < m; None elsewhere, where they may be too large to keep.
         rtol: eigenvalues no further than this, times the largest, from a neighbour share an eigenspace.
     """
 
     matrix: Tensor
     exponent: int
+    columns: Tensor
     all_eigenvalues: Tensor
     groups: Tensor
-    short_basis: Tensor
+    basis: Tensor
+    right: Tensor | None
     rtol: float
 
     @property
@@ -63,17 +68,16 @@ class FrameSpectrum:
     @functools.cached_property
     def frame_basis(self) -> Tensor:
         """Orthonormal eigenvectors u of F ``[m, r]``, in the order of ``groups``."""
-        if self._frame_is_short:
-            return self.short_basis
-        return self.matrix.double() @ self.short_basis / self.all_eigenvalues.sqrt()
+        if self.right is None:
+            return self.basis
+        return self.matrix.double() @ self.gram_basis / self.all_eigenvalues.sqrt()
 
     @functools.cached_property
     def gram_basis(self) -> Tensor:
         """Orthonormal eigenvectors v of M ``[n, r]``, in the order of ``groups``."""
-        if not self._frame_is_short:
-            return self.short_basis
-        blocks = [coefficients / self.all_eigenvalues.sqrt() for _, coefficients in self.coefficients()]
-        return torch.cat(blocks)
+        if self.right is not None:
+            return self.right
+        return torch.cat([coefficients for _, coefficients in self.coefficients()]) / self.all_eigenvalues.sqrt()
 
     def frame_projector(self, index: int) -> Tensor:
         """P_e, the orthogonal projector ``[m, m]`` on F's eigenspace ``index``."""
@@ -86,12 +90,17 @@ class FrameSpectrum:
         return basis @ basis.T
 
     def coefficients(self) -> Iterator[tuple[slice, Tensor]]:
-        """u_eᵀ w_i ``[features, r]`` for blocks of features, each with the columns of W it is about."""
-        for columns in column_blocks(self.matrix):
-            if self._frame_is_short:
-                yield columns, self.matrix[:, columns].double().T @ self.short_basis
-            else:
-                yield columns, self.short_basis[columns] * self.all_eigenvalues.sqrt()
+        """u_eᵀ w_i ``[features, r]`` for blocks of features, each with the columns of W it is about.
+
+        Exactly zero for a feature outside the range, of which a product with the basis leaves rounding only.
+        """
+        for block in column_blocks(self.columns):
+            vectors = self.columns[:, block].double()
+            coefficients = vectors.T @ self.basis
+            outside = torch.linalg.vector_norm(coefficients, dim=1) <= _OUTSIDE * torch.linalg.vector_norm(
+                vectors, dim=0
+            )
+            yield block, coefficients.masked_fill_(outside[:, None], 0)
 
     def sum_groups(self, values: Tensor) -> Tensor:
         """``[..., r]`` summed over each eigenspace: ``[..., E]``."""
@@ -104,18 +113,14 @@ class FrameSpectrum:
         """What is of the order λ^order for ``matrix``, for W; may overflow where W was rescaled."""
         return values * torch.tensor(4.0, dtype=torch.float64).pow(self.exponent * order).to(values.device)
 
-    @property
-    def _frame_is_short(self) -> bool:
-        return self.matrix.shape[0] <= self.matrix.shape[1]
-
 
 def frame_spectrum(W: Tensor, *, rtol: float = RTOL, rank_rtol: float | None = None) -> FrameSpectrum:
     """Eigenvalues and eigenspaces of the frame operator, with the maps between them and those of the Gram matrix.
 
     F = Σ_e λ_e P_e,  M = Σ_e λ_e E_e,  P_e = W E_e Wᵀ / λ_e,  P_e W = W E_e,  λ_e > 0
 
-    F (or M, where it is smaller) is summed in float64. If its eigenvalues span more than four decades, singular values
-    come from a QR factorisation of W instead, since squaring has lost the small ones.
+    F is summed in float64. If its eigenvalues span more than four decades, singular values come from a QR
+    factorisation of W instead, since squaring loses the small ones; a W with fewer features than rows starts with one.
 
     Args:
         W: ``[m, n]``, features in columns; float64, float32, bfloat16 or float16, finite.
@@ -147,11 +152,26 @@ def decompose(function: str, W: Tensor, rtol: float = RTOL, rank_rtol: float | N
         eps = torch.finfo(torch.float64 if W.dtype == torch.float64 else torch.float32).eps
         rank_rtol = max(W.shape) * eps
     matrix, exponent = in_range(W.detach(), largest, torch.float64)
-    singular, basis = _short_side(matrix)
+    # Column by column R errs by eps of that column, so that a feature's size does not matter; zeros stay zeros.
+    if W.shape[0] <= W.shape[1]:
+        columns, right = matrix, None
+        singular, basis = _left_singular(columns)
+    else:
+        columns = triangle(matrix.T).T
+        basis, singular, right = torch.linalg.svd(columns)
     kept = (singular > rank_rtol * singular[0]) if largest else torch.zeros_like(singular, dtype=torch.bool)
     eigenvalues = singular[kept].square()
     groups = group_values(eigenvalues, rtol * float(eigenvalues[0])) if len(eigenvalues) else kept[:0].long()
-    return FrameSpectrum(matrix, exponent, eigenvalues, groups, basis[:, kept], rtol)
+    return FrameSpectrum(
+        matrix,
+        exponent,
+        columns,
+        eigenvalues,
+        groups,
+        basis[:, kept],
+        None if right is None else right.T[:, kept],
+        rtol,
+    )
 
 
 def group_values(values: Tensor, tolerance: float) -> Tensor:
@@ -161,16 +181,13 @@ def group_values(values: Tensor, tolerance: float) -> Tensor:
     return starts.cumsum(0)
 
 
-def _short_side(W: Tensor) -> tuple[Tensor, Tensor]:
-    """Singular values of W, largest first, and the singular vectors of its shorter side, in float64."""
-    m, n = W.shape
-    square = frame_operator(W, dtype=torch.float64) if m <= n else gram(W, dtype=torch.float64)
-    eigenvalues, basis = torch.linalg.eigh(square)
+def _left_singular(columns: Tensor) -> tuple[Tensor, Tensor]:
+    """Singular values, largest first, and left singular vectors of a matrix that is not taller than wide."""
+    F = frame_operator(columns, dtype=torch.float64)
+    eigenvalues, basis = torch.linalg.eigh(F)
     if eigenvalues[0] > _WELL_CONDITIONED * eigenvalues[-1]:
         return eigenvalues.flip(0).sqrt(), basis.flip(1)
-    if not square.any():
-        return torch.zeros_like(eigenvalues), basis
-    basis, singular, _ = torch.linalg.svd(triangle(W if m <= n else W.T))
+    basis, singular, _ = torch.linalg.svd(triangle(columns))
     return singular, basis
 
 
