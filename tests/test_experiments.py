@@ -1,0 +1,286 @@
+"""The paper's experiments on a tiny random model: what is measured, kept, resumed, drawn and refused."""
+
+from __future__ import annotations
+
+import csv
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from models import tiny_gemma3, tiny_tokenizer
+from typer.testing import CliRunner
+
+import thought_kernels as tk
+from thought_kernels.cli import app, scoring
+from thought_kernels.cli.experiment import task_split
+from thought_kernels.demo.tasks import held_out
+from thought_kernels.evaluate import experiments
+from thought_kernels.evaluate.curves import default_steps, paper_steps, sweep_c1
+from thought_kernels.evaluate.experiments import run_experiment
+from thought_kernels.evaluate.journal import Journal, fingerprint
+from thought_kernels.evaluate.pairs import Pair, Split, read_pairs, split_pairs
+from thought_kernels.evaluate.trial import Trial
+
+TOKENIZER = tiny_tokenizer()
+LAYERS = ["full_attention"] * 2
+
+
+def build(seed: int = 0, **changes: Any) -> Any:
+    model = tiny_gemma3(seed, vocab_size=len(TOKENIZER), layer_types=LAYERS, tie_word_embeddings=False, **changes)
+    # Any token ends a completion, or a random model would go on for as long as it may.
+    model.generation_config.eos_token_id = list(range(len(TOKENIZER)))
+    return model
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    return build()
+
+
+@pytest.fixture(scope="module")
+def data() -> Split:
+    return task_split("sum", steps=5, inputs_count=3, seed=1)
+
+
+@pytest.fixture(scope="module")
+def ran(model: Any, data: Split, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
+    output = tmp_path_factory.mktemp("addition")
+    return run_experiment(model, TOKENIZER, "addition", data, output, max_new_tokens=3), output
+
+
+def test_a_split_measures_on_what_training_has_not_seen(data: Split) -> None:
+    assert [len(part) for part in data] == [5, 3, 3]
+    assert all(held_out(pair.question) for pair in data.fresh)
+    assert not any(held_out(pair.question) for pair in [*data.fit, *data.validation])
+    assert len({pair.question for part in data for pair in part}) == 11
+    a, b, c = map(int, data.fit[0].question.split())
+    assert data.fit[0].answer == f"{a} + {b} + {c} = {a + b + c}"
+
+
+def test_the_lines_are_what_their_recipes_give(model: Any, data: Split, ran: tuple[Any, Path]) -> None:
+    report, _ = ran
+    paper, tuned, default = report.lines
+    assert [point.steps for point in paper.points] == [0, *paper_steps(5)] == [0, 1, 2, 3, 4, 5]
+    assert [point.steps for point in default.points] == [0, *default_steps(5)] == [0, 4, 5]
+    assert (paper.c1, paper.c2, paper.layers) == (0.015, 0.0, [1])
+    assert paper.points[-1].effective_c1 == pytest.approx(0.015 * 5 / 300)
+    assert tuned.c1 in [c1 for c1, _, _ in report.sweep] and len(report.sweep) == 8
+    assert default.points[0].accuracy == paper.points[0].accuracy == report.base
+
+    questions, answers = zip(*data.fresh, strict=True)
+    trial = Trial(model, TOKENIZER, "Sum the numbers", questions, answers, max_new_tokens=3)
+    labelled = [{"prompt": pair.question, "completion": pair.answer} for pair in data.fit]
+    recipe = tk.paper_recipe(c1=tuned.c1, layers=[1])
+    whole = tk.transmute(model, TOKENIZER, "Sum the numbers", labelled, **recipe)
+    with whole.applied(model):
+        accuracy, texts = trial.answer(model)
+    assert tuned.points[-1].accuracy == accuracy
+    assert tuned.samples[-1].patched == texts[5 % 3] and tuned.samples[-1].query == questions[5 % 3]
+    assert tuned.samples[-1].prompted == trial.prompted_texts[5 % 3]
+    inputs_alone = [pair.question for pair in data.fit]
+    with tk.transmute(model, TOKENIZER, "Sum the numbers", inputs_alone, max_new_tokens=3).applied(model):
+        assert default.points[-1].accuracy == trial.answer(model)[0]
+
+
+def test_the_files_hold_the_report(ran: tuple[Any, Path]) -> None:
+    report, output = ran
+    written = json.loads((output / "results.json").read_text())
+    assert [line["name"] for line in written["lines"]] == ["paper", "tuned", "default"]
+    assert written["settings"]["default_recipe"]["pairing"] == "sequential"
+    with (output / "points.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == sum(len(line.points) for line in report.lines)
+    assert len(list(csv.DictReader((output / "samples.csv").open()))) == len(rows)
+    from matplotlib.image import imread
+
+    assert imread(output / "figure.png").shape[1] >= 1000
+    assert sorted(path.name for path in output.iterdir()) == [
+        "figure.png", "journal.jsonl", "points.csv", "results.json", "samples.csv",
+    ]  # fmt: skip
+
+
+def test_a_stopped_run_goes_on_where_it_was(
+    model: Any, data: Split, ran: tuple[Any, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    report, output = ran
+    lines = (output / "journal.jsonl").read_text().splitlines(keepends=True)
+    kept = [line for line in lines if '"paper 3"' not in line and '"paper 5"' not in line]
+    (tmp_path / "journal.jsonl").write_text("".join(kept) + lines[-1][:20])  # and a line that was cut
+    fitted: list[list[int]] = []
+
+    def paper_line(*arguments: Any, **options: Any) -> Any:
+        fitted.append(list(arguments[4]))
+        return original(*arguments, **options)
+
+    original = experiments.paper_line
+    monkeypatch.setattr(experiments, "paper_line", paper_line)
+    monkeypatch.setattr(experiments, "default_line", None)
+    again = run_experiment(model, TOKENIZER, "addition", data, tmp_path, max_new_tokens=3)
+    assert fitted == [[3, 5]] and again == report
+    with pytest.raises(ValueError, match="must hold results of the same settings, got max_new_tokens 3 there"):
+        run_experiment(model, TOKENIZER, "addition", data, tmp_path, max_new_tokens=4)
+    with pytest.raises(ValueError, match="got weights "):
+        run_experiment(build(1), TOKENIZER, "addition", data, tmp_path, max_new_tokens=3)
+
+
+def test_the_sweep_scales_one_patch(model: Any, data: Split) -> None:
+    questions, answers = zip(*data.validation, strict=True)
+    trial = Trial(model, TOKENIZER, "Sum the numbers", questions, answers, max_new_tokens=3)
+    unit = tk.transmute(model, TOKENIZER, "Sum the numbers", list(questions), max_new_tokens=3, **tk.paper_recipe(
+        c1=1.0, layers=[1])
+    )  # fmt: skip
+    tried = sweep_c1(model, unit, trial, 0.5, (0.0, 2.0))
+    assert tried[0] == (0.0, trial.base, pytest.approx(0.0, abs=1e-5))
+    with unit.applied(model):
+        assert tried[1] == (1.0, *((score := trial.score(model)).accuracy, score.effect.recovered))
+
+
+def test_translation_has_vectors_and_takes_any_pairs(model: Any, tmp_path: Path) -> None:
+    file = tmp_path / "pairs.jsonl"
+    file.write_text("".join(json.dumps({"en": f"a{i}", "fr": f"b{i}"}) + "\n" for i in range(9)))
+    data = split_pairs(read_pairs(file), steps=4, inputs=2, seed=0)
+    report = run_experiment(
+        model, TOKENIZER, "translation", data, tmp_path / "out", lines=["paper"], max_new_tokens=2, layers=[0, 1]
+    )
+    (line,) = report.lines
+    assert (line.c1, line.c2, line.layers, report.sweep) == (0.03, 0.2, [0, 1], [])
+
+
+@pytest.mark.parametrize(
+    ("rows", "expected"),
+    [
+        (['{"prompt": "a", "completion": " b "}', "", '["c", "d"]'], [("a", "b"), ("c", "d")]),
+        (['{"translation": {"en": "a", "fr": "b"}, "id": 3}'], [("a", "b")]),
+        (['{"question": "a", "answer": "b", "note": 1}'], [("a", "b")]),
+    ],
+)
+def test_pairs_come_in_many_forms(rows: list[str], expected: list[Any], tmp_path: Path) -> None:
+    (tmp_path / "pairs.jsonl").write_text("\n".join(rows))
+    assert read_pairs(tmp_path / "pairs.jsonl") == expected
+    assert read_pairs([json.loads(row) for row in rows if row]) == expected
+
+
+def test_pairs_by_column() -> None:
+    row = {"text": {"de": "a"}, "out": "b", "en": "c", "fr": "d"}
+    assert read_pairs([row], source="text.de", target="out") == [("a", "b")]
+    assert read_pairs([row, row], target="out", limit=1) == [("c", "b")]
+
+
+def test_bad_data_is_refused(model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "pairs.jsonl"
+    for text, sentence in (
+        ("", "data must hold at least one pair, got none"),
+        ('{"a": "b"}', "line 1, must have a question and an answer, got the columns a; name them"),
+        ('{"en": "a", "fr": "b"}\n{"en": "a"}', "line 2, must have the column 'fr', got en"),
+        ('["a", ""]', "line 1, must hold two texts, got ''"),
+        ("[1", "line 1, must be one JSON value, got '[1'"),
+        ("3", "line 1, must be a dict or two texts, got int"),
+    ):
+        file.write_text(text)
+        with pytest.raises(ValueError) as caught:
+            read_pairs(file)
+        assert sentence in str(caught.value)
+    with pytest.raises(ValueError, match="a jsonl file or the id of a dataset, got '.*no.jsonl', where no file is"):
+        read_pairs(tmp_path / "no.jsonl")
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(ValueError, match="pip install datasets"):
+        read_pairs("owner/name")
+    with pytest.raises(ValueError, match="at least 3 different questions, got 1"):
+        split_pairs([Pair("a", "b")] * 5, steps=4, inputs=2, seed=0)
+    data = Split([Pair("a " * 30, "b")], [Pair("c", "d")], [Pair("e", "f")])
+    with pytest.raises(
+        ValueError, match=r"data must fit the model's context of 40 tokens, got \d+ with the instruction"
+    ):
+        run_experiment(build(max_position_embeddings=40), TOKENIZER, "addition", data, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    for options, sentence in (({"name": "division"}, "name must be one of"), ({"lines": ["x"]}, "lines must be among")):
+        with pytest.raises(ValueError, match=sentence):
+            run_experiment(model, TOKENIZER, options.pop("name", "addition"), data, tmp_path / "out", **options)
+
+
+def test_a_dataset_on_the_hub_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a stand-in for the datasets package, which tests do without."""
+    from types import SimpleNamespace
+
+    def load_dataset(name: str, split: str, streaming: bool) -> Any:
+        assert (name, streaming) == ("owner/name", True)
+        if split != "test":
+            raise FileNotFoundError("no such split\nand more")
+        return iter([{"english": "a", "french": "b"}])
+
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
+    assert read_pairs("owner/name", split="test") == [("a", "b")]
+    with pytest.raises(ValueError, match="a dataset with split 'train', got 'owner/name'; no such split$"):
+        read_pairs("owner/name")
+
+
+def test_the_journal_computes_nothing_twice(tmp_path: Path) -> None:
+    journal = Journal(tmp_path / "new" / "j.jsonl", {"a": 1})
+    assert journal.once("x", lambda: [1, 2]) == journal.once("x", lambda: 1 / 0) == [1, 2]
+    assert Journal(tmp_path / "new" / "j.jsonl", {"a": 1}).once("x", lambda: 3) == [1, 2]
+    with pytest.raises(ZeroDivisionError):
+        journal.once("y", lambda: 1 / 0)
+    assert "y" not in Journal(tmp_path / "new" / "j.jsonl", {"a": 1})
+    (tmp_path / "j.jsonl").write_text("not json\n{}\n")
+    with pytest.raises(ValueError, match="one JSON value a line, got 'not json' in line 1"):
+        Journal(tmp_path / "j.jsonl", {})
+    (tmp_path / "j.jsonl").write_text("[1]\n")
+    with pytest.raises(ValueError, match="must hold results of the same settings"):
+        Journal(tmp_path / "j.jsonl", {"a": 1})
+
+
+def test_the_fingerprint_tells_weights_apart(model: Any) -> None:
+    other = build()
+    assert fingerprint(other) == fingerprint(model)
+    with torch.no_grad():
+        other.model.layers[1].mlp.up_proj.weight[0, 0] += 0.01
+    assert fingerprint(other) != fingerprint(model)
+
+
+def test_the_command(model: Any, tmp_path: Path) -> None:
+    model.save_pretrained(tmp_path / "model")
+    TOKENIZER.save_pretrained(tmp_path / "model")
+    common = ["-m", tmp_path / "model", "--steps", 2, "--inputs", 2, "--max-new-tokens", 2, "-o", tmp_path / "out"]
+
+    def run(*arguments: Any) -> Any:
+        return CliRunner().invoke(app, ["experiment", *map(str, arguments)])
+
+    result = run("multiplication", *common, "--lines", "default,paper", "--match", "contains")
+    assert result.exit_code == 0, result.output
+    assert "TP Figure 1 (right) and Table 2" in result.stdout and "0-based" in result.stdout
+    report = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert [line["name"] for line in report["lines"]] == ["paper", "default"] and report["settings"]["c1"] == 0.015
+    refused = run("multiplication", *common, "--lines", "default,paper", "--c1", "0.1")
+    assert refused.exit_code == 1 and "same settings, got c1 0.015 there" in refused.stderr
+    for file, text in (("empty", ""), ("one", '["a", "b"]')):
+        (tmp_path / file).write_text(text)
+        refused = run("translation", "--data", tmp_path / file, *common)
+        assert refused.exit_code == 1 and "data must hold at least" in " ".join(refused.stderr.split())
+    refused = run("addition", *common, "--match", "fuzzy")
+    assert refused.exit_code == 1 and "scorer must be one of" in refused.stderr
+
+
+def test_a_judge_is_loaded_by_name(model: Any, tmp_path: Path) -> None:
+    model.save_pretrained(tmp_path)
+    TOKENIZER.save_pretrained(tmp_path)
+    judge = scoring.read_scorer(f"judge:{tmp_path}", "Translate", "cpu", True)
+    assert judge.name.startswith("judge:") and set(judge(["a", "b"], ["c", "d"], ["e", "f"])) <= {0.0, 1.0}
+    assert scoring.read_scorer("regex:^a", "", "cpu", True)(["ab"], ["x"], ["y"]) == [1.0]
+
+
+def test_a_tokenizer_without_a_chat_template_is_a_sentence(model: Any, tmp_path: Path) -> None:
+    model.save_pretrained(tmp_path / "model")
+    tiny_tokenizer(template=None).save_pretrained(tmp_path / "model")
+    for arguments in (
+        ["tokens", "-i", "add", "-e", "3 4"],
+        ["transmute", "-i", "add", "-e", "3 4", "-o", tmp_path / "patch"],
+        ["experiment", "addition", "-o", tmp_path / "out", "--steps", "2", "--inputs", "1"],
+        ["experiment", "knowledge", "-o", tmp_path / "out"],
+        ["experiment", "composition", "-o", tmp_path / "out", "--inputs", "1", "--examples", "2"],
+    ):
+        result = CliRunner().invoke(app, list(map(str, [*arguments, "-m", tmp_path / "model"])))
+        shown = " ".join(result.stderr.split())
+        assert result.exit_code == 1 and "tokenizer must have a chat template" in shown, (arguments, result.output)
