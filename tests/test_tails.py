@@ -55,7 +55,7 @@ def test_the_published_procedure_step_by_step(seed: int) -> None:
     tail = power_law_tail(values, min_tail=12)
     assert tail is not None
     alpha, x_min, distance, count = by_hand(values, 12)
-    assert tail.count == count
+    assert tail.length == count
     assert (tail.alpha, tail.x_min, tail.distance) == pytest.approx((alpha, x_min, distance), rel=SUMS)
     assert tail.high - tail.alpha == pytest.approx(1.96 * (alpha - 1) / math.sqrt(count), rel=SUMS)
 

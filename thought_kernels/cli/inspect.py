@@ -101,11 +101,11 @@ def _kept(matrices: list[StoredMatrix], features: str, path: Path | None) -> Ite
         writer = csv.DictWriter(file, [*_COLUMNS, "wanted"], lineterminator="\n")
         writer.writeheader()
         ordered = []
-        for row in filter(None, known):  # first of all, or a second interruption would lose them
-            writer.writerow({**asdict(row), "wanted": features})
-        for row in known:
-            if row is None:
-                row = next(fresh)
+        for kept in filter(None, known):  # first of all, or a second interruption would lose them
+            writer.writerow({**asdict(kept), "wanted": features})
+        for old in known:
+            row = old or next(fresh)
+            if old is None:
                 writer.writerow({**asdict(row), "wanted": features})
                 file.flush()
             ordered.append(row)
@@ -131,7 +131,7 @@ def _read(path: Path) -> dict[tuple[Any, ...], MatrixRow]:
         for line in csv.DictReader(file):
             if list(line) != [*_COLUMNS, "wanted"] or line["wanted"] is None:
                 continue
-            values = {
+            values: dict[str, Any] = {
                 name: None if line[name] == "" and name != "note" else convert[kinds[name]](line[name])
                 for name in _COLUMNS
             }
@@ -155,7 +155,7 @@ def _table(rows: list[MatrixRow]) -> Table:
     for name in ("shape", "", "rank", "stable", "eff.", "satur.", "kinds", "alpha", "KS"):
         table.add_column(name, justify="right", no_wrap=True)
     for row in rows:
-        cells = [Text(row.name.removesuffix(".weight")), f"{row.rows}x{row.columns}", row.features[0]]
+        cells: list[Any] = [Text(row.name.removesuffix(".weight")), f"{row.rows}x{row.columns}", row.features[0]]
         if row.rank is None or row.localized is None or row.band_localized is None or row.broadband is None:
             table.add_row(*cells, Text(row.note, style="yellow"))
             continue

@@ -291,8 +291,8 @@ def _weights(name: str, decoder: Any, key: tuple[int, str]) -> list[Tensor]:
     for module_name in MODULES[site]:
         module = getattr(decoder.blocks[layer], module_name)
         weight = getattr(module, "weight", None)
-        plain = isinstance(module, nn.Linear) and type(getattr(weight, "data", None)) is Tensor
-        if not plain or not weight.is_floating_point() or weight.is_meta:
+        plain = isinstance(module, nn.Linear) and weight is not None and type(weight.data) is Tensor
+        if weight is None or not plain or not weight.is_floating_point() or weight.is_meta:
             actual = f"{type(module).__name__} at {module_name}"
             raise ValueError(message("diagnose", "model", "have plain floating weights", actual, _where(key)))
         check_matrix("diagnose", weight)

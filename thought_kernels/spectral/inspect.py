@@ -195,7 +195,7 @@ def inspect_matrix(W: Tensor, *, features: str = "longer") -> dict[str, Any]:
         "alpha_low": tail and tail.low,
         "alpha_high": tail and tail.high,
         "distance": tail and tail.distance,
-        "tail": tail and tail.count,
+        "tail": tail and tail.length,
         "note": "" if tail else "too few eigenvalues for a tail",
     }
 

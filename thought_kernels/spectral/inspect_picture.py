@@ -36,7 +36,7 @@ def draw(rows: Sequence[MatrixRow], path: Path, title: str = "") -> None:
             kinds.setdefault(stored.kind, []).append((-1 if stored.block is None else stored.block, row))
     figure = Figure(figsize=(12, 9), layout="constrained")
     axes = figure.subplots(2, 2, sharex=True)
-    colours = colormaps["tab20"].colors
+    colours = [colormaps["tab20"](index) for index in range(20)]
     for axis, (name, figure_of) in zip(axes.flat, _PANELS, strict=True):
         for index, (kind, found) in enumerate(sorted(kinds.items())):
             points: list[tuple[int, Any]] = [(block, row) for block, row in found if figure_of(row) is not None]

@@ -22,14 +22,14 @@ class Tail(NamedTuple):
         alpha: maximum-likelihood exponent.
         x_min: where the tail begins, in the units of the eigenvalues.
         distance: Kolmogorov-Smirnov distance between the tail and its law, as power_law_tail takes it.
-        count: eigenvalues in the tail.
+        length: eigenvalues in the tail.
         low, high: 95 % interval of alpha given x_min; the choice of x_min is not counted in it.
     """
 
     alpha: float
     x_min: float
     distance: float
-    count: int
+    length: int
     low: float
     high: float
 

@@ -232,7 +232,7 @@ def _lora(
 def _times_weight(module: nn.Module, columns: Tensor, dtype: torch.dtype) -> Tensor:
     """W times columns [d, k], in float64 for plain weights; other modules (quantised, wrapped) are asked themselves."""
     weight = getattr(module, "weight", None)
-    if type(module) is nn.Linear and weight.is_floating_point() and not weight.is_meta:
+    if type(module) is nn.Linear and weight is not None and weight.is_floating_point() and not weight.is_meta:
         columns = columns.to(weight.device)
         rows = [chunk.double() @ columns for chunk in weight.detach().split(_ROWS_PER_CHUNK)]
         return torch.cat(rows)

@@ -1,0 +1,147 @@
+"""The export and bench commands: what they write, what they say is lost, and what they refuse."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from models import tiny_gemma3, tiny_tokenizer
+from patches import ATTENTION, HIDDEN, random_patch
+from safetensors.torch import load_file
+from typer.testing import CliRunner
+
+import thought_kernels as tk
+from thought_kernels.cli import app, bench, options
+from thought_kernels.evaluate.export_loss import export_loss
+from thought_kernels.transmute.export import CONFIG_FILE, WEIGHT_FILE
+from thought_kernels.transmute.patch import ThoughtPatch
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("model")
+    tokenizer = tiny_tokenizer()
+    tiny_gemma3(vocab_size=len(tokenizer)).save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return path
+
+
+@pytest.fixture(autouse=True)
+def wide(monkeypatch: pytest.MonkeyPatch) -> None:
+    for console in (options.out, options.err):
+        monkeypatch.setattr(console, "_width", 300)
+
+
+def run(*arguments: Any) -> Any:
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def saved(path: Path, **choices: Any) -> Path:
+    settings = {"size": 0.1, "vectors": False, "sites": ["attention", "mlp"], **choices}
+    random_patch(provenance={"instruction": "Add them"}, **settings).save_pretrained(path)
+    return path
+
+
+def test_export_writes_a_lora_folder(folder: Path, tmp_path: Path) -> None:
+    patch = saved(tmp_path / "patch", rank=3)
+    result = run("export", patch, "--format", "peft", "--model", folder, "--output", tmp_path / "lora")
+    assert result.exit_code == 0, result.output
+    assert "--enable-lora --max-lora-rank 8" in result.stdout
+    assert "loss" not in result.stdout  # nothing is lost, and nothing was asked
+    config = json.loads((tmp_path / "lora" / CONFIG_FILE).read_text())
+    assert config["r"] == 3 and config["base_model_name_or_path"] == str(folder)
+    halved = run("export", patch, "-m", folder, "-o", tmp_path / "half", "--scale", 0.5)
+    assert halved.exit_code == 0, halved.output
+    whole, half = (load_file(tmp_path / name / WEIGHT_FILE) for name in ("lora", "half"))
+    name = "base_model.model.model.layers.2.mlp.up_proj.lora_{}.weight"
+    products = [t[name.format("B")] @ t[name.format("A")] for t in (whole, half)]
+    assert torch.allclose(0.5 * products[0], products[1], atol=1e-6)
+
+
+def test_what_is_lost_is_measured_and_printed(folder: Path, tmp_path: Path) -> None:
+    patch = saved(tmp_path / "patch", vectors=True)
+    plain = ("export", patch, "-m", folder, "-o", tmp_path / "lora", "--max-new-tokens", 4)
+    refused = run(*plain, "--rank", 5)
+    assert refused.exit_code == 1 and "export_peft: patch must have no vector" in refused.stderr
+    assert not (tmp_path / "lora").exists()
+    result = run(*plain, "--rank", 5, "--fold", "-e", "3 4", "-e", "5 6")
+    assert result.exit_code == 0, result.output
+    assert "truncated" in result.stdout and "4 of 4 sites" in result.stdout
+    assert "relative squared error on the fitted rows at worst 0.1" in result.stdout
+    assert "nats per token of the patched answers" in result.stdout and "(on 2 inputs)" in result.stdout
+    unasked = run(*plain, "--fold")
+    assert unasked.exit_code == 0 and "on 'Add them'; give --example" in unasked.stdout
+
+
+def test_the_loss_is_zero_of_everything_and_all_of_nothing(folder: Path) -> None:
+    model, tokenizer = options.load_model(str(folder))
+    patch = random_patch(sites=["attention"], vectors=False, size=0.2)
+    limits = {"max_new_tokens": 5}
+    nothing = ThoughtPatch({key: entry.scaled(0.0) for key, entry in patch.entries.items()})
+    kept = export_loss(model, tokenizer, patch, patch.truncate(ATTENTION), ["3 4", "5"], **limits)
+    lost = export_loss(model, tokenizer, patch, nothing, ["3 4", "5"], **limits)
+    assert kept.bare == pytest.approx(lost.bare) and kept.bare > 1e-3
+    assert kept.recovered == pytest.approx(1, abs=1e-6) and lost.recovered == pytest.approx(0, abs=1e-6)
+    with pytest.raises(ValueError, match="export_loss: questions must be at least one, got none"):
+        export_loss(model, tokenizer, patch, patch, [])
+
+
+def test_export_refuses_in_a_sentence(folder: Path, tmp_path: Path) -> None:
+    patch, other = saved(tmp_path / "patch"), saved(tmp_path / "other", hidden=HIDDEN + 4)
+    file = tmp_path / "file"
+    file.write_text("")
+    for arguments, sentence, code in (
+        ((patch, "-o", tmp_path / "x", "--format", "gguf"), "--format must be peft, got 'gguf'", 2),
+        ((patch, "-o", file), "--output must be a folder, got the file", 2),
+        ((patch, "-o", tmp_path / "x", "--rank", 0), "--rank", 2),
+        ((other, "-o", tmp_path / "x"), "export_peft: patch must have the model's hidden size 36, got 40", 1),
+        ((tmp_path, "-o", tmp_path / "x"), "from_pretrained:", 1),
+    ):
+        result = run("export", *arguments, "-m", folder)
+        assert result.exit_code == code, result.output
+        assert sentence in " ".join(result.stderr.replace("│", " ").split()), result.stderr
+        assert not (tmp_path / "x").exists()
+
+
+def test_bench_checks_and_times_what_there_is(tmp_path: Path) -> None:
+    path = tmp_path / "bench.json"
+    result = run("bench", "--seconds", 0.01, "--rows", 64, "--hidden", 16, "--json", path)
+    assert result.exit_code == 0, result.output
+    rows = json.loads(path.read_text())
+    assert {row["op"] for row in rows} == {"accumulate", "paired_attention", "rms_norm_pair"}
+    for op in ("accumulate", "paired_attention", "rms_norm_pair"):
+        there = {name for name in ("reference", "cpp") if tk.available_backends(op, "cpu")[name] is None}
+        timed = {row["backend"] for row in rows if row["op"] == op and "ms" in row}
+        assert timed == {"torch", *there}
+        assert all(row["error"] < 1e-4 for row in rows if row["op"] == op and row["backend"] in timed - {"torch"})
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float64"])
+def test_bench_in_other_dtypes(dtype: str) -> None:
+    result = run("bench", "--seconds", 0.01, "--rows", 64, "--hidden", 16, "--dtype", dtype)
+    assert result.exit_code == 0 and "reference" in result.stdout, result.output
+
+
+def test_a_wrong_kernel_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = tk.rms_norm_pair
+
+    def wrong(*arguments: Any, backend: str, **options: Any) -> Any:
+        plain, change = right(*arguments, backend="reference", **options)
+        return plain, change * (1 if backend == "reference" else 1.01)
+
+    monkeypatch.setattr(tk, "rms_norm_pair", wrong)
+    monkeypatch.setattr(tk, "available_backends", lambda op, device: {"reference": None, "cpp": None})
+    cases = [case for case in bench._cases(64, 16, torch.float32, "cpu") if case.op == "rms_norm_pair"]
+    monkeypatch.setattr(bench, "_cases", lambda *arguments: cases)
+    result = run("bench", "--seconds", 0.01)
+    assert result.exit_code == 1
+    assert "errs too much, not timed" in result.stdout and "must agree with float64" in result.stderr
+
+
+def test_bench_refuses_in_a_sentence(tmp_path: Path) -> None:
+    assert "--dtype must be one of" in " ".join(run("bench", "--dtype", "int8").stderr.replace("│", " ").split())
+    nowhere = run("bench", "--device", "nowhere")
+    assert nowhere.exit_code == 1 and "bench: device must be one that torch can use here" in nowhere.stderr

@@ -1,0 +1,57 @@
+"""What an export of a patch loses, on real inputs: the patch's own answers, read by what was exported."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from thought_kernels.evaluate.metrics import Effect, completion_logprobs, completions, divergence, effect
+from thought_kernels.transmute.completions import end_of_turn_id, stop_ids
+from thought_kernels.transmute.examples import load_examples
+from thought_kernels.transmute.patch import ThoughtPatch
+
+
+def export_loss(
+    model: Any,
+    tokenizer: Any,
+    patch: ThoughtPatch,
+    exported: ThoughtPatch,
+    questions: Sequence[str],
+    *,
+    max_new_tokens: int = 64,
+    batch_size: int = 32,
+) -> Effect:
+    """Compares the patched model with one that has only what an export carries, over the patched model's answers.
+
+    Args:
+        model: a transformers causal language model, unpatched.
+        tokenizer: its tokenizer, with a chat template.
+        patch: the whole patch.
+        exported: what is left of it.
+        questions: user texts, at least one.
+        max_new_tokens: where an answer is cut.
+        batch_size: questions at a time.
+
+    Returns:
+        An Effect with the patch in the prompted model's place: ``patched`` is Σ KL(patch ‖ export), ``bare`` is
+        Σ KL(patch ‖ unpatched), and ``recovered`` the share of the patch's effect that the export keeps.
+
+    Raises:
+        ValueError: no questions, or a patch that does not fit the model.
+    """
+    if not questions:
+        raise ValueError("export_loss: questions must be at least one, got none")
+    prompts = [
+        tokenizer.apply_chat_template(
+            [{"role": "user", "content": question}], add_generation_prompt=True, return_dict=True
+        )["input_ids"]
+        for question in questions
+    ]
+    stops = stop_ids(model, end_of_turn_id(tokenizer, "instruction", load_examples(["question"])[0], "\n"))
+    with patch.applied(model):
+        answers = completions(model, prompts, stops=stops, max_new_tokens=max_new_tokens, batch_size=batch_size)
+        wanted = list(completion_logprobs(model, prompts, answers, batch_size=batch_size))
+    with exported.applied(model):
+        lost = divergence(wanted, completion_logprobs(model, prompts, answers, batch_size=batch_size))
+    bare = divergence(wanted, completion_logprobs(model, prompts, answers, batch_size=batch_size))
+    return effect(lost, bare)
