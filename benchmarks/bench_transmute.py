@@ -1,18 +1,21 @@
 """A whole transmutation, all blocks at the attention site, against hooks on two Hugging Face forwards.
 
 python benchmarks/bench_transmute.py                        Gemma 3 270M's shape, 64 examples in batches of 8
-python benchmarks/bench_transmute.py --model 1b --only strong --examples 16
-python benchmarks/bench_transmute.py --only memory          peak memory against a plain forward's
+python benchmarks/bench_transmute.py --model 1b --providers layerwise,floor,strong --prefix 32
+python benchmarks/bench_transmute.py --memory-only          peak memory against a plain forward's
 
 Weights are random. Times are per example, from a whole run: reading the prefixes and every accumulation included,
-solving excluded and reported apart. The naive peers cost the same for every example, so they run over one batch only.
-Every provider's sums are checked before anything is timed; then all run in turn, round after round.
+solving excluded and reported apart. The naive peers cost the same for every example, so they run over --naive-examples
+of them only, and their rows say so. Every provider's sums are checked before anything is timed; one batch warms each
+up; then all run in turn, round after round. Rows are written after every round; with --journal FILE a run that was
+broken off goes on where it stopped, and more rounds can be added to it.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import json
 import os
 import statistics
 import subprocess
@@ -41,6 +44,7 @@ INTERMEDIATE = {"270m": 2048, "1b": 6912}
 VOCABULARY = 262144
 IDS = 1024  # tokens are drawn below this, so that a float64 copy of the model can do with a small embedding
 HEADER = 4  # BOS and the turn's opening; part of P
+PROVIDERS = ("layerwise", "cached", "floor", "strong", "two_pass", "sequential", "batched", "single")
 PROMPTS = ((32, 32), (256, 32))  # (P, n): tokens of [H, I] and of e
 
 
@@ -64,6 +68,7 @@ class Task:
     def __init__(self, model: Any, prefix: int, length: int, examples: int, batch: int) -> None:
         generator = torch.Generator().manual_seed(1)
         self.model, self.decoder, self.batch = model, describe(model), batch
+        self.ready: Run | None = None  # has read its prefixes
         self.header, self.instruction = torch.randint(IDS, (prefix,), generator=generator).split(
             [HEADER, prefix - HEADER]
         )
@@ -149,54 +154,73 @@ def check(case: harness.Case, task: Task, examples: int = 4) -> None:
     harness.check(case, [layerwise], sums(wide.naive_layerwise()), sums(small.naive_layerwise()))
 
 
-def bench_time(name: str, only: str | None, prefix: int, length: int, options: argparse.Namespace) -> None:
+def bench_time(name: str, prefix: int, length: int, options: argparse.Namespace) -> None:
     task = Task(options.built, prefix, length, options.examples, options.batch)
     shape = f"{name} P{prefix} n{length}"
     text = f"{len(task.decoder.blocks)} blocks, attention, {options.examples} examples in batches of {options.batch}"
     case = harness.Case("transmute", text, shape, "float32")
     check(case, task)
-    count, one = options.examples, min(options.batch, options.examples)
+    count, few = options.examples, min(options.naive_examples, options.examples)
     task.run("layerwise")  # leaves the prefixes that one_forward reads
-    providers: dict[str, tuple[Callable[[Any], object], int]] = {
-        "layerwise": (lambda _: task.run("layerwise"), count),
-        "layerwise, cached prefix": (PAIRINGS["layerwise"], count),
-        "one forward of e with context, cached prefix": (lambda _: task.one_forward(), count),
-        "prefix cached and repeated, no head, hooks": (lambda _: task.strong(), count),
-        "two_pass": (lambda _: task.run("two_pass"), count),
-        "sequential": (lambda _: task.run("sequential"), count),
-        "two forwards, hooks, batches": (lambda _: task.naive(one, one), one),
-        "two forwards, hooks, one by one": (lambda _: task.naive(1, one), one),
+    providers: dict[str, tuple[str, Callable[[Task, int], object], int]] = {
+        "layerwise": ("layerwise", lambda task, _: task.run("layerwise"), count),
+        "cached": ("layerwise, cached prefix", lambda task, _: PAIRINGS["layerwise"](task.ready), count),
+        "floor": ("one forward of e with context, cached prefix", lambda task, _: task.one_forward(), count),
+        "strong": ("prefix cached and repeated, no head, hooks", lambda task, _: task.strong(), count),
+        "two_pass": ("two_pass", lambda task, _: task.run("two_pass"), count),
+        "sequential": ("sequential", lambda task, _: task.run("sequential"), count),
+        "batched": ("two forwards, hooks, batches", lambda task, n: task.naive(task.batch, n), few),
+        "single": ("two forwards, hooks, one by one", lambda task, n: task.naive(1, n), few),
     }
-    if only == "strong":
-        providers = dict(list(providers.items())[:4])
-    if only == "ours":
-        providers = {name: providers[name] for name in list(providers)[:3]}
-    times: dict[str, list[float]] = {name: [] for name in providers}
+    providers = {key: provider for key, provider in providers.items() if key in {"layerwise", *options.providers}}
     clock = time.process_time if options.cpu_time else time.perf_counter
     measure = "CPU time per example" if options.cpu_time else "time per example"
-    for round_index in range(options.rounds + 1):  # the first warms up
-        for provider, (run, examples) in providers.items():
-            prepared = task.prepared() if provider.endswith("cached prefix") else None
+    settings = [*case, measure, torch.get_num_threads()]
+    journal = read_journal(options.journal, settings)
+    warm = task.on(task.model, min(options.batch, count))
+    for key, (_, run, examples) in providers.items():
+        if any((key, number, examples) not in journal for number in range(options.rounds)):
+            warm.ready = warm.prepared()
+            with torch.no_grad():
+                run(warm, len(warm.tokens))
+    for number in range(options.rounds):
+        for key, (_, run, examples) in providers.items():
+            if (key, number, examples) in journal:
+                continue
+            task.ready = task.prepared() if key == "cached" else None
             start = clock()
             with torch.no_grad():
-                run(prepared)
-            if round_index:
-                times[provider].append((clock() - start) * 1e3 / examples)
-    peer, rows = "layerwise", []
-    for provider, values in times.items():
-        ratio = statistics.median(value / other for value, other in zip(values, times[peer], strict=True))
-        low, high = min(values), max(values)
-        rows.append(
-            harness.row(
-                case, provider, measure, statistics.median(values), "ms", "cpu", low=low, high=high,
-                peer=peer, ratio=ratio,
-            )
-        )  # fmt: skip
+                run(task, examples)
+            journal[key, number, examples] = (clock() - start) * 1e3 / examples
+            if options.journal:
+                with options.journal.open("a") as file:
+                    print(json.dumps([settings, [key, number, examples], journal[key, number, examples]]), file=file)
+        peers = [journal["layerwise", index, count] for index in range(number + 1)]
+        rows = []
+        for key, (provider, _, examples) in providers.items():
+            values = [journal[key, index, examples] for index in range(number + 1)]
+            ratio = statistics.median(value / other for value, other in zip(values, peers, strict=True))
+            label = provider if examples == count else f"{provider}, {examples} examples"
+            rows.append(
+                harness.row(
+                    case, label, measure, statistics.median(values), "ms", "cpu", low=min(values), high=max(values),
+                    peer="layerwise", ratio=ratio,
+                )
+            )  # fmt: skip
+        print(f"after {number + 1} of {options.rounds} rounds")
+        harness.record(rows, "cpu")
     accumulator = task.run("layerwise")
     start = time.perf_counter()
     accumulator.solve("ridge")
-    rows.append(harness.row(case, "ridge, all blocks", "solve", time.perf_counter() - start, "s", "cpu"))
-    harness.record(rows, "cpu")
+    harness.record([harness.row(case, "ridge, all blocks", "solve", time.perf_counter() - start, "s", "cpu")], "cpu")
+
+
+def read_journal(path: Path | None, settings: list) -> dict[tuple[str, int, int], float]:
+    """(provider, round, examples) -> ms per example, of the earlier rounds with these settings."""
+    if path is None or not path.exists():
+        return {}
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    return {tuple(key): value for held, key, value in lines if held == settings}
 
 
 MEMORY = ("plain forward", "layerwise", "two_pass", "sequential")
@@ -235,7 +259,7 @@ def bench_memory(name: str, prefix: int, length: int, options: argparse.Namespac
         "transmute", f"all blocks, {options.examples} examples in batches of {options.batch}, beyond weights and sums",
         f"{name} P{prefix} n{length}", "float32",
     )  # fmt: skip
-    figures = {}
+    figures: dict[str, float] = {}
     for provider in MEMORY:
         arguments = [provider, name, str(prefix), str(length), str(options.examples), str(options.batch)]
         # Freed memory goes back to the system at once, or what earlier steps left would be counted for later ones.
@@ -245,6 +269,9 @@ def bench_memory(name: str, prefix: int, length: int, options: argparse.Namespac
         if child.returncode:
             raise SystemExit(child.stderr)
         figures[provider] = float(child.stdout.split()[-1])
+    shape = GEMMA3[name]
+    streams = 2 * options.examples * length * shape.hidden * 4 / 2**20
+    figures["sequential, beyond its streams of one boundary too"] = figures["sequential"] - streams
     peer = MEMORY[0]
     rows = [
         harness.row(case, key, "peak memory", value, "MiB", "cpu", peer=peer, ratio=value / figures[peer])
@@ -260,22 +287,31 @@ def main() -> None:
     parser.add_argument("--vocabulary", type=int, default=VOCABULARY, help="fewer flatters nobody but the naive peers")
     parser.add_argument("--cpu-time", action="store_true", help="for a busy machine, with OMP_NUM_THREADS=1")
     parser.add_argument("--examples", type=int, default=64)
+    parser.add_argument("--naive-examples", type=int, default=16, help="of them, for the two naive peers")
     parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--prefix", type=int, help="one of the P alone")
-    parser.add_argument("--only", choices=["strong", "ours", "memory"])
+    parser.add_argument(
+        "--providers", type=lambda text: text.split(","), default=list(PROVIDERS), help=f"of {','.join(PROVIDERS)}"
+    )
+    parser.add_argument("--journal", type=Path, help="jsonl of every time measured, read and added to")
+    parser.add_argument("--memory-only", action="store_true")
+    parser.add_argument("--no-memory", action="store_true")
     parser.add_argument("--peak", nargs=6, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.peak:
         provider, name, *numbers = options.peak
         print(peak(provider, name, *map(int, numbers)))
         return
+    unknown = set(options.providers) - set(PROVIDERS)
+    if unknown or options.rounds < 1:
+        parser.error(f"--providers must be among {','.join(PROVIDERS)} and --rounds at least 1, got {unknown or 0}")
     prompts = [prompt for prompt in PROMPTS if options.prefix in (None, prompt[0])]
-    if options.only != "memory":
+    if not options.memory_only:
         options.built = build(options.model, options.blocks, options.vocabulary)
         for prefix, length in prompts:
-            bench_time(options.model, options.only, prefix, length, options)
-    if options.only in (None, "memory"):
+            bench_time(options.model, prefix, length, options)
+    if not options.no_memory:
         for prefix, length in prompts:
             bench_memory(options.model, prefix, length, options)
 
