@@ -284,3 +284,13 @@ def test_a_tokenizer_without_a_chat_template_is_a_sentence(model: Any, tmp_path:
         result = CliRunner().invoke(app, list(map(str, [*arguments, "-m", tmp_path / "model"])))
         shown = " ".join(result.stderr.split())
         assert result.exit_code == 1 and "tokenizer must have a chat template" in shown, (arguments, result.output)
+
+
+def test_an_example_longer_than_the_context_is_a_sentence(tmp_path: Path) -> None:
+    build(max_position_embeddings=40).save_pretrained(tmp_path / "model")
+    TOKENIZER.save_pretrained(tmp_path / "model")
+    for arguments in (["tokens", "-i", "add"], ["transmute", "-i", "add", "-o", tmp_path / "patch"]):
+        told = [*arguments, "-e", "3 " * 30, "-m", tmp_path / "model"]
+        result = CliRunner().invoke(app, list(map(str, told)))
+        shown = " ".join(result.stderr.split())
+        assert result.exit_code == 1 and "must fit the model's context of 40 tokens, got" in shown, result.output

@@ -127,26 +127,26 @@ def _show(alone: list[Alone], together: list[Together], both: list[Both], correl
           for row in alone),
     ])  # fmt: skip
     _table("a second patch added", [
-        ("task", "with", "own patch", "sum", "in turn", "lost", "KL lost", "cosine", "disturbance"),
+        ("task", "with", "own patch", "sum", "in turn", "lost", "KL lost", "cosine", "disturb."),
         *((row.name, row.other, row.patched, row.added, row.in_turn, row.lost, row.kl_lost, row.predicted["cosine"],
            row.predicted["disturbance"]) for row in together),
-    ])  # fmt: skip
+    ], names=2)  # fmt: skip
     if both:
         _table("the second instruction on the first one's answer", [
             ("first", "second", "sum", "in turn", "told both", "input", "right", "sum answers"),
             *((row.first, row.second, row.added, row.in_turn, row.prompted, *row.sample) for row in both),
-        ])  # fmt: skip
+        ], names=2)  # fmt: skip
     shown = ", ".join(f"{name} {'-' if rho is None else f'{rho:.2f}'}" for name, rho in correlations.items())
     options.out.print(f"\nSpearman's rho with the KL lost, {len(together)} ordered pairs: {shown}", markup=False)
 
 
-def _table(title: str, rows: list[tuple[Any, ...]]) -> None:
+def _table(title: str, rows: list[tuple[Any, ...]], names: int = 1) -> None:
     table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False)
     for index, name in enumerate(rows[0]):
-        table.add_column(name, justify="left" if index == 0 else "right", overflow="fold")
+        table.add_column(name, justify="left" if index < names else "right", overflow="fold", no_wrap=index < names)
     for row in rows[1:]:
         table.add_row(*(
-            Text("-" if cell is None else f"{cell:.3f}" if isinstance(cell, float) else str(cell)) for cell in row
+            Text("-" if cell is None else f"{cell:.2f}" if isinstance(cell, float) else str(cell)) for cell in row
         ))  # fmt: skip
     options.out.print()
     options.out.print(table)

@@ -30,6 +30,7 @@ def tokens(
     offline: options.Offline = False,
 ) -> None:
     """Print a prompt as H | I | e with token ids, or say why it does not align."""
+    from thought_kernels.models.load import context_length
     from thought_kernels.transmute.prompt import explain
 
     told = options.read_instruction(instruction, demonstrations)
@@ -37,6 +38,12 @@ def tokens(
     rows = explain(
         tokenizer, told, options.with_completion(example, completion), separator=options.unescaped(separator)
     )
+    limit = context_length(model, offline=offline)
+    if limit is not None and len(rows) > limit:
+        raise ValueError(
+            f"tokens: example must fit the model's context of {limit} tokens, got {len(rows)} with the instruction; "
+            "shorten it"
+        )
     table = Table(box=None, pad_edge=False)
     for name, side in (("part", "left"), ("position", "right"), ("id", "right"), ("token", "left"), ("", "left")):
         table.add_column(name, justify=side)  # type: ignore[arg-type]

@@ -109,3 +109,14 @@ def load_tokenizer(model: str | os.PathLike[str], *, offline: bool = False) -> A
     except ImportError as error:
         raise ValueError(_NO_TRANSFORMERS) from error
     return _read("a tokenizer", name, transformers.AutoTokenizer, local_files_only=local or offline)
+
+
+def context_length(model: str | os.PathLike[str], *, offline: bool = False) -> int | None:
+    """How many positions the text model of a folder or hub id has, None where its config does not say."""
+    name, local = _place(model)
+    try:
+        import transformers
+    except ImportError as error:
+        raise ValueError(_NO_TRANSFORMERS) from error
+    config = _read("a readable config.json", name, transformers.AutoConfig, local_files_only=local or offline)
+    return getattr(config.get_text_config(), "max_position_embeddings", None)
