@@ -6,13 +6,14 @@ examples, the data that the patch itself was fitted on; no label and no held-out
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch import Tensor
 
-from thought_kernels.evaluate.lora import RATES, train_lora
+from thought_kernels.evaluate.lora import BATCH, RANK, RATES, TrainedLora, train_lora
 from thought_kernels.evaluate.refit import rank_one, refit
 from thought_kernels.evaluate.report import Section
 from thought_kernels.evaluate.side_effects import Bystander
@@ -24,9 +25,10 @@ from thought_kernels.transmute.transmute import transmute
 
 MAX_LAYERS = 8  # tried by the baselines that act on one block
 VECTOR_SCALES = (0.5, 1.0, 2.0, 4.0)
+LORA_SHORT = 4  # rates are compared after this fraction of the steps
 EDIT_SCALES = (0.25, 0.5, 1.0, 2.0)
 PAPER_C1 = 0.015
-C1_FACTORS = (0.5, 1, 2, 4, 8, 16, 32, 64, 128, 256)
+C1_FACTORS = (1, 2, 4, 8, 16, 32, 64, 128)
 PAPER_BLOCKS, PAPER_FIRST, PAPER_STOP = 26, 10, 20
 
 Baseline = Callable[[Subject, Section], tuple[str, Intervention]]
@@ -66,13 +68,18 @@ def _layers(subject: Subject) -> list[int]:
     return sorted({round((index + 0.5) * count / tried - 0.5) for index in range(tried)})
 
 
-def _steered(subject: Subject, vectors: dict[int, Tensor]) -> Iterator[tuple[str, Intervention]]:
+def _steered(subject: Subject, vectors: dict[int, Tensor]) -> tuple[str, Intervention]:
+    """The best block and place for vectors, then the best scale for the two best of those."""
     suffix = common_suffix(subject.training.bare_prompts)
-    for layer, vector in vectors.items():
-        for place in PLACES if suffix else PLACES[1:]:
-            for scale in VECTOR_SCALES:
-                steering = Steering(layer, scale * vector, suffix if place == "answer" else ())
-                yield f"block {layer}, added {_WHERE[place]}, scale {scale:g}", steering
+    tried = subject.rank(
+        ((layer, place), Steering(layer, vector, suffix if place == "answer" else ()))
+        for layer, vector in vectors.items()
+        for place in (PLACES if suffix else PLACES[1:])
+    )
+    (layer, place, scale), best = subject.rank(
+        ((*where, scale), scale * steering) for where, steering in tried[:2] for scale in VECTOR_SCALES
+    )[0]
+    return f"block {layer}, added {_WHERE[place]}, scale {scale:g}", best
 
 
 _WHERE = {"answer": "from the last prompt token on", "everywhere": "everywhere"}
@@ -80,32 +87,33 @@ _WHERE = {"answer": "from the last prompt token on", "everywhere": "everywhere"}
 
 def _mean_difference(subject: Subject, section: Section) -> tuple[str, Intervention]:
     found = mean_differences(subject.training, subject.model)
-    return subject.choose(_steered(subject, {layer: found[layer] for layer in _layers(subject)}))
+    return _steered(subject, {layer: found[layer] for layer in _layers(subject)})
 
 
 def _function_vector(subject: Subject, section: Section) -> tuple[str, Intervention]:
     suffix = common_suffix(subject.training.bare_prompts)
     vector, heads = function_vector(subject.choice, subject.model, suffix)
-    label, steering = subject.choose(_steered(subject, dict.fromkeys(_layers(subject), vector)))
+    label, steering = _steered(subject, dict.fromkeys(_layers(subject), vector))
     shown = ", ".join(f"{layer}.{head}" for layer, head in heads)
     return f"{label}; heads (block.head) {shown}", steering
 
 
 def _rank_one(subject: Subject, section: Section) -> tuple[str, Intervention]:
-    def candidates() -> Iterator[tuple[str, Intervention]]:
+    def edits() -> Iterator[tuple[Any, Intervention]]:
         for site in ("attention", "mlp"):
             for tokens in ("all", "answer"):
                 recipe = {
                     "layers": _layers(subject), "sites": (site,), "pairing": "two_pass", "tokens": tokens,
                     "normalization": "none", "header_weight": 0.0,
                 }  # fmt: skip
-                edits = refit(subject, recipe, rank_one)
-                for (layer, _), entry in edits.entries.items():
-                    alone = ThoughtPatch({(layer, site): entry}, edits.provenance)
-                    for scale in EDIT_SCALES:
-                        yield f"{site} site of block {layer}, rows of {tokens} tokens, scale {scale:g}", scale * alone
+                for (layer, _), entry in refit(subject, recipe, rank_one).entries.items():
+                    yield (site, tokens, layer), ThoughtPatch({(layer, site): entry})
 
-    return subject.choose(candidates())
+    tried = subject.rank(edits())
+    (site, tokens, layer, scale), best = subject.rank(
+        ((*what, scale), scale * edit) for what, edit in tried[:2] for scale in EDIT_SCALES
+    )[0]
+    return f"{site} site of block {layer}, rows of {tokens} tokens, scale {scale:g}", best
 
 
 def paper_layers(blocks: int) -> list[int]:
@@ -122,21 +130,23 @@ def _paper(subject: Subject, section: Section) -> tuple[str, Intervention]:
         subject.model, subject.tokenizer, subject.instruction, subject.examples, separator=subject.separator,
         max_new_tokens=subject.max_new_tokens, **paper_recipe(c1=1.0, layers=layers, steps=count),
     )  # fmt: skip
-    label, patch = subject.choose((f"c1 {factor * PAPER_C1:g}", factor * PAPER_C1 * unit) for factor in C1_FACTORS)
-    return f"Algorithm 1 on blocks {layers[0]} to {layers[-1]}, effective {label}, c2 0", patch
+    c1, patch = subject.rank((factor * PAPER_C1, factor * PAPER_C1 * unit) for factor in C1_FACTORS)[0]
+    return f"Algorithm 1 on blocks {layers[0]} to {layers[-1]}, effective c1 {c1:g}, c2 0", patch
 
 
 def _lora(subject: Subject, section: Section) -> tuple[str, Intervention]:
-    trained = [
-        train_lora(
-            subject.model, subject.training, steps=subject.lora_steps, rate=rate, generator=subject.generator("lora")
-        )
-        for rate in RATES
-    ]
-    best = min(trained, key=lambda one: one.divergence if one.divergence == one.divergence else float("inf"))
+    def train(steps: int, rate: float) -> TrainedLora:
+        generator = subject.generator("lora")
+        return train_lora(subject.model, subject.training, steps=steps, rate=rate, generator=generator)
+
+    short = max(1, subject.lora_steps // LORA_SHORT)
+    tried = [train(short, rate) for rate in RATES]
+    rate = min(tried, key=lambda one: one.divergence if math.isfinite(one.divergence) else math.inf).rate
+    best = train(subject.lora_steps, rate)
     label = (
-        f"rank 8 on every linear layer, {subject.lora_steps} steps of AdamW on KL(prompted ‖ LoRA) over the prompted "
-        f"model's answers to {len(subject.training)} examples, rate {best.rate:g}, {best.seconds:.1f} s of training"
+        f"rank {RANK} on every linear layer, {subject.lora_steps} steps of AdamW on {BATCH} examples each, on "
+        f"KL(prompted ‖ LoRA) over the prompted model's answers to the {len(subject.training)} examples; rate "
+        f"{rate:g}, best of {len(RATES)} after {short} steps; {best.seconds:.1f} s of training"
     )
     return label, best
 

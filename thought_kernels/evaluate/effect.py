@@ -20,6 +20,7 @@ REPLAYED = 4
 MAX_FLOAT64_PARAMETERS = 50_000_000
 POSITIONS = 16  # answer tokens shown one by one
 SAMPLES = 8
+LEVEL_WITH_BARE = 1e-4  # nats an input; a smaller difference is rounding
 
 
 def replay(subject: Subject, section: Section) -> None:
@@ -73,15 +74,18 @@ def _harm(
     subject: Subject, section: Section, trial: Trial, score: Score, bare: Sequence[float], patched: Sequence[float]
 ) -> None:
     shares = {
-        "moved away": [float(p > b) for p, b in zip(patched, bare, strict=True)],
-        "lost": [max(0.0, p - s) for p, s in zip(trial.prompted_grades, score.grades, strict=True)],
-        "spoilt": [max(0.0, b - s) for b, s in zip(trial.base_grades, score.grades, strict=True)],
+        "moved away from prompted": [float(p > b + LEVEL_WITH_BARE) for p, b in zip(patched, bare, strict=True)],
+        "right when prompted, wrong when patched": [
+            max(0.0, p - s) for p, s in zip(trial.prompted_grades, score.grades, strict=True)
+        ],
+        "right when bare, wrong when patched": [
+            max(0.0, b - s) for b, s in zip(trial.base_grades, score.grades, strict=True)
+        ],
     }
-    for quantity, values in shares.items():
-        section.add("patched", quantity, mean_interval(values, seed=subject.seed), inputs=len(trial))
+    for subject_name, values in shares.items():
+        section.add(subject_name, "harmed", mean_interval(values, seed=subject.seed), inputs=len(trial))
     section.note(
-        "Inputs harmed: “moved away”, further from the prompted model (in KL) than the bare model is; “lost”, right "
-        "when prompted and wrong when patched; “spoilt”, right when bare and wrong when patched."
+        "Harmed: share of inputs. “Moved away”: further from the prompted model, in KL, than the bare model is."
     )
 
 
@@ -92,13 +96,11 @@ def _positions(subject: Subject, section: Section, trial: Trial, score: Score) -
         rows = [index for index, ids in enumerate(trial.written) if len(ids) > position]
         patched = [float(score.divergences[index][position]) for index in rows]
         bare = [float(trial.bare_divergences[index][position]) for index in rows]
-        section.add(
-            "patched",
-            "recovered",
-            recovered_interval(patched, bare, seed=subject.seed),
-            inputs=len(rows),
-            x=position + 1,
-        )
+        interval = recovered_interval(patched, bare, seed=subject.seed)
+        section.add("patched", "recovered", interval, inputs=len(rows), x=position + 1)
+        for name, values in (("bare", bare), ("patched", patched)):
+            mean = mean_interval(values, seed=subject.seed)
+            section.add(name, "KL to prompted", mean, inputs=len(rows), x=position + 1)
         for name, follows in (("bare", trial.bare_follows), ("patched", score.follows)):
             same = [float(follows[index][position]) for index in rows]
             section.add(name, "same token", mean_interval(same, seed=subject.seed), inputs=len(rows), x=position + 1)

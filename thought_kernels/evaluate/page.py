@@ -16,11 +16,17 @@ TEMPLATE = Path(__file__).with_name("template.html.jinja")
 
 # Quantities that are shares, shown in per cent.
 SHARES = {
-    "accuracy", "bare", "prompted", "same token", "moved away", "lost", "spoilt", "accuracy, patch off",
+    "accuracy", "bare", "prompted", "same token", "harmed", "accuracy, patch off",
     "accuracy, patch on",
 }  # fmt: skip
 # Quantities that are read block by block or token by token off the plot; their rows are in the JSON and the CSV.
-PLOTTED_ONLY = {("effect", "same token"), ("patch", "norm"), ("patch", "residual"), ("replay", "block error")}
+PLOTTED_ONLY = {
+    ("effect", "same token"),
+    ("effect", "KL to prompted"),
+    ("patch", "norm"),
+    ("patch", "residual"),
+    ("replay", "block error"),
+}
 
 
 def render(evaluation: Evaluation) -> str:
@@ -38,7 +44,8 @@ def render(evaluation: Evaluation) -> str:
             "reading": SECTIONS[name].reading if name in SECTIONS else "",
             "error": section.error,
             "plot": plot(section),
-            "table": table(section),
+            "tables": tables(section),
+            "inputs": _inputs(section),
             "samples": section.samples,
             "notes": section.notes,
             "cost": _cost(section),
@@ -55,35 +62,55 @@ def render(evaluation: Evaluation) -> str:
     )  # fmt: skip
 
 
-def table(section: Section) -> dict[str, Any] | None:
-    """Subjects by quantities: {"columns": [...], "rows": [(name, [cell, ...])]}, a cell being (text, interval)."""
+def tables(section: Section) -> list[dict[str, Any]]:
+    """Subjects by quantities, subjects that share no quantity apart.
+
+    Returns:
+        {"columns": [(quantity, whether any cell has an interval)], "rows": [(name, [cell, ...])]} each, a cell being
+        (text, interval).
+    """
     shown = [f for f in section.figures if (section.name, f.quantity) not in PLOTTED_ONLY]
     if section.name == "effect":  # the positions are in the plot
         shown = [f for f in shown if f.x is None]
-    if not shown:
-        return None
-    columns = list(dict.fromkeys(f.quantity for f in shown))
-    labels = list(dict.fromkeys((f.subject, f.x) for f in shown))
-    cells = {(f.subject, f.x, f.quantity): f for f in shown}
-    rows = [
-        (subject if x is None else f"{subject}, {_X.get(section.name, '')}{x:g}",
-         [_cell(cells.get((subject, x, column))) for column in columns])
-        for subject, x in labels
-    ]  # fmt: skip
-    inputs = sorted({f.inputs for f in shown if f.inputs})
-    return {
-        "columns": columns,
-        "rows": rows,
-        "inputs": " to ".join(map(str, {inputs[0]: 0, inputs[-1]: 0})) if inputs else "",
-    }
+    made = []
+    for quantities in _together(shown):
+        figures = [f for f in shown if f.quantity in quantities]
+        columns = list(dict.fromkeys(f.quantity for f in figures))
+        cells = {(f.subject, f.x, f.quantity): _cell(f) for f in figures}
+        rows = [
+            (_label(section.name, subject, x), [cells.get((subject, x, column), ("", "")) for column in columns])
+            for subject, x in dict.fromkeys((f.subject, f.x) for f in figures)
+        ]
+        wide = [any(row[index][1] for _, row in rows) for index in range(len(columns))]
+        made.append({"columns": list(zip(columns, wide, strict=True)), "rows": rows})
+    return made
 
 
-_X = {"scale": "scale ", "data": "examples "}
+def _together(figures: list[Figure]) -> list[set[str]]:
+    """Quantities in groups such that no subject has figures in two."""
+    groups: list[set[str]] = []
+    for subject in dict.fromkeys(f.subject for f in figures):
+        own = {f.quantity for f in figures if f.subject == subject}
+        apart = [group for group in groups if not group & own]
+        joined = own.union(*(group for group in groups if group & own))
+        place = next((index for index, group in enumerate(groups) if group & own), len(groups))
+        groups = [*apart[:place], joined, *apart[place:]]
+    return groups
 
 
-def _cell(figure: Figure | None) -> tuple[str, str]:
-    if figure is None:
-        return "", ""
+_SWEPT = {"scale": "scale", "data": "examples"}
+
+
+def _label(section: str, subject: str, x: float | None) -> str:
+    return subject if x is None else f"{subject}, {_SWEPT.get(section, '')} {x:g}"
+
+
+def _inputs(section: Section) -> str:
+    counts = sorted({f.inputs for f in section.figures if f.inputs and (section.name, f.quantity) not in PLOTTED_ONLY})
+    return "" if not counts else f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
+
+
+def _cell(figure: Figure) -> tuple[str, str]:
     if math.isnan(figure.value):
         return "–", ""
     share = figure.quantity in SHARES

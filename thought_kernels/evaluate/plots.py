@@ -13,6 +13,7 @@ from thought_kernels.evaluate.report import Figure, Section
 # Okabe and Ito's palette: apart for colour-blind readers, and by lightness in print.
 GREY, BLUE, ORANGE, GREEN, RED, INK = "#a9adb3", "#0072b2", "#e69f00", "#009e73", "#c0392b", "#30343a"
 COLOURS = {"bare": GREY, "prompted": INK, "patched": BLUE}
+SMALLEST_KL = 1e-7  # drawn for anything below, which is rounding
 FLOOR = -0.25  # recovered effects below this are drawn at the edge, since ‑40 and ‑4 say the same
 _STYLE = {
     "font.size": 10.5, "font.family": "sans-serif", "axes.spines.top": False, "axes.spines.right": False,
@@ -104,10 +105,11 @@ def _effect(section: Section, canvas: Any) -> bool:
     tokens.set_title("same next token as prompted")
     tokens.set_ylim(-0.02, 1.05)
     _percent(tokens.yaxis)
-    tokens.legend(loc="lower right")
-    _line(effects, section.series("patched", "recovered"), BLUE, "patched", floor=FLOOR)
-    effects.set_title("recovered effect")
-    effects.set_ylim(FLOOR, 1.08)
+    _legend(tokens, "lower right")
+    for name in ("bare", "patched"):
+        _line(effects, section.series(name, "KL to prompted"), COLOURS[name], name, floor=SMALLEST_KL)
+    effects.set_title("KL to prompted, nats")
+    effects.set_yscale("log")
     for axes in (tokens, effects):
         axes.set_xlabel("answer position (token)")
         axes.xaxis.get_major_locator().set_params(integer=True)
@@ -173,17 +175,21 @@ def _scale(section: Section, canvas: Any) -> bool:
     left.set_xlabel("scale")
     left.set_ylim(FLOOR, 1.08)
     left.set_title("against scale")
-    left.legend(loc="lower center")
-    pairs = [(b, a) for a, b in zip(recovered, beside, strict=False) if a.value > FLOOR and not math.isnan(b.value)]
+    _legend(left, "lower center")
+    pairs = [(b, a) for a, b in zip(recovered, beside, strict=False) if a.value > FLOOR and b.value > 0]
     right.plot([b.value for b, _ in pairs], [a.value for _, a in pairs], color=BLUE, marker="o", markersize=4.5)
-    for beside_figure, figure in pairs:
+    for index, (beside_figure, figure) in enumerate(pairs):
+        place = (beside_figure.value, figure.value)
         right.annotate(
             f"{figure.x:g}",
-            (beside_figure.value, figure.value),
-            xytext=(5, -11),
+            place,
+            xytext=(0, 7 if index % 2 else -14),
             textcoords="offset points",
             fontsize=9,
+            ha="center",
         )
+    right.set_xscale("log")
+    right.set_ylim(FLOOR, 1.15)
     right.set_xlabel("KL on unrelated prompts, nats a token")
     right.set_ylabel("recovered effect")
     right.set_title("effect against side effect, by scale")
@@ -203,7 +209,7 @@ def _data(section: Section, canvas: Any) -> bool:
     prompted = section.get("prompted", "accuracy")
     if prompted is not None and not math.isnan(prompted.value):
         left.axhline(prompted.value, color=INK, linewidth=1, linestyle=(0, (4, 3)), label="prompted")
-    left.legend(loc="lower right")
+    _legend(left, "lower right")
     counts = [figure.x for figure in section.series("patched", "recovered")]
     for axes, title in ((left, "accuracy"), (right, "recovered effect")):
         axes.set_xscale("log", base=2)
@@ -282,9 +288,13 @@ def _patch(section: Section, canvas: Any) -> bool:
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(axis="y")
         axes.set_axisbelow(True)
-        if axes.lines:
-            axes.legend(loc="best")
+        _legend(axes, "best")
     return True
+
+
+def _legend(axes: Any, place: str) -> None:
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(loc=place)
 
 
 def _percent(axis: Any) -> None:

@@ -12,9 +12,12 @@ from thought_kernels.evaluate.subject import Subject
 from thought_kernels.transmute.accumulator import ThoughtAccumulator
 from thought_kernels.transmute.batches import group_examples
 from thought_kernels.transmute.estimators import Sums
-from thought_kernels.transmute.pairing import PAIRINGS, Run
+from thought_kernels.transmute.pairing import PAIRINGS
 from thought_kernels.transmute.patch import ThoughtPatch
+from thought_kernels.transmute.prompt import EncodedExample
+from thought_kernels.transmute.run import Run
 from thought_kernels.transmute.site import SitePatch
+from thought_kernels.transmute.substitution import with_substitutions, word_tokens
 
 # Solves one block's and site's sums; the site is told because it may scale.
 Solver = Callable[[Sums, str], SitePatch]
@@ -86,13 +89,25 @@ def refit(
 
     layers, sites = frozenset(recipe["layers"]), frozenset(recipe["sites"])
     run = Run(
-        decoder=decoder, groups=group_examples(subject.encoded, subject.batch_size, recipe["tokens"], dtype),
+        decoder=decoder, groups=group_examples(_rows(subject, recipe), subject.batch_size, recipe["tokens"], dtype),
         layers=layers, sites=sites, accumulator=own, solve=solve, header_weight=recipe["header_weight"],
         tick=lambda: None,
     )  # fmt: skip
     with torch.no_grad():
         PAIRINGS[recipe["pairing"]](run)
     return solve(layers, sites)
+
+
+def _rows(subject: Subject, recipe: Mapping[str, Any]) -> list[EncodedExample]:
+    """The examples, with the copies that the recipe makes of them."""
+    copies = recipe.get("substitutions") or 0
+    if not copies:
+        return subject.encoded
+    substitutes = recipe.get("substitutes")
+    if substitutes is None:
+        vocabulary = subject.decoder.config.vocab_size
+        substitutes = [index for index in word_tokens(subject.tokenizer) if index < vocabulary]
+    return with_substitutions(subject.encoded, copies, substitutes, recipe.get("seed") or 0)
 
 
 def full_recipe(subject: Subject) -> dict[str, Any]:
@@ -112,7 +127,7 @@ def full_recipe(subject: Subject) -> dict[str, Any]:
             f"evaluate: patch must know how it was fitted to be fitted again, got none of {', '.join(missing)}; "
             "transmute records that"
         )
-    return recipe
+    return recipe | {name: provenance.get(name) for name in ("substitutions", "substitutes", "seed")}
 
 
 def vector_of(sums: Sums, site: str) -> SitePatch:

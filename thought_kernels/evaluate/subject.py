@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 import random
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -212,24 +213,27 @@ class Subject:
         for name, grades in (("bare", trial.base_grades), ("prompted", trial.prompted_grades)):
             section.add(name, "accuracy", mean_interval(grades, seed=self.seed), inputs=len(trial))
 
-    def choose(self, candidates: Iterable[tuple[str, Intervention]]) -> tuple[str, Any]:
-        """The candidate that leaves the least KL to the prompted model on the examples; no label is looked at.
+    def rank(self, candidates: Iterable[tuple[Any, Intervention]]) -> list[tuple[Any, Any]]:
+        """Candidates by the KL to the prompted model that they leave on the examples; no label is looked at.
+
+        Args:
+            candidates: (label, intervention) each.
 
         Returns:
-            (label, intervention) of the best.
+            (label, intervention), the best first; those without a finite divergence are left out.
 
         Raises:
-            ValueError: no candidate with a finite divergence.
+            ValueError: none is left.
         """
-        best: tuple[float, str, Any] | None = None
+        found = []
         for label, candidate in candidates:
             with candidate.applied(self.model):
                 divergence = self.choice.effect(self.model).patched
-            if divergence == divergence and (best is None or divergence < best[0]):
-                best = (divergence, label, candidate)
-        if best is None:
+            if math.isfinite(divergence):
+                found.append((divergence, label, candidate))
+        if not found:
             raise ValueError("evaluate: candidates must leave a finite KL on the examples, got none that does")
-        return best[1], best[2]
+        return [(label, candidate) for _, label, candidate in sorted(found, key=lambda one: one[0])]
 
     def generator(self, purpose: str) -> torch.Generator:
         """A random generator for one purpose."""

@@ -10,7 +10,7 @@ from thought_kernels.evaluate.report import Figure, Line, Section
 # Shares of the prompted accuracy, and recovered effects: at least the first is a yes, at least the second partly.
 KEPT = (0.95, 0.75)
 RECOVERED = (0.95, 0.75)
-# A control may recover this share of the patch's effect, and reach this share of its accuracy.
+# What a control may reach of the patch's gain in accuracy, and of its recovered effect the second.
 CONTROL = (0.2, 0.5)
 # KL on unrelated prompts, nats a token, and the loss of accuracy on other instructions.
 UNRELATED = (0.01, 0.1)
@@ -18,12 +18,14 @@ OTHERS_LOST = (0.05, 0.25)
 
 RULES = (
     f"Works: patched accuracy at least {KEPT[0]:.0%} of prompted and recovered effect at least {RECOVERED[0]:g} "
-    f"(partly: {KEPT[1]:.0%} and {RECOVERED[1]:g}). Cause: no control recovers more than {CONTROL[0]:.0%} of the "
-    f"patch's effect (partly: {CONTROL[1]:.0%}); parts of the patch itself are not counted. Better: no baseline "
-    f"recovers more (partly: intervals overlap). Gentle: at most {UNRELATED[0]:g} nats a token on unrelated prompts "
-    f"and at most {100 * OTHERS_LOST[0]:g} points of accuracy lost on average on other instructions (partly: "
-    f"{UNRELATED[1]:g} and {100 * OTHERS_LOST[1]:g}). Carries over: every case keeps at least {KEPT[0]:.0%} of the "
-    f"prompted accuracy (partly: {KEPT[1]:.0%} on average)."
+    f"(partly: {KEPT[1]:.0%} and {RECOVERED[1]:g}). Cause: no control gains more than {CONTROL[0]:.0%} of the accuracy "
+    f"that the patch gains over bare, nor more than {CONTROL[1]:.0%} of its recovered effect (partly: {CONTROL[1]:.0%} "
+    "of the accuracy); parts of the patch itself are not counted. Better: no baseline recovers more (partly: the "
+    "intervals overlap). Gentle: on unrelated prompts no further from bare than the model told the instruction is, "
+    f"or at most {UNRELATED[0]:g} nats a token, and at most {100 * OTHERS_LOST[0]:g} points of accuracy lost on average "
+    f"on other instructions (partly: {UNRELATED[1]:g} and {100 * OTHERS_LOST[1]:g}). Carries over: every case keeps at "
+    f"least {KEPT[0]:.0%} of the prompted accuracy (partly: {KEPT[1]:.0%} on average); cases that the prompted model "
+    "gets right less than half of the time are left out."
 )
 
 _RANK = {"yes": 0, "partly": 1, "no": 2, "unknown": 3}
@@ -85,16 +87,37 @@ def _works(section: Section | None) -> Line:
 def _cause(section: Section | None) -> Line:
     question = "Cause: is it the instruction's own doing?"
     ours = section and section.get("patched", "recovered")
-    rivals = [f for f in _all(section, "recovered") if not any(part in f.subject for part in _PARTS)]
-    if not ours or not rivals or not ours.value > 0:
+    names = [
+        name for name in (section.subjects("recovered") if section else []) if not any(part in name for part in _PARTS)
+    ]
+    if not section or not ours or not names or not ours.value > 0:
         return _unknown(question, section)
-    worst = max(rivals, key=lambda figure: figure.value)
-    status = _at_most(worst.value / ours.value, CONTROL)
+    shares = {name: _share_of_ours(section, name) for name in names}
+    worst = max(names, key=lambda name: max(shares[name]))
+    gained, recovered = shares[worst]
+    # A control may push towards the instruction's form without doing what it says: that alone is no more than partly.
+    status = max(_at_most(gained, CONTROL), "partly" if recovered > CONTROL[1] else "yes", key=_RANK.__getitem__)
+    accuracy, effect = section.get(worst, "accuracy"), section.get(worst, "recovered")
+    shown = f"accuracy {_interval(accuracy, percent=True)} and " if accuracy and not math.isnan(accuracy.value) else ""
+    assert effect is not None
     return Line(
         question, status,
-        f"The strongest of {len(rivals)} controls, {worst.subject}, recovers {_interval(worst)}; the patch "
-        f"{ours.value:.3f} on the same inputs.",
+        f"The strongest of {_counted(len(names), 'control')}, {worst}, has {shown}recovered effect "
+        f"{_interval(effect)}; the patch recovers {ours.value:.3f} on the same inputs.",
     )  # fmt: skip
+
+
+def _share_of_ours(section: Section, name: str) -> tuple[float, float]:
+    """A control's gain in accuracy over the bare model, and its recovered effect, as shares of the patch's.
+
+    Where there are no accuracies the first is the second.
+    """
+    recovered = [section.get(who, "recovered") for who in (name, "patched")]
+    effect = recovered[0].value / recovered[1].value if recovered[0] and recovered[1] else math.nan
+    accuracies = [section.get(who, "accuracy") for who in (name, "patched", "bare")]
+    control, ours, bare = (figure.value if figure else math.nan for figure in accuracies)
+    gained = (control - bare) / (ours - bare) if ours > bare else math.nan
+    return effect if math.isnan(gained) else gained, effect
 
 
 def _better(section: Section | None) -> Line:
@@ -113,7 +136,7 @@ def _better(section: Section | None) -> Line:
     )
     return Line(
         question, status,
-        f"The best of {len(rivals)} baselines, {best.subject}, recovers {_interval(best)}; the patch "
+        f"The best of {_counted(len(rivals), 'baseline')}, {best.subject}, recovers {_interval(best)}; the patch "
         f"{_interval(ours)}{shown}.",
     )  # fmt: skip
 
@@ -123,8 +146,13 @@ def _gentle(section: Section | None) -> Line:
     changed = section and section.get("patched", "unrelated KL")
     if not section or not changed or math.isnan(changed.value):
         return _unknown(question, section)
-    statuses = [_at_most(changed.value, UNRELATED)]
+    told = section.get("prompted", "unrelated KL")
+    # What being told the instruction does to these prompts is no side effect of the patch.
+    allowed = max(UNRELATED[0], told.value) if told and not math.isnan(told.value) else UNRELATED[0]
+    statuses = [_at_most(changed.value, (allowed, max(UNRELATED[1], allowed)))]
     text = f"KL on unrelated prompts {_interval(changed)} nats a token"
+    if told and not math.isnan(told.value):
+        text += f", {_interval(told)} where the model is told the instruction"
     lost = [
         off.value - on.value
         for off, on in zip(
@@ -135,8 +163,8 @@ def _gentle(section: Section | None) -> Line:
         mean = sum(lost) / len(lost)
         statuses.append(_at_most(mean, OTHERS_LOST))
         text += (
-            f"; told one of {len(lost)} other instructions, the patched model loses {100 * mean:.1f} points of "
-            f"accuracy on average, {100 * max(lost):.1f} at worst"
+            f"; told one of {_counted(len(lost), 'other instruction')}, the patched model loses "
+            f"{100 * mean:.1f} points of accuracy on average, {100 * max(lost):.1f} at worst"
         )
     return Line(question, max(statuses, key=_RANK.__getitem__), text + ".")
 
@@ -156,13 +184,12 @@ def _carries(section: Section | None) -> Line:
     worst = min(shares, key=shares.__getitem__)
     mean = sum(shares.values()) / len(shares)
     status = "yes" if shares[worst] >= KEPT[0] else "partly" if mean >= KEPT[1] else "no"
-    left_out = f"; {len(cases) - len(shares)} cases where the prompted model fails too are not counted" * (
-        len(shares) < len(cases)
-    )
+    missing = len(cases) - len(shares)
+    left_out = f"; {_counted(missing, 'case')} left out, where the prompted model fails too" if missing else ""
     return Line(
         question, status,
-        f"In {len(shares)} cases it keeps {mean:.0%} of the prompted accuracy on average and {shares[worst]:.0%} at "
-        f"worst, {worst}{left_out}.",
+        f"In {_counted(len(shares), 'case')} it keeps {mean:.0%} of the prompted accuracy on average and "
+        f"{shares[worst]:.0%} at worst, {worst}{left_out}.",
     )  # fmt: skip
 
 
@@ -173,6 +200,10 @@ def _all(section: Section | None, quantity: str) -> list[Figure]:
 def _unknown(question: str, section: Section | None) -> Line:
     why = "its section was not asked for" if section is None else section.error or "its figures are not defined here"
     return Line(question, "unknown", f"Not measured: {why}.".replace("..", "."))
+
+
+def _counted(number: int, what: str) -> str:
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"
 
 
 def _at_least(value: float, thresholds: tuple[float, float]) -> str:

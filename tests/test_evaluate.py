@@ -1,0 +1,320 @@
+"""The whole report on a tiny random model: every section, its files, its resumption, and refused input."""
+
+from __future__ import annotations
+
+import csv
+import html
+import json
+import math
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from models import tiny_gemma3, tiny_tokenizer
+from patches import hooks, random_patch, same_bits, weights
+
+import thought_kernels as tk
+from thought_kernels.evaluate import evaluate as package_module  # noqa: F401  the function's own module
+from thought_kernels.evaluate import sections as registry
+from thought_kernels.evaluate.report import Evaluation, Line, Section
+from thought_kernels.evaluate.verdict import summary, verdict
+
+TOKENIZER = tiny_tokenizer()
+EXAMPLES = ["3 1 4", "2 7 8", "1 9", "5 5 5 5"]
+HELD_OUT = ["4 4", "8 1 2", "9 9 9", "6 0", "7 3 1"]
+SETTINGS: dict[str, Any] = {"sweep_inputs": 3, "lora_steps": 2, "max_new_tokens": 3, "batch_size": 8}
+EVERYTHING: dict[str, Any] = {
+    "outside": {"examples": ["a b", "c d e"], "held_out": ["f g", "h"]},
+    "longer": ["1 2 3 4 5 6 7", "7 6 5 4 3 2 1"],
+    "paraphrases": ["Add <them> & more"],
+    "others": {
+        "Turn": {"instruction": "Turn it", "held_out": [{"prompt": "1 2", "completion": "2 1"}] * 2},
+        "Sort": "Sort",
+    },
+    "unrelated": ["hello", {"prompt": "who", "completion": "me"}],
+}
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    return tiny_gemma3(vocab_size=len(TOKENIZER))
+
+
+@pytest.fixture(scope="module")
+def whole(model: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Evaluation, Path]:
+    folder = tmp_path_factory.mktemp("report")
+    before, attached = weights(model), hooks(model)
+    found = tk.evaluate(
+        model, TOKENIZER, "Sum <them> & say", EXAMPLES, held_out=HELD_OUT, output=folder, **EVERYTHING, **SETTINGS
+    )
+    assert same_bits(model, before) and hooks(model) == attached
+    return found, folder
+
+
+def test_every_section_has_figures_and_none_fails(whole: tuple[Evaluation, Path]) -> None:
+    found, _ = whole
+    assert list(found.sections) == list(registry.SECTIONS)
+    assert {name: section.error for name, section in found.sections.items() if section.error} == {}
+    for section in found.sections.values():
+        assert section.figures and section.seconds > 0 and section.peak_memory_mib > 1, section.name
+        for figure in section.figures:
+            assert math.isnan(figure.low) or figure.low <= figure.value <= figure.high, figure
+    assert len(found.verdict) == 5
+
+
+def test_the_sections_hold_what_they_promise(whole: tuple[Evaluation, Path]) -> None:
+    found, _ = whole
+    controls = found.sections["controls"].subjects("recovered")
+    wanted = ("random, equal norm and spectrum", "shuffled δ", "vector only", "patch of “Turn”", "attention site only")
+    assert set(wanted) <= set(controls)
+    rivals = found.sections["baselines"].subjects("recovered")
+    assert rivals[1:] == ["mean-difference vector", "function vector", "rank-one edit", "paper's recipe", "LoRA"]
+    assert [figure.x for figure in found.sections["data"].series("patched", "recovered")] == [4]
+    cases = found.sections["generalisation"].subjects("prompted")
+    for part in ("outside the examples", "against “Add", "patch of “Add", "longer inputs", "after a chat turn"):
+        assert any(case.startswith(part) for case in cases), part
+    beside = found.sections["side_effects"]
+    assert beside.get("told “Turn”", "accuracy, patch on") and beside.get("told “Sort”", "accuracy, patch off")
+    bare, told = beside.get("bare", "perplexity"), beside.get("prompted", "unrelated KL")
+    assert bare is not None and bare.value > 1 and told is not None and told.value > 0
+    at_zero = found.sections["scale"].get("patched", "recovered", 0.0)
+    assert at_zero is not None and at_zero.value == pytest.approx(0.0, abs=1e-6)
+    at_one = found.sections["scale"].get("patched", "recovered", 1.0)
+    same = found.sections["controls"].get("patched", "recovered")
+    assert at_one is not None and same is not None and at_one.value == pytest.approx(same.value, abs=1e-6)
+    replayed, control = (found.sections["replay"].get(who, "logit error") for who in ("replayed", "unpatched control"))
+    assert replayed is not None and control is not None and replayed.value < 1e-9 < control.value
+
+
+class Page(HTMLParser):
+    """Collects what a page refers to and what it holds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.references: list[str] = []
+        self.ids: list[str] = []
+        self.tags: list[str] = []
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        for name, value in attributes:
+            if name in ("src", "href", "xlink:href", "srcset", "action", "data", "poster"):
+                self.references.append(value or "")
+            if name == "id":
+                self.ids.append(value or "")
+
+
+def test_the_page_stands_alone_and_holds_every_section(whole: tuple[Evaluation, Path]) -> None:
+    found, folder = whole
+    text = (folder / "evaluation.html").read_text(encoding="utf-8")
+    page = Page()
+    page.feed(text)
+    assert set(found.sections) <= set(page.ids)
+    assert [reference for reference in page.references if not reference.startswith("#")] == []
+    assert not {"script", "link", "img", "iframe", "object"} & set(page.tags)
+    assert not re.search(r"url\((?!#)|@import", text)
+    addresses = set(re.findall(r"https?://[^\s\"'<>)]+", text))
+    assert all(address.startswith("http://www.w3.org/") for address in addresses), addresses  # XML name spaces
+    assert len(page.ids) == len(set(page.ids))  # plots do not share ids
+    assert "Sum &lt;them&gt; &amp; say" in text and "<them>" not in text
+    assert page.tags.count("svg") == len(registry.SECTIONS)
+    for line in found.verdict:
+        assert html.escape(line.question) in text
+
+
+def test_json_and_csv_hold_every_figure(whole: tuple[Evaluation, Path]) -> None:
+    found, folder = whole
+    content = json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))
+    assert content["sections"].keys() == found.sections.keys()
+    read = {name: Section.from_dict(section) for name, section in content["sections"].items()}
+    assert repr(read) == repr(found.sections)  # repr, since NaN is unequal to itself
+    rows = list(csv.DictReader((folder / "evaluation.csv").open(encoding="utf-8")))
+    figures = sum(len(section.figures) for section in found.sections.values())
+    assert len(rows) == figures + 2 * len(found.sections)  # and each section's seconds and memory
+    first = found.sections["effect"].figures[0]
+    row = next(row for row in rows if row["section"] == "effect")
+    assert (row["subject"], row["quantity"], float(row["value"])) == (first.subject, first.quantity, first.value)
+
+
+def test_finished_sections_are_not_measured_again(model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = {"held_out": HELD_OUT, "output": tmp_path, "sections": ["patch", "scale", "replay"], **SETTINGS}
+    found = tk.evaluate(model, TOKENIZER, "Sum <them> & say", EXAMPLES, **arguments)
+
+    def broken(subject: Any, section: Section) -> None:
+        section.add("patched", "accuracy", 0.5)
+        raise RuntimeError("no luck")
+
+    kind = registry.SECTIONS["scale"]
+    for name, other in registry.SECTIONS.items():
+        monkeypatch.setitem(registry.SECTIONS, name, registry.SectionKind(other.title, other.reading, broken))
+    again = tk.evaluate(model, TOKENIZER, "Sum <them> & say", EXAMPLES, **arguments)
+    assert repr(again.sections) == repr(found.sections)
+
+    (tmp_path / "sections" / "scale.json").write_text("{")  # a damaged one is measured again, and here fails
+    failed = tk.evaluate(model, TOKENIZER, "Sum <them> & say", EXAMPLES, **arguments)
+    assert failed.sections["scale"].error == "RuntimeError: no luck"
+    assert failed.sections["scale"].get("patched", "accuracy") is not None  # what it had measured is kept
+    assert "This section did not finish: RuntimeError: no luck" in (tmp_path / "evaluation.html").read_text()
+    assert repr(failed.sections["replay"]) == repr(found.sections["replay"])
+
+    monkeypatch.setitem(registry.SECTIONS, "scale", kind)  # a section that failed is tried again
+    mended = tk.evaluate(model, TOKENIZER, "Sum <them> & say", EXAMPLES, **arguments)
+    assert mended.sections["scale"].error is None
+    assert mended.sections["scale"].get("patched", "recovered", 0.5) is not None
+    changed = tk.evaluate(model, TOKENIZER, "Sum it", EXAMPLES, **arguments)  # other data: nothing is taken over
+    assert changed.sections["scale"].error is None and changed.sections["replay"].error == "RuntimeError: no luck"
+
+
+def test_a_patch_alone_is_measured_as_far_as_it_goes(model: Any) -> None:
+    patch = random_patch(size=0.05, provenance={"instruction": "Sum them"})
+    found = tk.evaluate(model, TOKENIZER, patch, held_out=HELD_OUT, **SETTINGS)
+    failed = {name for name, section in found.sections.items() if section.error}
+    assert failed == {"baselines", "data"}
+    assert "examples must be at least 2 for the baselines, got 0" in (found.sections["baselines"].error or "")
+    parts = found.sections["controls"].subjects("recovered")
+    assert {"matrix only", "vector only", "mlp site only"} <= set(parts) and "shuffled δ" not in parts
+
+
+def test_a_scorer_that_raises_costs_accuracies_only(model: Any) -> None:
+    def fussy(text: str, answer: str, question: str) -> bool:
+        raise KeyError("who")
+
+    found = tk.evaluate(
+        model, TOKENIZER, "Sum them", EXAMPLES, held_out=HELD_OUT, scorer=fussy, sections=["effect", "data"], **SETTINGS
+    )
+    effect = found.sections["effect"]
+    accuracy, recovered = effect.get("patched", "accuracy"), effect.get("patched", "recovered")
+    assert effect.error is None and accuracy is not None and math.isnan(accuracy.value)
+    assert recovered is not None and not math.isnan(recovered.value)
+    assert any("got KeyError: 'who'" in note for note in effect.notes)
+    assert json.dumps(found.to_dict(), allow_nan=False) and "got KeyError" in found.to_html()
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"held_out": []}, "held_out must be examples, got something else; load_examples: .* got none"),
+        ({"held_out": ["1 2"]}, "held_out must hold at least 2 inputs, got 1; no interval"),
+        ({"examples": ["1 2"]}, "examples must hold at least 2, got 1"),
+        ({"examples": None}, "examples must be given to transmute an instruction on, got none"),
+        ({"held_out": ["1 2", "3 " * 400]}, r"held_out\[1\] must fit the model's context of 512 tokens, got \d+"),
+        ({"held_out": ["1", {"prompt": "2", "completion": "2"}]}, "completion or none, got 1 of 2 with one"),
+        ({"answers": ["1"]}, "answers must be one per input of held_out, got 1 for 5"),
+        ({"sections": ["efect"]}, "sections must be 'all' or among patch, effect.*got .'efect'"),
+        ({"recipe": {"rigde": 1}}, "recipe must have options of transmute, got rigde"),
+        ({"sweep_inputs": 1}, "sweep_inputs must be at least 2, got 1"),
+        ({"outside": {"held_out": ["1"]}}, "outside must have the keys examples and held_out"),
+        ({"others": {"x": {"held_out": ["1", "2"]}}}, "must have the keys instruction and held_out"),
+        ({"scorer": "nope"}, "scorer must be one of"),
+        ({"instruction": "Other"}, "instruction must be given once"),
+    ],
+)
+def test_bad_input_is_refused_with_a_sentence(
+    model: Any, tmp_path: Path, changes: dict[str, Any], sentence: str
+) -> None:
+    arguments = {"held_out": HELD_OUT, "output": tmp_path / "new", **changes}
+    examples = arguments.pop("examples", EXAMPLES)
+    with pytest.raises(ValueError, match=sentence):
+        tk.evaluate(model, TOKENIZER, "Sum them", examples, **arguments)
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_tokenizer_without_a_chat_template_is_refused(model: Any) -> None:
+    with pytest.raises(ValueError, match="tokenizer must have a chat template"):
+        tk.evaluate(model, tiny_tokenizer(template=None), "Sum them", EXAMPLES, held_out=HELD_OUT)
+
+
+def test_a_patch_that_does_not_say_its_instruction_needs_one(model: Any) -> None:
+    with pytest.raises(ValueError, match="instruction must be given where the patch does not say"):
+        tk.evaluate(model, TOKENIZER, random_patch(), held_out=HELD_OUT)
+
+
+def test_shared_inputs_are_pointed_out(model: Any) -> None:
+    found = tk.evaluate(model, TOKENIZER, "Sum", EXAMPLES, held_out=EXAMPLES, sections="patch", **SETTINGS)
+    assert found.warnings[0].startswith("4 of 4 held-out inputs are also examples")
+    assert [line.status for line in found.verdict] == ["unknown"] * 5
+
+
+def test_figures_are_the_same_with_the_same_seed(model: Any) -> None:
+    runs = [
+        tk.evaluate(model, TOKENIZER, "Sum", EXAMPLES, held_out=HELD_OUT, sections=["controls"], seed=seed, **SETTINGS)
+        for seed in (3, 3, 4)
+    ]
+    first, second, third = (repr(run.sections["controls"].figures) for run in runs)
+    assert first == second != third
+
+
+def section(name: str, *figures: tuple[str, str, float]) -> Section:
+    made = Section(name, name)
+    for subject, quantity, value in figures:
+        made.add(subject, quantity, value, inputs=100)
+    return made
+
+
+def good() -> dict[str, Section]:
+    return {
+        "effect": section(
+            "effect", ("bare", "accuracy", 0.0), ("prompted", "accuracy", 1.0), ("patched", "accuracy", 0.99),
+            ("patched", "recovered", 0.99),
+        ),
+        "controls": section(
+            "controls", ("patched", "recovered", 0.99), ("shuffled δ", "recovered", -2.0),
+            ("matrix only", "recovered", 0.99),
+        ),
+        "baselines": section("baselines", ("patched", "recovered", 0.99), ("LoRA", "recovered", 0.9)),
+        "side_effects": section(
+            "side_effects", ("patched", "unrelated KL", 0.001), ("told x", "accuracy, patch off", 1.0),
+            ("told x", "accuracy, patch on", 0.98),
+        ),
+        "generalisation": section(
+            "generalisation", ("outside", "prompted", 1.0), ("outside", "accuracy", 0.97),
+            ("longer inputs", "prompted", 0.1), ("longer inputs", "accuracy", 0.0),
+        ),
+    }  # fmt: skip
+
+
+def test_the_verdict_says_yes_where_every_figure_is_good() -> None:
+    lines = verdict(good())
+    assert [line.status for line in lines] == ["yes"] * 5
+    assert "1 case left out, where the prompted model fails too" in lines[4].answer
+    assert summary(lines) == "Yes, in every respect measured here."
+
+
+@pytest.mark.parametrize(
+    ("name", "figure", "index", "status"),
+    [
+        ("effect", ("patched", "accuracy", 0.8), 0, "partly"),
+        ("effect", ("patched", "recovered", 0.2), 0, "no"),
+        ("controls", ("shuffled δ", "recovered", 0.9), 1, "no"),
+        ("controls", ("shuffled δ", "recovered", 0.3), 1, "partly"),
+        ("baselines", ("LoRA", "recovered", 0.999), 2, "no"),
+        ("side_effects", ("patched", "unrelated KL", 3.0), 3, "no"),
+        ("side_effects", ("told x", "accuracy, patch on", 0.9), 3, "partly"),
+        ("generalisation", ("outside", "accuracy", 0.1), 4, "no"),
+    ],
+)
+def test_each_line_turns_with_its_figures(name: str, figure: tuple[str, str, float], index: int, status: str) -> None:
+    sections = good()
+    kept = [f for f in sections[name].figures if (f.subject, f.quantity) != figure[:2]]
+    sections[name].figures[:] = kept
+    sections[name].add(*figure, inputs=100)
+    statuses = [line.status for line in verdict(sections)]
+    assert statuses[index] == status and statuses.count("yes") == 4
+
+
+def test_the_headline_names_what_to_look_at() -> None:
+    lines = [Line("", status, "") for status in ("yes", "yes", "no", "unknown", "partly")]
+    assert summary(lines) == "Yes for inputs like its examples; look at: better, carries over. Not measured: gentle."
+    assert summary([Line("", "no", "")] * 5).startswith("No: the patched model does not follow")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16])
+def test_a_narrow_model_is_evaluated_too(dtype: torch.dtype) -> None:
+    narrow = tiny_gemma3(dtype=dtype, vocab_size=len(TOKENIZER))
+    found = tk.evaluate(
+        narrow, TOKENIZER, "Sum", EXAMPLES, held_out=HELD_OUT, sections=["effect", "baselines", "replay"], **SETTINGS
+    )
+    assert {name: section.error for name, section in found.sections.items() if section.error} == {}

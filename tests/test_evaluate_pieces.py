@@ -1,0 +1,303 @@
+"""The pieces of the report against their definitions: intervals, scorers, refits, steering, LoRA."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from models import tiny_gemma3, tiny_tokenizer
+from patches import random_patch, same_bits, token_ids, weights
+
+import thought_kernels as tk
+from thought_kernels.evaluate.controls import randomised
+from thought_kernels.evaluate.intervals import mean_interval, recovered_interval
+from thought_kernels.evaluate.lora import train_lora
+from thought_kernels.evaluate.refit import Shuffled, full_recipe, rank_one, refit, split, vector_of
+from thought_kernels.evaluate.scorers import Each, Judge, ScorerError, as_scorer
+from thought_kernels.evaluate.steering import (
+    Steering,
+    _answer_means,
+    _written_by,
+    answer_positions,
+    common_suffix,
+    mean_differences,
+)
+from thought_kernels.evaluate.subject import Inputs, Subject, Tolerant
+from thought_kernels.evaluate.trial import Trial
+from thought_kernels.models import describe
+from thought_kernels.transmute.accumulator import ThoughtAccumulator
+from thought_kernels.transmute.patch import ThoughtPatch
+from thought_kernels.transmute.prompt import load_examples
+from thought_kernels.transmute.site import SitePatch
+
+TOKENIZER = tiny_tokenizer()
+INSTRUCTION, QUESTIONS = "Sum them", ["3 1 4", "2 7 8", "1 9", "5 5 5 5"]
+
+
+@pytest.fixture
+def model() -> Any:
+    return tiny_gemma3(vocab_size=len(TOKENIZER))
+
+
+def subject(model: Any, **recipe: Any) -> Subject:
+    examples = load_examples(QUESTIONS)
+    return Subject(
+        model=model, tokenizer=TOKENIZER, instruction=INSTRUCTION, given_patch=None, recipe=recipe, examples=examples,
+        pool=examples, held_out=Inputs(examples, None), paraphrases=[], others={}, outside=None, longer=None,
+        unrelated=examples, scorer=Tolerant(as_scorer("exact")), separator="\n", seed=0, sweep_inputs=2, lora_steps=2,
+        batch_size=8, max_new_tokens=4,
+    )  # fmt: skip
+
+
+def test_an_interval_has_the_width_of_the_normal_approximation() -> None:
+    n, p = 900, 0.3
+    grades = [float(i < n * p) for i in range(n)]
+    found = mean_interval(grades, seed=1)
+    half = 1.96 * math.sqrt(p * (1 - p) / n)
+    assert found.value == pytest.approx(p)
+    assert found.high - p == pytest.approx(half, rel=0.1) and p - found.low == pytest.approx(half, rel=0.1)
+    assert found == mean_interval(grades, seed=1) != mean_interval(grades, seed=2)
+
+
+def test_an_interval_does_not_collapse_where_all_inputs_agree() -> None:
+    n = 60
+    assert mean_interval([1.0] * n, seed=0) == (1.0, pytest.approx(0.025 ** (1 / n)), 1.0)
+    assert mean_interval([0.0] * n, seed=0) == (0.0, 0.0, pytest.approx(1 - 0.025 ** (1 / n)))
+    assert mean_interval([0.5] * n, seed=0) == (0.5, 0.5, 0.5)
+
+
+def test_the_recovered_effect_resamples_both_sums_together() -> None:
+    rng = np.random.default_rng(0)
+    bare = rng.exponential(size=50)
+    found = recovered_interval(0.1 * bare, bare, seed=0)  # the ratio is the same for every input, so for every draw
+    assert found == pytest.approx((0.9, 0.9, 0.9))
+    noisy = recovered_interval(rng.exponential(size=50), bare, seed=0)
+    assert noisy.low < noisy.value < noisy.high
+    assert all(math.isnan(number) for number in recovered_interval([0.0], [0.0], seed=0))
+    with pytest.raises(ValueError, match="must be of the same inputs, got 1 and 2"):
+        recovered_interval([0.0], [0.0, 1.0], seed=0)
+
+
+def longer_is_better(text: str, answer: str, question: str) -> float:
+    return min(len(text) / len(answer), 1.0)
+
+
+@pytest.mark.parametrize(
+    ("spec", "text", "grade"),
+    [
+        ("exact", " 12 ", 1.0),
+        ("contains", "it is 12.", 1.0),
+        ("regex:^{answer}$", "12", 1.0),
+        ("regex:^{answer}$", "112", 0.0),
+        ("regex:x{2}", "xx", 1.0),  # braces of the pattern are its own
+        (f"{__name__}:longer_is_better", "1", 0.5),
+        (longer_is_better, "123", 1.0),
+    ],
+)
+def test_scorers(spec: Any, text: str, grade: float) -> None:
+    assert as_scorer(spec)([text], ["12"], ["5 7"]) == [grade]
+
+
+def test_a_regex_takes_the_answer_literally() -> None:
+    assert as_scorer("regex:^{answer}$")(["1+1", "111"], ["1+1", "1+1"], ["", ""]) == [1.0, 0.0]
+
+
+@pytest.mark.parametrize(
+    ("spec", "sentence"),
+    [
+        ("fuzzy", "must be one of exact, contains, regex:PATTERN or module:function, got 'fuzzy'"),
+        ("regex:(", "must be a regular expression"),
+        ("nowhere:f", "must name a module and its function, got 'nowhere:f'"),
+        ("math:pi", "must name a function, got 'math:pi'"),
+        ("judge:x", "Judge"),
+    ],
+)
+def test_bad_scorers_are_refused(spec: str, sentence: str) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        as_scorer(spec)
+    with pytest.raises(TypeError, match="scorer must be a name, a function or a scorer, got int"):
+        as_scorer(3)
+
+
+@pytest.mark.parametrize("function", [lambda *_: 1 / 0, lambda *_: float("nan"), lambda *_: 2, lambda *_: None])
+def test_a_scorer_that_fails_says_on_which_answer(function: Any) -> None:
+    with pytest.raises(ScorerError, match="must return a number from 0 to 1 for every answer, got .*text 'four'"):
+        Each("mine", function)(["four"], ["4"], ["2 2"])
+
+
+def test_a_judge_compares_yes_with_no(model: Any) -> None:
+    judge = Judge(model, TOKENIZER, "Sum {question}", prompt="{instruction}|{question}|{answer}|{text}")
+    grades = judge(["{answer}", "7", "long text"], ["4", "7", "9"], ["2 2", "3 4", "4 5"])
+    turns = [{"role": "user", "content": "Sum {question}|2 2|4|{answer}"}]  # values are never filled in themselves
+    ids = TOKENIZER.apply_chat_template(turns, add_generation_prompt=True, return_dict=True)["input_ids"]
+    likely = []
+    for reply in ("Yes", "No"):
+        answer = TOKENIZER(reply, add_special_tokens=False)["input_ids"]
+        logprobs = torch.log_softmax(model(torch.tensor([[*ids, *answer]])).logits[0].double(), -1)
+        likely.append(sum(float(logprobs[len(ids) - 1 + i, token]) for i, token in enumerate(answer)))
+    assert grades[0] == float(likely[0] > likely[1])
+    assert set(grades) <= {0.0, 1.0} and grades == judge(
+        ["{answer}", "7", "long text"], ["4", "7", "9"], ["2 2", "3 4", "4 5"]
+    )
+    with pytest.raises(ValueError, match="must have a place for the answer"):
+        Judge(model, TOKENIZER, prompt="no place")
+
+
+def test_a_trial_without_answers_is_graded_by_agreement(model: Any) -> None:
+    trial = Trial(model, TOKENIZER, INSTRUCTION, QUESTIONS, None, max_new_tokens=4)
+    assert trial.prompted == 1.0 and trial.answers == trial.prompted_texts
+    assert trial.answer_prompted(model) == trial.prompted_texts
+    part = trial.first(2)
+    assert len(part) == 2 and part.base == sum(trial.base_grades[:2]) / 2
+    with random_patch(sites=("mlp",)).applied(model):
+        whole, few = trial.score(model), part.score(model)
+    assert few.texts == whole.texts[:2] and few.effect.tokens == sum(map(len, trial.written[:2]))
+    for ours, theirs in zip(few.divergences, whole.divergences[:2], strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("pairing", ["two_pass", "layerwise", "sequential"])
+def test_a_refit_with_nothing_changed_is_the_patch_itself(model: Any, pairing: str) -> None:
+    found = subject(model, pairing=pairing, estimator="ridge", ridge=0.3, header_weight=0.2)
+    again = refit(found, full_recipe(found))
+    assert again.entries.keys() == found.patch.entries.keys()
+    for key, entry in found.patch.entries.items():
+        torch.testing.assert_close(again.entries[key].dense(), entry.dense(), rtol=1e-3, atol=1e-5)
+
+
+def test_shuffling_keeps_what_the_rows_are_alone() -> None:
+    generator = torch.Generator().manual_seed(0)
+    delta, activation = (torch.randn(3, 5, 7, dtype=torch.float64, generator=generator) for _ in range(2))
+    kept = torch.ones(3, 5, dtype=torch.float64)
+    kept[1, 3:] = 0
+    delta[1, 3:] = float("nan")  # padding must not get into the permutation
+    plain, shuffled = ThoughtAccumulator(dtype=torch.float64), Shuffled(generator, dtype=torch.float64)
+    for sums in (plain, shuffled):
+        sums.update(0, "mlp", delta, activation, kept)
+    ours, theirs = shuffled.sums(0, "mlp"), plain.sums(0, "mlp")
+    assert ours is not None and theirs is not None
+    for name in ("gram", "delta_sum", "activation_sum", "moments"):
+        torch.testing.assert_close(getattr(ours, name), getattr(theirs, name))
+    assert ours.cross is not None and theirs.cross is not None
+    assert float((ours.cross - theirs.cross).norm()) > 0.1 * float(theirs.cross.norm())
+
+
+def test_a_rank_one_edit_gives_the_mean_activation_its_mean_difference() -> None:
+    generator = torch.Generator().manual_seed(1)
+    delta, activation = (torch.randn(40, 6, dtype=torch.float64, generator=generator) + 1 for _ in range(2))
+    accumulator = ThoughtAccumulator(dtype=torch.float64)
+    accumulator.update(0, "mlp", delta, activation)
+    sums = accumulator.sums(0, "mlp")
+    assert sums is not None
+    edit = rank_one(sums, "mlp")
+    torch.testing.assert_close(edit.dense() @ activation.mean(0), delta.mean(0))
+    assert torch.linalg.matrix_rank(edit.dense()) == 1
+    torch.testing.assert_close(vector_of(sums, "mlp").vector, delta.mean(0))
+
+
+def test_a_patch_is_taken_apart() -> None:
+    patch = random_patch()
+    matrices, vectors = split(patch, part="matrix"), split(patch, part="vector")
+    assert matrices is not None and vectors is not None
+    assert not any(entry.vector is not None for entry in matrices.entries.values())
+    assert not any(entry.dense() is not None for entry in vectors.entries.values())
+    both = matrices + vectors
+    for layer, site in patch.entries:
+        for part in ("matrix", "vector"):
+            ours, theirs = getattr(both, part)(layer, site), getattr(patch, part)(layer, site)
+            assert (ours is None) == (theirs is None) and (ours is None or torch.equal(ours, theirs))
+    only = split(patch, part="both", sites=["mlp"])
+    assert only is not None and only.sites == ("mlp",)
+    assert split(random_patch(vectors=False, sites=("mlp",)), part="vector") is None
+
+
+def test_a_random_control_has_the_patch_s_spectrum_and_other_directions() -> None:
+    patch = random_patch(rank=3)
+    control = randomised(patch, torch.Generator().manual_seed(0))
+    for key, entry in patch.entries.items():
+        other = control.entries[key]
+        if entry.dense() is not None:
+            ours, theirs = other.dense(), entry.dense()
+            assert ours is not None and theirs is not None
+            torch.testing.assert_close(torch.linalg.svdvals(ours), torch.linalg.svdvals(theirs), rtol=1e-4, atol=1e-5)
+            assert abs(float((ours * theirs).sum())) < 0.5 * float(theirs.norm()) ** 2
+        if entry.vector is not None:
+            assert other.vector is not None
+            torch.testing.assert_close(other.vector.norm(), entry.vector.norm())
+
+
+def test_the_answer_starts_at_the_last_token_of_the_prompt(model: Any) -> None:
+    prompts = [[9, 8, 7, 3, 4], [6, 5, 3, 4]]
+    assert common_suffix(prompts) == [3, 4]
+    ids = torch.tensor([[3, 4, 9, 3, 4, 11, 12], [0, 6, 5, 3, 4, 3, 13]])
+    with answer_positions(model, [3, 4]) as positions:
+        model(input_ids=ids)
+        assert positions().int().tolist() == [[0, 0, 0, 0, 1, 1, 1], [0, 0, 0, 0, 1, 1, 1]]
+        model(ids[:, :1])  # a step of cached generation
+        assert positions().all()
+    assert not model._forward_pre_hooks
+
+
+def test_steering_everywhere_is_a_residual_vector(model: Any) -> None:
+    vector, ids = torch.randn(36, generator=torch.Generator().manual_seed(0)), token_ids()
+    patch = ThoughtPatch({(1, "residual"): SitePatch(vector=2 * vector)})
+    with patch.applied(model):
+        wanted = model(ids).logits
+    with (2 * Steering(1, vector)).applied(model):
+        torch.testing.assert_close(model(ids).logits, wanted)
+    plain = model(ids).logits
+    suffix = ids[0, 3:5].tolist()
+    with Steering(1, vector, suffix).applied(model):
+        steered = model(ids[:1]).logits
+    torch.testing.assert_close(steered[:, :4], plain[:1, :4])
+    assert float((steered[:, 4] - plain[0, 4]).abs().max()) > 1e-3
+
+
+def test_mean_differences_are_those_of_the_models_own_hidden_states(model: Any) -> None:
+    trial = Trial(model, TOKENIZER, INSTRUCTION, QUESTIONS, None, max_new_tokens=4)
+    found = mean_differences(trial, model)
+
+    def states(prompts: list[list[int]]) -> torch.Tensor:
+        rows = [
+            model(torch.tensor([[*prompt, *answer]]), output_hidden_states=True).hidden_states[1][
+                0, len(prompt) - 1 : -1
+            ]
+            for prompt, answer in zip(prompts, trial.written, strict=True)
+        ]
+        return torch.cat(rows).mean(0)
+
+    torch.testing.assert_close(found[0], states(trial.prompts) - states(trial.bare_prompts), rtol=1e-4, atol=1e-5)
+
+
+def test_heads_together_write_what_the_attention_writes(model: Any) -> None:
+    decoder = describe(model)
+    projections = {block.index: block.o_proj for block in decoder.blocks}
+    prompts, answers = [[5, 6, 7, 8]], [[9, 10]]
+    means = _answer_means(model, prompts, answers, projections, inside=True)
+    block = decoder.blocks[1]
+    written = sum(_written_by(decoder, means, 1, head) for head in range(block.num_attention_heads))
+    assert block.post_attention_norm is not None
+    torch.testing.assert_close(written, block.post_attention_norm(block.o_proj(means[1])), rtol=1e-4, atol=1e-5)
+
+
+def test_a_lora_learns_and_leaves_the_model_as_it_was(model: Any) -> None:
+    before, flags, names = weights(model), [p.requires_grad for p in model.parameters()], set(vars(model))
+    kinds = [type(module) for module in model.modules()]
+    trial = Trial(model, TOKENIZER, INSTRUCTION, QUESTIONS, None, max_new_tokens=4)
+    bare = trial.effect(model).bare
+    trained = train_lora(model, trial, steps=12, rate=1e-2, generator=torch.Generator().manual_seed(0))
+    assert trained.divergence < 0.8 * bare
+    with trained.applied(model):
+        assert trial.effect(model).patched == pytest.approx(trained.divergence, rel=1e-3)
+    assert same_bits(model, before) and [p.requires_grad for p in model.parameters()] == flags
+    assert set(vars(model)) == names and [type(module) for module in model.modules()] == kinds
+
+
+def test_evaluate_is_callable_and_a_package() -> None:
+    import thought_kernels.evaluate.trial as module
+
+    assert callable(tk.evaluate) and tk.evaluate.trial is module
+    assert "Measures whether a thought patch can be trusted" in tk.evaluate.__doc__
