@@ -215,6 +215,16 @@ def test_tiny_features_beside_large_ones_keep_their_dimensionality() -> None:
     assert spectral.saturation(W, rank_rtol=0.0) == pytest.approx(1.0, abs=1e-12)
 
 
+def test_features_far_below_the_largest_eigenvalue_keep_their_digits() -> None:
+    generator = torch.Generator().manual_seed(4)
+    scales = torch.tensor([1e4, 1, 1, 1e-2, 1e-2, 1e-2], dtype=torch.float64)[:, None]
+    W = torch.cat([torch.eye(6, dtype=torch.float64), torch.randn(6, 14, generator=generator).double()], 1) * scales
+    W = orthogonal(6, generator) @ torch.cat([W, torch.block_diag(*[scales[i] for i in range(6)])], 1)
+    expected = pairwise_dimensionality(W)
+    torch.testing.assert_close(spectral.fractional_dimensionality(W), expected, rtol=1e-9, atol=0)
+    assert spectral.saturation(W) == pytest.approx(float(expected.sum()) / 6, rel=1e-9)
+
+
 def test_the_rank_tolerance() -> None:
     W = torch.eye(4, dtype=torch.float64) * torch.tensor([1.0, 1e-9, 1e-14, 1e-17], dtype=torch.float64)
     assert spectral.frame_spectrum(W).rank == 3 == int(torch.linalg.matrix_rank(W))

@@ -18,6 +18,8 @@ from thought_kernels.ops.checks import FLOATS
 from thought_kernels.ops.library import message
 
 _TINY = {torch.float32: 1e-30, torch.float64: 1e-250}  # below this a quotient of products has few digits left
+_LOST_DIGITS = 1e-4  # of F's norm: below this a float64 quadratic form keeps fewer than eleven digits
+_QR_ROWS = 8192
 _BLOCK_ELEMENTS = 2 << 20  # of a block of columns: a product with F runs at full speed, and the block stays in cache
 
 
@@ -70,7 +72,8 @@ def fractional_dimensionality(W: Tensor, *, dtype: torch.dtype | None = None) ->
     D_i = ‖w_i‖⁴ / Σ_j (w_i · w_j)² = ‖w_i‖⁴ / (w_iᵀ F w_i),  and 0 for a zero feature
 
     Two products of size m² n: F, and w_iᵀ F w_i in blocks of columns. Where n < m it is M_ii² / (M²)_ii instead. The
-    value does not depend on W's scale, however large or small.
+    value does not depend on W's scale, however large or small. Of a feature whose κ_i lies far below F's largest
+    eigenvalue float32 loses the digits between them; float64 takes such features from a QR factorisation of W.
 
     Args:
         W: ``[m, n]``, features in columns; float64, float32, bfloat16 or float16, finite.
@@ -98,7 +101,8 @@ def fractional_dimensionality(W: Tensor, *, dtype: torch.dtype | None = None) ->
     F = _gram_of_rows(W.T, dtype)
     scale = F.diagonal().max()
     F /= scale
-    parts = []
+    bound = float(torch.linalg.matrix_norm(F))
+    parts, small = [], []
     buffer = F.new_empty(0)
     for columns in column_blocks(W):
         x = W[:, columns].to(dtype)
@@ -112,7 +116,16 @@ def fractional_dimensionality(W: Tensor, *, dtype: torch.dtype | None = None) ->
             squared_norm, energy = _norm_and_energy(F, x / unit, buffer)
         ratio = squared_norm / torch.where(energy > 0, energy, 1)
         parts.append(ratio * squared_norm * unit / scale * unit)
-    return torch.cat(parts)
+        small.append((ratio * _LOST_DIGITS * bound > 1).nonzero()[:, 0] + columns.start)
+    dimensionality, lost = torch.cat(parts), torch.cat(small)
+    if dtype == torch.float64 and len(lost):
+        # A sum of squares does not cancel: w F w = ‖Lᵀ w‖² keeps twice the digits.
+        w, L = W[:, lost].double(), triangle(W)
+        peak = w.abs().amax(0)
+        w /= peak
+        ratio = torch.linalg.vector_norm(w, dim=0).square() * peak / torch.linalg.vector_norm(L.T @ w, dim=0)
+        dimensionality[lost] = ratio.square()
+    return dimensionality
 
 
 def _norm_and_energy(F: Tensor, x: Tensor, buffer: Tensor) -> tuple[Tensor, Tensor]:
@@ -172,3 +185,13 @@ def _gram_of_rows(rows: Tensor, dtype: torch.dtype) -> Tensor:
     unused = torch.zeros(1, size, dtype=dtype, device=rows.device)
     accumulate(unused, rows.new_zeros(1, 1).expand(count, 1), rows, gram=total)
     return total
+
+
+def triangle(A: Tensor) -> Tensor:
+    """L ``[k, k]`` with L Lᵀ = A Aᵀ for A ``[k, long]``, by QR of blocks of columns, never by squaring."""
+    k, length = A.shape
+    upper = A.new_zeros(0, k, dtype=torch.float64)
+    step = max(_QR_ROWS, 2 * k)
+    for start in range(0, length, step):
+        upper = torch.linalg.qr(torch.cat([upper, A[:, start : start + step].T.double()]), mode="r")[1]
+    return upper.T

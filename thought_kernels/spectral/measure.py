@@ -13,8 +13,8 @@ from torch import Tensor
 
 from thought_kernels.ops.checks import check_number
 from thought_kernels.ops.library import message
-from thought_kernels.spectral.frames import check_matrix, column_blocks, frame_operator, in_range
-from thought_kernels.spectral.spectrum import RTOL, FrameSpectrum, decompose, triangle
+from thought_kernels.spectral.frames import check_matrix, column_blocks, frame_operator, in_range, triangle
+from thought_kernels.spectral.spectrum import RTOL, FrameSpectrum, decompose
 
 SUPPORT_MASS = 1e-12  # rounding leaves about 1e-24 in eigenspaces a feature has no part in
 

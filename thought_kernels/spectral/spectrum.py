@@ -15,14 +15,13 @@ from torch import Tensor
 
 from thought_kernels.ops.checks import check_number
 from thought_kernels.ops.library import message
-from thought_kernels.spectral.frames import check_matrix, column_blocks, frame_operator, in_range
+from thought_kernels.spectral.frames import check_matrix, column_blocks, frame_operator, in_range, triangle
 
 RTOL = 1e-6
 
 # Squaring W loses digits: below this ratio of F's eigenvalues σ and its vectors are taken from W itself, by QR.
 _WELL_CONDITIONED = 1e-4
 _OUTSIDE = 1e-8  # of a feature's norm: less than this within the range is rounding
-_QR_ROWS = 8192
 
 
 @dataclass(frozen=True, eq=False)
@@ -189,13 +188,3 @@ def _left_singular(columns: Tensor) -> tuple[Tensor, Tensor]:
         return eigenvalues.flip(0).sqrt(), basis.flip(1)
     basis, singular, _ = torch.linalg.svd(triangle(columns))
     return singular, basis
-
-
-def triangle(A: Tensor) -> Tensor:
-    """L ``[k, k]`` with L Lᵀ = A Aᵀ for A ``[k, long]``, by QR of blocks of columns, never by squaring."""
-    k, length = A.shape
-    upper = A.new_zeros(0, k, dtype=torch.float64)
-    step = max(_QR_ROWS, 2 * k)
-    for start in range(0, length, step):
-        upper = torch.linalg.qr(torch.cat([upper, A[:, start : start + step].T.double()]), mode="r")[1]
-    return upper.T
