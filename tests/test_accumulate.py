@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tolerances import allowed_error, largest
+from tolerances import FLOORS, allowed_error, largest
 from torch import Tensor
 
 import thought_kernels as tk
@@ -192,6 +192,28 @@ def test_more_rows_than_a_block(cpu_place):
     assert_right(call._replace(weights=None, normalization="none"), cpu_place)
 
 
+@pytest.mark.parametrize("dtype", [FLOAT32, FLOAT64], ids=str)
+@pytest.mark.parametrize("instructions", ["baseline", "avx2", "avx512"])
+def test_every_instruction_set(instructions, dtype):
+    # Several tiles in both directions, two steps of rows in one block and part of a second block.
+    call = random_call(rows=(600,), d_out=330, d_in=345, dtype=BFLOAT16)
+    initial = accumulators(call, dtype)
+    sums = {name: tensor.clone() for name, tensor in initial.items()}
+    arguments = call.delta, call.activation, False, call.weights, 1, call.coefficient
+    outputs = [sums[name] for name in NAMES]
+    try:
+        torch.ops.thought_kernels.accumulate_cpp(outputs[0], *arguments, *outputs[1:], instructions)
+    except ValueError as error:
+        if "instructions must be" not in str(error):
+            raise
+        pytest.skip(str(error))
+    truth, plain = written_out(call, initial), written_out(call, initial, dtype)
+    for name, actual in sums.items():
+        assert largest(actual.double() - truth[name]) <= allowed_error(truth[name], plain[name], dtype), name
+    change = sums["gram"].double() - initial["gram"].double()
+    assert largest(change - change.mT) <= 4 * FLOORS[dtype] * largest(truth["gram"])
+
+
 def test_padding_may_hold_anything(place):
     call = random_call(rows=(4, 16))
     call.weights[:, 11:] = 0
@@ -256,7 +278,7 @@ def test_accumulators_of_any_strides(place):
 
 
 def test_repeats_bit_for_bit_and_gram_stays_symmetric(place):
-    call = random_call(rows=(150,), d_in=150 if place.backend in ("reference", "cpp") else 40)
+    call = random_call(rows=(150,), d_in=350 if place.backend in ("reference", "cpp") else 40)
     runs = []
     for _ in range(2):
         sums = {name: torch.zeros_like(tensor) for name, tensor in accumulators(call, device=place.device).items()}

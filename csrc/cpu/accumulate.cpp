@@ -1,55 +1,69 @@
-// Streaming rank-one accumulation on CPUs. The rows are taken in blocks; of each block the scaled activations w a / ν
-// are written to a scratch block that stays in cache, and the products are left to the BLAS behind at::Tensor.
-// Inputs already in the accumulators' dtype are handed to the BLAS where they lie.
+// Streaming rank-one accumulation on CPUs. The rows are taken in blocks; each block is widened, scaled and packed once
+// into scratch that stays in cache, whatever the inputs' dtype, and multiplied there by kernels of accumulate_tile.h.
 #include <ATen/Parallel.h>
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/from_blob.h>
-#include <ATen/ops/mm.h>
 #include <torch/library.h>
 
 #include <algorithm>
 #include <atomic>
 #include <cmath>
+#include <limits>
+#include <memory>
 #include <optional>
+#include <string>
 #include <utility>
 #include <vector>
 
 #include "checks.h"
-#include "rows.h"
+#include "instructions.h"
 
 namespace thought_kernels {
+namespace accumulation {
+
+// The arithmetic that accumulate_tile.h compiles for each instruction set.
+template <typename T>
+struct Kernels {
+    int64_t height, width;                                                // columns of a left and of a right panel
+    void (*load[4])(const void* row, int64_t stride, int64_t n, T* out);  // of float16, bfloat16, float32, float64
+    double (*sum_of_squares)(const T* x, int64_t n);
+    void (*subtract)(const T* x, T* out, int64_t n);
+    void (*add_weighted)(const T* const* rows, const double* weight, int64_t count, int64_t n, double* sum);
+    void (*pack_left)(const T* const* rows, const T* factor, int64_t count, int64_t n, T* panels, int64_t stride);
+    void (*pack_right)(const T* const* rows, const T* factor, int64_t count, int64_t n, T* panels, int64_t stride);
+    void (*multiply_tile)(const T* left, int64_t height, const T* right, int64_t width, int64_t pitch, int64_t depth,
+                          int64_t diagonal, bool add, T* out);
+};
+
+#define PER_INSTRUCTION_SET "accumulate_tile.h"
+#include "per_instruction_set.h"
+
 namespace {
 
+template <typename T>
+const Kernels<T>& choose_kernels(Instructions instructions) {
+#ifdef THOUGHT_KERNELS_X86
+    if (instructions == Instructions::kAvx512) return avx512::kernels<T>;
+    if (instructions == Instructions::kAvx2) return avx2::kernels<T>;
+#endif
+    return baseline::kernels<T>;
+}
+
 constexpr const char* kName = "accumulate_cpp";
-constexpr int64_t kMaxRows = 1536;           // per block: with more it leaves the cache
-constexpr int64_t kMinRows = 256;            // and loses much below this
-constexpr int64_t kScratchBytes = 32 << 20;  // for all scratch blocks together, unless kMinRows needs more
+constexpr int64_t kDepth = 256;              // rows that are multiplied before sums leave the registers
+constexpr int64_t kMaxRows = 512;            // per block: with more it leaves the cache
+constexpr int64_t kScratchBytes = 32 << 20;  // for all panels together, unless kDepth rows need more
 constexpr int64_t kRowsPerTask = 32;
-constexpr int64_t kColumnsPerTask = 128;  // of a sum
-constexpr int64_t kTasksPerThread = 5;    // enough that a thread which lost its processor holds up little
+constexpr int64_t kGroup = 8;           // rows packed together
+constexpr int64_t kTile = 320;          // edge: a tile's sums and its panels of kDepth rows fit into a core's L2 cache
+constexpr int64_t kTasksPerThread = 5;  // enough that a thread which lost its processor holds up little
 enum Normalization : int64_t { kNone = 0, kNorm = 1, kSquaredNorm = 2 };
 
-// Rows of one block, as the BLAS reads them.
-template <typename T>
-struct Matrix {
-    at::Tensor tensor;  // [rows, columns]
-    const T* data = nullptr;
-    int64_t leading = 0;
-};
-
-// Scratch rows, allocated when first needed.
-template <typename T>
-struct Scratch {
-    int64_t rows, columns;
-    at::Tensor tensor;
-
-    Matrix<T> first(int64_t n, const at::TensorOptions& options) {
-        if (!tensor.defined()) tensor = at::empty({rows, columns}, options);
-        return {tensor.narrow(0, 0, n), tensor.const_data_ptr<T>(), columns};
-    }
-};
+int64_t round_up(int64_t n, int64_t unit) {
+    return (n + unit - 1) / unit * unit;
+}
 
 // Runs task(0) ... task(count - 1), each on whichever thread is free next. Every result has one owner and a fixed order
 // of additions, so nothing depends on who runs what.
@@ -63,41 +77,46 @@ void for_each_task(int64_t count, const Task& task) {
 }
 
 // A rectangle of cross, or one of gram that touches or lies below the diagonal, with all its sums over a block's rows.
+// It consists of whole panels: its last rows and columns may lie outside of the matrix.
 struct Tile {
     bool of_gram;
     int64_t row, height, column, width;
 };
 
-// About `edge`, such that equal steps of it cover n.
-int64_t even_step(int64_t n, int64_t edge) {
+// About `edge` and a multiple of `unit`, such that equal steps of it cover n.
+int64_t even_step(int64_t n, int64_t edge, int64_t unit) {
     const int64_t parts = std::max<int64_t>(1, (n + edge - 1) / edge);
-    return std::max<int64_t>(1, ((n + parts - 1) / parts + 31) / 32 * 32);
+    return round_up((n + parts - 1) / parts, unit);
 }
 
-std::vector<Tile> tiles_of_edge(int64_t d_out, int64_t d_in, bool gram, int64_t edge) {
+template <typename T>
+std::vector<Tile> tiles_of_edge(const Kernels<T>& kernels, int64_t d_out, int64_t d_in, bool gram, int64_t edge) {
     std::vector<Tile> tiles;
-    const int64_t height = even_step(d_out, edge), width = even_step(d_in, edge);
+    const auto add_row = [&](bool of_gram, int64_t row, int64_t height, int64_t columns) {
+        const int64_t step = even_step(columns, edge, kernels.width);
+        for (int64_t column = 0; column < columns; column += step) {
+            const int64_t width = std::min(step, round_up(columns - column, kernels.width));
+            tiles.push_back({of_gram, row, height, column, width});
+        }
+    };
+    const int64_t height = even_step(d_out, edge, kernels.height);
     for (int64_t row = 0; row < d_out; row += height) {
-        for (int64_t column = 0; column < d_in; column += width) {
-            tiles.push_back({false, row, std::min(height, d_out - row), column, std::min(width, d_in - column)});
-        }
+        add_row(false, row, std::min(height, round_up(d_out - row, kernels.height)), d_in);
     }
-    // Flat tiles: less of them lies above the diagonal.
-    const int64_t panel = even_step(d_in, std::max<int64_t>(64, edge / 3));
+    const int64_t panel = even_step(d_in, edge, kernels.height);
     for (int64_t row = 0; gram && row < d_in; row += panel) {
-        const int64_t last = std::min(d_in, row + panel), step = even_step(last, edge);
-        for (int64_t column = 0; column < last; column += step) {
-            tiles.push_back({true, row, last - row, column, std::min(step, last - column)});
-        }
+        const int64_t end = std::min(d_in, row + panel);
+        add_row(true, row, round_up(end - row, kernels.height), end);
     }
     return tiles;
 }
 
 // The largest tiles of which there are enough for the threads; the biggest first, so that the last ones are short.
-std::vector<Tile> plan_tiles(int64_t d_out, int64_t d_in, bool gram) {
+template <typename T>
+std::vector<Tile> plan_tiles(const Kernels<T>& kernels, int64_t d_out, int64_t d_in, bool gram) {
     std::vector<Tile> tiles;
-    for (int64_t edge : {512, 384, 256, 192, 128}) {
-        tiles = tiles_of_edge(d_out, d_in, gram, edge);
+    for (int64_t edge : {kTile, 3 * kTile / 4, kTile / 2, 3 * kTile / 8}) {
+        tiles = tiles_of_edge(kernels, d_out, d_in, gram, edge);
         if (static_cast<int64_t>(tiles.size()) >= kTasksPerThread * at::get_num_threads()) break;
     }
     std::stable_sort(tiles.begin(), tiles.end(),
@@ -105,36 +124,41 @@ std::vector<Tile> plan_tiles(int64_t d_out, int64_t d_in, bool gram) {
     return tiles;
 }
 
-// sum[first, last) += Σ_k weight_k x_k, in the order of the rows.
+// The tile's part of cross += coefficient · product.
 template <typename T>
-void add_columns(const Matrix<T>& x, const std::vector<double>& weight, std::vector<double>& sum, int64_t first) {
-    const int64_t count = std::min<int64_t>(kColumnsPerTask, static_cast<int64_t>(sum.size()) - first);
-    for (int64_t k = 0; k < x.tensor.size(0); ++k) {
-        add_scaled(x.data + k * x.leading + first, weight[k], sum.data() + first, count);
+void add_product(const at::Tensor& cross, const T* product, T coefficient, const Tile& tile) {
+    const int64_t row_stride = cross.stride(0), column_stride = cross.stride(1);
+    const int64_t height = std::min(tile.height, cross.size(0) - tile.row);
+    const int64_t width = std::min(tile.width, cross.size(1) - tile.column);
+    T* const out = cross.mutable_data_ptr<T>() + tile.row * row_stride + tile.column * column_stride;
+    for (int64_t i = 0; i < height; ++i) {
+        const T* const x = product + i * tile.width;
+        T* const y = out + i * row_stride;
+        if (column_stride == 1) {
+            for (int64_t j = 0; j < width; ++j) y[j] += coefficient * x[j];
+        } else {
+            for (int64_t j = 0; j < width; ++j) y[j * column_stride] += coefficient * x[j];
+        }
     }
 }
 
-// The tile's part of gram += coefficient · leftᵀ right, which the caller knows to be symmetric: what lies below the
-// diagonal is added on both sides, so that both halves receive the same numbers.
+// The tile's part of gram += coefficient · product: what lies below the diagonal is added on both sides, so that both
+// halves receive the same numbers.
 template <typename T>
-void add_symmetric(const at::Tensor& gram, const at::Tensor& left, const at::Tensor& right, double coefficient,
-                   const Tile& tile) {
-    const at::Tensor product =
-        at::mm(left.narrow(1, tile.row, tile.height).t(), right.narrow(1, tile.column, tile.width)).contiguous();
-    const T* values = product.const_data_ptr<T>();
-    const T factor = static_cast<T>(coefficient);
-    const int64_t row_stride = gram.stride(0), column_stride = gram.stride(1);
-    T* out = gram.mutable_data_ptr<T>();
-    for (int64_t i = tile.row; i < tile.row + tile.height; ++i) {
-        const T* x = values + (i - tile.row) * tile.width;
-        for (int64_t j = tile.column; j < std::min(tile.column + tile.width, i + 1); ++j) {
-            out[i * row_stride + j * column_stride] += factor * x[j - tile.column];
+void add_symmetric(const at::Tensor& gram, const T* product, T coefficient, const Tile& tile) {
+    const int64_t row_stride = gram.stride(0), column_stride = gram.stride(1), n = gram.size(0);
+    const int64_t row_end = std::min(n, tile.row + tile.height), column_end = std::min(n, tile.column + tile.width);
+    T* const out = gram.mutable_data_ptr<T>();
+    for (int64_t i = tile.row; i < row_end; ++i) {
+        const T* x = product + (i - tile.row) * tile.width;
+        for (int64_t j = tile.column; j < std::min(column_end, i + 1); ++j) {
+            out[i * row_stride + j * column_stride] += coefficient * x[j - tile.column];
         }
     }
-    for (int64_t j = tile.column; j < tile.column + tile.width; ++j) {
-        const T* x = values + j - tile.column;
-        for (int64_t i = std::max(tile.row, j + 1); i < tile.row + tile.height; ++i) {
-            out[j * row_stride + i * column_stride] += factor * x[(i - tile.row) * tile.width];
+    for (int64_t j = tile.column; j < column_end; ++j) {
+        const T* x = product + j - tile.column;
+        for (int64_t i = std::max(tile.row, j + 1); i < row_end; ++i) {
+            out[j * row_stride + i * column_stride] += coefficient * x[(i - tile.row) * tile.width];
         }
     }
 }
@@ -150,37 +174,104 @@ struct Arguments {
     std::optional<at::Tensor> gram, delta_sum, activation_sum, moments;
 };
 
+// An input matrix [rows, columns] of any float dtype and any strides.
+template <typename T>
+struct Rows {
+    const char* data;
+    int64_t columns, row_bytes, stride;
+    void (*load)(const void*, int64_t, int64_t, T*);
+    bool direct;  // rows are read where they lie
+
+    Rows(const at::Tensor& x, const Kernels<T>& kernels)
+        : data(static_cast<const char*>(x.const_data_ptr())),
+          columns(x.size(1)),
+          row_bytes(x.stride(0) * x.element_size()),
+          stride(x.stride(1)),
+          direct(x.scalar_type() == c10::CppTypeToScalarType<T>::value && x.stride(1) == 1) {
+        switch (x.scalar_type()) {
+            case at::kHalf:
+                load = kernels.load[0];
+                break;
+            case at::kBFloat16:
+                load = kernels.load[1];
+                break;
+            case at::kFloat:
+                load = kernels.load[2];
+                break;
+            case at::kDouble:
+                load = kernels.load[3];
+                break;
+            default:
+                TORCH_CHECK_TYPE(false, "inputs must be float16, bfloat16, float32 or float64, got ", x.scalar_type());
+        }
+    }
+
+    // The row itself, or its copy in the accumulators' dtype.
+    const T* row(int64_t index, bool may_be_direct, T* copy) const {
+        const char* const x = data + index * row_bytes;
+        if (direct && may_be_direct) return reinterpret_cast<const T*>(x);
+        load(x, stride, columns, copy);
+        return copy;
+    }
+};
+
+// Panels of a block's rows, allocated when first needed: in steps of `depth` rows, panel by panel. A panel takes the
+// memory of two rows more, since writing one row of all panels would else meet one set of the cache again and again.
+template <typename T>
+struct Panels {
+    int64_t columns, width, depth, pitch, size;
+    at::Tensor memory;
+    T* data = nullptr;
+
+    Panels(int64_t columns, int64_t width, int64_t rows, int64_t depth)
+        : columns(round_up(columns, width)), width(width), depth(depth), pitch(depth + 2) {
+        size = round_up(rows, depth) / depth * pitch * this->columns;
+    }
+    void allocate(const at::TensorOptions& options) {
+        if (data != nullptr) return;
+        memory = at::empty({size}, options);
+        data = memory.mutable_data_ptr<T>();
+    }
+    // Of the step that row k is in, from panel column `column` on; and k's own row of the first panel.
+    T* step(int64_t k, int64_t column) const { return data + (k / depth * columns + column) * pitch; }
+    T* row(int64_t k) const { return step(k, 0) + k % depth * width; }
+    int64_t stride() const { return pitch * width; }
+};
+
 // A block of rows of nonzero weight: which they are, and what the products need of them.
 template <typename T>
 struct Block {
     const Arguments& call;
+    const Kernels<T>& kernels;
     const Rows<T>&delta, &activation;
-    const bool scaled, keep_activation;
-    Scratch<T> wide_delta, wide_activation, scaled_activation;
+    const int64_t sum_columns;
+    Panels<T> d, a, s;  // δ, a for gram, and w a / ν
     std::vector<int64_t> index;
     std::vector<double> weight, factor, energy;
+    std::vector<double> sums;  // of each task: Σ w δ | Σ w a
     int64_t n = 0;
-    bool delta_direct = false, activation_direct = false;
-    Matrix<T> d, a, s;  // of n rows: δ, a, and w a / ν
 
-    Block(const Arguments& call, const Rows<T>& delta, const Rows<T>& activation, int64_t rows)
+    Block(const Arguments& call, const Kernels<T>& kernels, const Rows<T>& delta, const Rows<T>& activation,
+          int64_t rows, int64_t depth)
         : call(call),
+          kernels(kernels),
           delta(delta),
           activation(activation),
-          scaled(call.weights.has_value() || call.normalization != kNone),
-          // Without gram and activation_sum, a widened row is scaled where it was widened.
-          keep_activation(call.gram.has_value() || call.activation_sum.has_value() || !scaled),
-          wide_delta{rows, delta.columns},
-          wide_activation{rows, activation.columns},
-          scaled_activation{rows, activation.columns},
+          sum_columns((call.delta_sum ? delta.columns : 0) + (call.activation_sum ? activation.columns : 0)),
+          d(delta.columns, kernels.height, rows, depth),
+          a(activation.columns, kernels.height, rows, depth),
+          s(activation.columns, kernels.width, rows, depth),
           index(rows),
           weight(rows, 1.0),
           factor(rows),
-          energy(rows) {}
+          energy(rows),
+          sums(tasks(rows) * sum_columns) {}
+
+    static int64_t tasks(int64_t rows) { return (rows + kRowsPerTask - 1) / kRowsPerTask; }
 
     // Takes the next rows from `cursor` on. Those of weight 0 are never read: padding may hold anything.
     void take(int64_t& cursor) {
-        const int64_t rows = activation.tensor.size(0), most = static_cast<int64_t>(index.size());
+        const int64_t rows = call.activation.size(0), most = static_cast<int64_t>(index.size());
         for (n = 0; n < most && cursor < rows;) {
             const int64_t count = std::min(most - n, rows - cursor);
             if (call.weights.has_value()) {
@@ -197,85 +288,111 @@ struct Block {
             cursor += count;
         }
         if (n == 0) return;
-        const bool consecutive = index[n - 1] - index[0] == n - 1;
-        delta_direct = delta.direct && consecutive && !call.pair;
-        activation_direct = activation.direct && consecutive;
-        const at::TensorOptions options = call.cross.options();
-        if (scaled) s = scaled_activation.first(n, options);
-        d = delta_direct ? direct(delta) : wide_delta.first(n, options);
-        a = activation_direct ? direct(activation) : keep_activation ? wide_activation.first(n, options) : s;
-        if (!scaled) s = a;
+        d.allocate(call.cross.options());
+        if (call.gram) a.allocate(call.cross.options());
+        s.allocate(call.cross.options());
     }
 
-    Matrix<T> direct(const Rows<T>& x) const {
-        return {x.tensor.narrow(0, index[0], n), x.pointer(index[0]), x.tensor.stride(0)};
-    }
-
-    int64_t tasks() const { return (n + kRowsPerTask - 1) / kRowsPerTask; }
-
-    // Widens, measures and scales the rows of one task.
+    // Widens, measures, scales and packs the rows of one task.
     void prepare(int64_t task) {
         const int64_t d_out = delta.columns, d_in = activation.columns;
-        for (int64_t k = task * kRowsPerTask; k < std::min(n, (task + 1) * kRowsPerTask); ++k) {
-            const T* const a_row = a.data + k * a.leading;
-            const T* const d_row = d.data + k * d.leading;
-            if (!activation_direct) activation.copy(index[k], const_cast<T*>(a_row));
-            if (!delta_direct) delta.copy(index[k], const_cast<T*>(d_row));
-            if (call.pair) {
-                for (int64_t j = 0; j < d_out; ++j) const_cast<T*>(d_row)[j] -= a_row[j];
+        static constexpr T kOnes[kGroup] = {1, 1, 1, 1, 1, 1, 1, 1};
+        const auto copies = std::make_unique_for_overwrite<T[]>(kGroup * (d_out + 2 * d_in));
+        double* const sum = sums.data() + task * sum_columns;
+        std::fill(sum, sum + sum_columns, 0.0);
+        const int64_t end = std::min(n, (task + 1) * kRowsPerTask);
+        for (int64_t k = task * kRowsPerTask; k < end; k += kGroup) {
+            const int64_t count = std::min(kGroup, end - k);
+            const T *d_rows[kGroup], *a_rows[kGroup], *s_rows[kGroup];
+            T scale[kGroup];
+            for (int64_t r = 0; r < count; ++r) {
+                T* const d_copy = copies.get() + r * d_out;
+                T* const a_copy = copies.get() + kGroup * d_out + r * d_in;
+                a_rows[r] = s_rows[r] = activation.row(index[k + r], true, a_copy);
+                d_rows[r] = delta.row(index[k + r], !call.pair, d_copy);
+                if (call.pair) kernels.subtract(a_rows[r], d_copy, d_out);
+                double v = weight[k + r];
+                if (call.normalization != kNone) {
+                    double divisor = kernels.sum_of_squares(a_rows[r], d_in);
+                    if (call.normalization == kNorm) divisor = std::sqrt(divisor);
+                    v = divisor == 0 ? 0 : v / divisor;
+                }
+                factor[k + r] = v;
+                if (call.moments) energy[k + r] = v == 0 ? 0 : v * kernels.sum_of_squares(d_rows[r], d_out);
+                scale[r] = static_cast<T>(v);
+                const double size = std::abs(v);
+                if (size == 0 || (size >= std::numeric_limits<T>::min() && size <= std::numeric_limits<T>::max())) {
+                    continue;
+                }
+                // The factor (1/‖a‖² of a tiny row) has no normal value in T, but its products may have.
+                T* const scaled = a_copy + kGroup * d_in;
+                for (int64_t j = 0; j < d_in; ++j) scaled[j] = static_cast<T>(v * static_cast<double>(a_rows[r][j]));
+                s_rows[r] = scaled;
+                scale[r] = 1;
             }
-            factor[k] = weight[k];
-            if (call.normalization != kNone) {
-                double divisor = sum_of_squares(a_row, d_in);
-                if (call.normalization == kNorm) divisor = std::sqrt(divisor);
-                factor[k] = divisor == 0 ? 0 : weight[k] / divisor;
+            kernels.pack_left(d_rows, kOnes, count, d_out, d.row(k), d.stride());
+            if (call.gram) kernels.pack_left(a_rows, kOnes, count, d_in, a.row(k), a.stride());
+            kernels.pack_right(s_rows, scale, count, d_in, s.row(k), s.stride());
+            double* next_sum = sum;
+            if (call.delta_sum) {
+                kernels.add_weighted(d_rows, weight.data() + k, count, d_out, next_sum);
+                next_sum += d_out;
             }
-            if (call.moments.has_value()) energy[k] = factor[k] == 0 ? 0 : factor[k] * sum_of_squares(d_row, d_out);
-            if (scaled) scale_row(a_row, factor[k], const_cast<T*>(s.data) + k * s.leading, d_in);
+            if (call.activation_sum) kernels.add_weighted(a_rows, weight.data() + k, count, d_in, next_sum);
+        }
+    }
+
+    void multiply(const Tile& tile) const {
+        const at::Tensor memory = at::empty({tile.height * tile.width}, call.cross.options());
+        T* const product = memory.mutable_data_ptr<T>();
+        const Panels<T>& left = tile.of_gram ? a : d;
+        const int64_t diagonal = tile.of_gram ? tile.column - tile.row : -tile.width;
+        for (int64_t k = 0; k < n; k += s.depth) {
+            kernels.multiply_tile(left.step(k, tile.row), tile.height, s.step(k, tile.column), tile.width, s.pitch,
+                                  std::min(s.depth, n - k), diagonal, k > 0, product);
+        }
+        if (tile.of_gram) {
+            add_symmetric<T>(*call.gram, product, static_cast<T>(call.coefficient), tile);
+        } else {
+            add_product<T>(call.cross, product, static_cast<T>(call.coefficient), tile);
         }
     }
 };
 
 template <typename T>
-void run(Arguments& call) {
-    const Rows<T> delta(call.delta), activation(call.activation);
+void run(Arguments& call, Instructions instructions) {
+    const Kernels<T>& kernels = choose_kernels<T>(instructions);
+    const Rows<T> delta(call.delta, kernels), activation(call.activation, kernels);
     const int64_t rows = call.activation.size(0), d_out = delta.columns, d_in = activation.columns;
     const int64_t row_bytes = std::max<int64_t>(1, 2 * (2 * d_in + d_out) * sizeof(T));  // of both blocks
-    const int64_t size = std::min(rows, std::clamp(kScratchBytes / row_bytes, kMinRows, kMaxRows));
-    const std::vector<Tile> tiles = plan_tiles(d_out, d_in, call.gram.has_value());
+    const int64_t most = std::clamp(kScratchBytes / row_bytes / kDepth * kDepth, kDepth, kMaxRows);
+    const int64_t size = std::min(rows, most), depth = std::min(kDepth, round_up(size, kRowsPerTask));
+    const std::vector<Tile> tiles = plan_tiles(kernels, d_out, d_in, call.gram.has_value());
     std::vector<double> delta_sum(call.delta_sum ? d_out : 0), activation_sum(call.activation_sum ? d_in : 0);
     std::vector<double> moments(4);
-    const auto chunks = [](const std::vector<double>& sum) {
-        return (static_cast<int64_t>(sum.size()) + kColumnsPerTask - 1) / kColumnsPerTask;
-    };
 
     // While the products of one block are formed, idle threads prepare the next: one wait for all threads per block.
-    Block<T> first(call, delta, activation, size), second(call, delta, activation, rows > size ? size : 0);
+    Block<T> first(call, kernels, delta, activation, size, depth);
+    Block<T> second(call, kernels, delta, activation, rows > size ? size : 0, depth);
     Block<T>*block = &first, *next = &second;
     int64_t cursor = 0;
     block->take(cursor);
-    for_each_task(block->tasks(), [&](int64_t task) { block->prepare(task); });
+    for_each_task(block->tasks(block->n), [&](int64_t task) { block->prepare(task); });
     for (; block->n > 0; std::swap(block, next)) {
         next->take(cursor);
-        const int64_t tile_count = tiles.size(), delta_end = tile_count + chunks(delta_sum);
-        const int64_t sums_end = delta_end + chunks(activation_sum);
-        for_each_task(sums_end + next->tasks(), [&](int64_t task) {
-            if (task >= sums_end) {
-                next->prepare(task - sums_end);
-            } else if (task >= delta_end) {
-                add_columns(block->a, block->weight, activation_sum, (task - delta_end) * kColumnsPerTask);
-            } else if (task >= tile_count) {
-                add_columns(block->d, block->weight, delta_sum, (task - tile_count) * kColumnsPerTask);
-            } else if (tiles[task].of_gram) {
-                add_symmetric<T>(*call.gram, block->a.tensor, block->s.tensor, call.coefficient, tiles[task]);
+        const int64_t tile_count = tiles.size();
+        for_each_task(tile_count + next->tasks(next->n), [&](int64_t task) {
+            if (task < tile_count) {
+                block->multiply(tiles[task]);
             } else {
-                const Tile& tile = tiles[task];
-                const at::Tensor left = block->d.tensor.narrow(1, tile.row, tile.height).t();
-                const at::Tensor right = block->s.tensor.narrow(1, tile.column, tile.width);
-                const at::Tensor part = call.cross.narrow(0, tile.row, tile.height);
-                part.narrow(1, tile.column, tile.width).addmm_(left, right, 1, call.coefficient);
+                next->prepare(task - tile_count);
             }
         });
+        const double* sum = block->sums.data();
+        for (int64_t task = 0; task < block->tasks(block->n); ++task) {
+            for (double& total : delta_sum) total += *sum++;
+            for (double& total : activation_sum) total += *sum++;
+        }
         if (call.moments) {
             for (int64_t k = 0; k < block->n; ++k) {
                 moments[0] += block->weight[k];
@@ -297,7 +414,8 @@ void run(Arguments& call) {
 void accumulate(at::Tensor cross, const at::Tensor& delta, const at::Tensor& activation, bool pair,
                 const std::optional<at::Tensor>& weights, int64_t normalization, double coefficient,
                 std::optional<at::Tensor> gram, std::optional<at::Tensor> delta_sum,
-                std::optional<at::Tensor> activation_sum, std::optional<at::Tensor> moments) {
+                std::optional<at::Tensor> activation_sum, std::optional<at::Tensor> moments,
+                const std::optional<std::string>& instructions) {
     TORCH_CHECK_VALUE(delta.dim() == 2, kName, ": delta must be [rows, d_out], got ", delta.sizes());
     TORCH_CHECK_VALUE(activation.dim() == 2, kName, ": activation must be [rows, d_in], got ", activation.sizes());
     TORCH_CHECK_VALUE(normalization >= kNone && normalization <= kSquaredNorm, kName,
@@ -321,17 +439,19 @@ void accumulate(at::Tensor cross, const at::Tensor& delta, const at::Tensor& act
     at::AutoDispatchBelowADInplaceOrView no_autograd;
     Arguments call{cross,       delta, activation, pair,           weights, normalization,
                    coefficient, gram,  delta_sum,  activation_sum, moments};
+    const Instructions set = choose_instructions(kName, instructions);
     if (dtype == at::kFloat) {
-        run<float>(call);
+        run<float>(call, set);
     } else {
-        run<double>(call);
+        run<double>(call, set);
     }
 }
 
 }  // namespace
+}  // namespace accumulation
 
 TORCH_LIBRARY_IMPL(thought_kernels, CPU, m) {
-    m.impl("accumulate_cpp", &accumulate);
+    m.impl("accumulate_cpp", &accumulation::accumulate);
 }
 
 }  // namespace thought_kernels

@@ -15,6 +15,7 @@
 #include <string>
 
 #include "checks.h"
+#include "instructions.h"
 
 namespace thought_kernels {
 namespace attention {
@@ -88,32 +89,10 @@ struct Scratch {
     }
 };
 
-#define VECTOR_BYTES 16
-namespace baseline {
-#include "attention_tile.h"
-}
-#undef VECTOR_BYTES
-
-// Other sets are compiled in beside the baseline and chosen when the extension runs, so one binary serves all x86-64.
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
-#define THOUGHT_KERNELS_X86 1
-#pragma GCC push_options
-#pragma GCC target("avx2,fma,f16c")
-#define VECTOR_BYTES 32
-namespace avx2 {
-#include "attention_tile.h"
-}
-#undef VECTOR_BYTES
-#pragma GCC pop_options
-#pragma GCC push_options
-#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
-#define VECTOR_BYTES 64
-namespace avx512 {
-#include "attention_tile.h"
-}
-#undef VECTOR_BYTES
-#pragma GCC pop_options
-#endif
+#define PER_INSTRUCTION_SET "attention_tile.h"
+#include "per_instruction_set.h"
+using thought_kernels::choose_instructions;
+using thought_kernels::Instructions;
 
 // How keys are scored, and which are too far off.
 struct Limits {
@@ -125,25 +104,6 @@ struct Limits {
     // What queries are multiplied with: attend() takes the tanh of their products with keys.
     double query_scale() const { return softcap == 0 ? scale : scale / softcap; }
 };
-
-enum class Instructions { kBaseline, kAvx2, kAvx512 };
-
-// The widest set that the processor has, or the named one, which tests use to run them all.
-inline Instructions choose_instructions(const char* function, const std::optional<std::string>& name) {
-    bool avx2 = false, avx512 = false;
-#ifdef THOUGHT_KERNELS_X86
-    __builtin_cpu_init();
-    avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
-    avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-             __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-#endif
-    if (avx512 && name.value_or("avx512") == "avx512") return Instructions::kAvx512;
-    if (avx2 && name.value_or("avx2") == "avx2") return Instructions::kAvx2;
-    TORCH_CHECK_VALUE(name.value_or("baseline") == "baseline", function,
-                      ": instructions must be None or a set that this processor has (baseline", avx2 ? ", avx2" : "",
-                      avx512 ? ", avx512" : "", "), got ", *name);
-    return Instructions::kBaseline;
-}
 
 // Keys or values in the arithmetic's dtype with unit stride along head_dim: the tensor itself where it is so already.
 inline at::Tensor widen(const at::Tensor& x, at::ScalarType dtype) {

@@ -23,7 +23,7 @@ _GROUP_ROWS = 2048  # rows copied at a time where the leading dimensions have no
 _KERNEL_ARGUMENTS = (
     "(Tensor(a!) cross, Tensor delta, Tensor activation, bool pair, Tensor? weights, int normalization,"
     " float coefficient, Tensor(b!)? gram, Tensor(c!)? delta_sum, Tensor(d!)? activation_sum,"
-    " Tensor(e!)? moments) -> ()"
+    " Tensor(e!)? moments{}) -> ()"
 )
 _OPTIONS = (
     "*, Tensor? weights=None, str normalization='none', float coefficient=1.0, Tensor(b!)? gram=None,"
@@ -401,5 +401,5 @@ library.declare(
     fake=functools.partial(_fake, "accumulate_pair"),
     stem="accumulate",
 )
-library.declare_kernel(f"accumulate_cpp{_KERNEL_ARGUMENTS}")
-library.declare_kernel(f"accumulate_cuda{_KERNEL_ARGUMENTS}")
+library.declare_kernel("accumulate_cpp" + _KERNEL_ARGUMENTS.format(", str? instructions=None"))
+library.declare_kernel("accumulate_cuda" + _KERNEL_ARGUMENTS.format(""))

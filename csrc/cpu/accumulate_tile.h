@@ -1,0 +1,129 @@
+// The arithmetic of accumulate.cpp: rows are widened, measured and packed into panels, and panels multiplied.
+// Deliberately without an include guard: per_instruction_set.h includes it once per instruction set.
+//
+// A panel is [depth, W]: W neighbouring columns of consecutive rows, one row after the other, so that a product reads
+// memory in order. It keeps kHeight x kWidth sums in registers; left panels are kHeight wide, right ones kWidth.
+
+constexpr int kHeight = VECTOR_BYTES == 64 ? 8 : 6;  // with kVectors, sums in 16 of 32 registers or 12 of 16
+constexpr int kVectors = 2;
+
+template <typename T>
+struct Simd {
+    static constexpr int kLanes = VECTOR_BYTES / sizeof(T);
+    static constexpr int kWidth = kVectors * kLanes;
+    typedef T Vector __attribute__((vector_size(VECTOR_BYTES)));
+    typedef T Memory __attribute__((vector_size(VECTOR_BYTES), aligned(sizeof(T)), may_alias));
+
+    static Vector load(const T* x) { return *reinterpret_cast<const Memory*>(x); }
+    static void store(T* x, Vector v) { *reinterpret_cast<Memory*>(x) = v; }
+};
+
+// One row of `In` in the accumulators' dtype.
+template <typename In, typename T>
+void load(const void* row, int64_t stride, int64_t n, T* __restrict out) {
+    const In* __restrict x = static_cast<const In*>(row);
+    if (stride == 1) {
+        for (int64_t j = 0; j < n; ++j) out[j] = static_cast<T>(x[j]);
+    } else {
+        for (int64_t j = 0; j < n; ++j) out[j] = static_cast<T>(x[j * stride]);
+    }
+}
+
+template <typename T>
+double sum_of_squares(const T* x, int64_t n) {
+    constexpr int kSums = VECTOR_BYTES / 2;  // four registers of float64, so that no addition waits for the last one
+    double sums[kSums] = {}, total = 0;
+    int64_t j = 0;
+    for (; j + kSums <= n; j += kSums) {
+        for (int i = 0; i < kSums; ++i) sums[i] += static_cast<double>(x[j + i]) * static_cast<double>(x[j + i]);
+    }
+    for (; j < n; ++j) total += static_cast<double>(x[j]) * static_cast<double>(x[j]);
+    for (int i = 0; i < kSums; ++i) total += sums[i];
+    return total;
+}
+
+template <typename T>
+void subtract(const T* __restrict x, T* __restrict out, int64_t n) {
+    for (int64_t j = 0; j < n; ++j) out[j] -= x[j];
+}
+
+// sum += Σ_r weight_r rows_r
+template <typename T>
+void add_weighted(const T* const* rows, const double* weight, int64_t count, int64_t n, double* __restrict sum) {
+    int64_t r = 0;
+    for (; r + 4 <= count; r += 4) {  // four rows for each time that the sum is read and written
+        const T *x0 = rows[r], *x1 = rows[r + 1], *x2 = rows[r + 2], *x3 = rows[r + 3];
+        const double w0 = weight[r], w1 = weight[r + 1], w2 = weight[r + 2], w3 = weight[r + 3];
+        for (int64_t j = 0; j < n; ++j) sum[j] += (w0 * x0[j] + w1 * x1[j]) + (w2 * x2[j] + w3 * x3[j]);
+    }
+    for (; r < count; ++r) {
+        const T* x = rows[r];
+        for (int64_t j = 0; j < n; ++j) sum[j] += weight[r] * x[j];
+    }
+}
+
+// factor · rows into the panels' next `count` rows, one panel every `stride` elements, zeros beyond column n.
+template <typename T, int W>
+void pack(const T* const* rows, const T* factor, int64_t count, int64_t n, T* panels, int64_t stride) {
+    for (int64_t r = 0; r < count; ++r) {
+        const T *x = rows[r], scale = factor[r];
+        T* __restrict out = panels + r * W;
+        int64_t j = 0;
+        for (; j + W <= n; j += W, out += stride) {
+            for (int i = 0; i < W; ++i) out[i] = scale * x[j + i];
+        }
+        for (int i = 0; i < W && j < n; ++i) out[i] = j + i < n ? scale * x[j + i] : 0;
+    }
+}
+
+// out [kHeight, kWidth] = (add ? out : 0) + leftᵀ right
+template <typename T>
+void multiply_panels(const T* left, const T* right, int64_t depth, bool add, T* out, int64_t stride) {
+    using S = Simd<T>;
+    typename S::Vector sum[kHeight][kVectors] = {};
+    for (int64_t k = 0; k < depth; ++k) {
+        typename S::Vector row[kVectors];
+#pragma GCC unroll 8
+        for (int v = 0; v < kVectors; ++v) row[v] = S::load(right + k * S::kWidth + v * S::kLanes);
+#pragma GCC unroll 8
+        for (int i = 0; i < kHeight; ++i) {
+            const typename S::Vector x = left[k * kHeight + i] - typename S::Vector{};  // + would turn -0 into 0
+#pragma GCC unroll 8
+            for (int v = 0; v < kVectors; ++v) sum[i][v] += x * row[v];
+        }
+    }
+#pragma GCC unroll 8
+    for (int i = 0; i < kHeight; ++i) {
+#pragma GCC unroll 8
+        for (int v = 0; v < kVectors; ++v) {
+            T* target = out + i * stride + v * S::kLanes;
+            S::store(target, add ? S::load(target) + sum[i][v] : sum[i][v]);
+        }
+    }
+}
+
+// The same for a tile of whole panels, `pitch` rows of memory each. Element (i, j) is wanted where i ≥ j + diagonal.
+template <typename T>
+void multiply_tile(const T* left, int64_t height, const T* right, int64_t width, int64_t pitch, int64_t depth,
+                   int64_t diagonal, bool add, T* out) {
+    constexpr int64_t kWidth = Simd<T>::kWidth;
+    for (int64_t j = 0; j < width; j += kWidth) {
+        const int64_t first = j + diagonal > 0 ? (j + diagonal) / kHeight * kHeight : 0;
+        for (int64_t i = first; i < height; i += kHeight) {
+            multiply_panels(left + i * pitch, right + j * pitch, depth, add, out + i * width + j, width);
+        }
+    }
+}
+
+template <typename T>
+constexpr Kernels<T> kernels = {
+    kHeight,
+    Simd<T>::kWidth,
+    {load<at::Half, T>, load<at::BFloat16, T>, load<float, T>, load<double, T>},
+    sum_of_squares<T>,
+    subtract<T>,
+    add_weighted<T>,
+    pack<T, kHeight>,
+    pack<T, Simd<T>::kWidth>,
+    multiply_tile<T>,
+};
