@@ -59,7 +59,7 @@ types: setup
 
 # Compiles every CUDA source without a GPU. CUDA_CHECK_OPTIONAL=1 passes where there is no nvcc.
 cuda-check: setup
-	@if command -v nvcc >/dev/null; then $(PY) benchmarks/cuda_check.py; \
+	@if command -v nvcc >/dev/null; then $(PY) .ci/cuda_check.py; \
 	elif [ "$(CUDA_CHECK_OPTIONAL)" = 1 ]; then echo "cuda-check: skipped, there is no nvcc on PATH"; \
 	else echo "cuda-check: nvcc must be on PATH, got none; install the CUDA toolkit or pass CUDA_CHECK_OPTIONAL=1" >&2; \
 	exit 1; fi

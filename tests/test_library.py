@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 import thought_kernels as tk
+from thought_kernels.ops import accumulate as accumulate_module
 from thought_kernels.ops import library
 
 CPU = torch.device("cpu")
@@ -57,3 +61,55 @@ def test_a_missing_cuda_device_is_named():
     listed = tk.available_backends("accumulate", "cuda")
     assert listed["triton"] == listed["cuda"] == "torch sees no CUDA device"
     assert listed["cpp"] == "it runs on CPU tensors, not cuda"
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """Pretends that an extension with CUDA kernels meets a GPU; returns what sets the two."""
+
+    def pretend(cuda_code: str, capability: tuple[int, int]) -> dict[str, str | None]:
+        monkeypatch.setattr(library, "extension", lambda: SimpleNamespace(cuda_code=cuda_code))
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+        monkeypatch.setattr(torch._C, "_dispatch_has_kernel", lambda name: True)
+        monkeypatch.setattr(torch._C, "_dispatch_has_kernel_for_dispatch_key", lambda name, key: True)
+        library.unavailable.cache_clear()
+        return tk.available_backends("accumulate", "cuda:0")
+
+    yield pretend
+    library.unavailable.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("cuda_code", "capability", "runs"),
+    [
+        ("sm_80,sm_90", (8, 0), True),
+        ("sm_80,sm_90", (8, 9), True),  # machine code serves later chips of its generation
+        ("sm_86,sm_90", (8, 0), False),
+        ("sm_80", (9, 0), False),
+        ("sm_80,compute_80", (12, 0), True),  # PTX serves all later ones
+        ("compute_90,sm_90", (8, 0), False),
+        ("sm_90a", (9, 0), True),
+        ("compute_90a,sm_90a", (10, 0), False),  # an architecture's own instructions serve no other
+        ("sm_100f", (10, 3), True),
+        ("sm_100f", (12, 0), False),
+        ("", (9, 0), False),
+    ],
+)
+def test_cuda_kernels_must_have_been_built_for_the_gpu(gpu, cuda_code, capability, runs):
+    reason = gpu(cuda_code, capability)["cuda"]
+    assert (reason is None) == runs
+    chosen = library.choose("accumulate", None, torch.device("cuda", 0))
+    assert (chosen == "cuda") == runs
+    if cuda_code and not runs:
+        number = f"{capability[0]}.{capability[1]}"
+        assert f"was built for {cuda_code}, and this device has compute capability {number}" in reason
+
+
+def test_float64_accumulators_on_a_gpu_are_left_to_the_reference(gpu):
+    gpu("sm_90", (9, 0))
+    cross = torch.zeros(3, 3, dtype=torch.float64)
+    unsupported = functools.partial(accumulate_module._unsupported, cross)
+    assert library.choose("accumulate", None, torch.device("cuda", 0), unsupported) == "reference"
+    with pytest.raises(ValueError, match="^accumulate: backend must support this call on cuda, got 'cuda'; it accumul"):
+        library.choose("accumulate", "cuda", torch.device("cuda", 0), unsupported)

@@ -84,38 +84,41 @@ cudaError_t run(const AccumulateCall& call, char* workspace, cudaStream_t stream
     const auto delta = source<Delta>(call.delta, call.d_out);
     const auto activation = source<Activation>(call.activation, call.d_in);
 
+    // Whatever may be refused comes before the first kernel that writes to an accumulator.
+    const int shared = 4 * kStep * kPitch * sizeof(typename ProductFor<Activation>::type::Element);
+    const auto kernel = product<Delta, Activation>;
+    cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
+    if (error != cudaSuccess) return error;
+
     const float* factors = call.weights;
     const bool wants_sums = call.delta_sum.data != nullptr || call.activation_sum.data != nullptr;
     const bool wants_factors = call.normalization != Normalization::kNone;
     const bool wants_moments = call.moments.data != nullptr;
+    auto* sums = wants_sums ? reinterpret_cast<float*>(workspace + plan.sums) : nullptr;
+    auto* moments = wants_moments ? reinterpret_cast<double*>(workspace + plan.moments) : nullptr;
     if (wants_factors || wants_sums || wants_moments) {
         auto* new_factors = wants_factors ? reinterpret_cast<float*>(workspace + plan.factors) : nullptr;
-        auto* sums = wants_sums ? reinterpret_cast<float*>(workspace + plan.sums) : nullptr;
-        auto* moments = wants_moments ? reinterpret_cast<double*>(workspace + plan.moments) : nullptr;
         row_statistics<<<static_cast<unsigned>(plan.statistics_blocks), kThreads, 0, stream>>>(
             delta, activation, call.pair, call.weights, call.normalization, call.rows, new_factors, sums, moments);
         if (wants_factors) factors = new_factors;
-        if (wants_sums || wants_moments) {
-            const auto blocks = static_cast<unsigned>(divide_up(call.d_out + call.d_in, 32) + 1);
-            reduce_sums<<<blocks, kThreads, 0, stream>>>(sums, moments, plan.statistics_blocks, call.delta_sum,
-                                                         call.activation_sum, call.moments, call.d_out, call.d_in,
-                                                         call.coefficient);
-        }
     }
-
-    const int shared = 4 * kStep * kPitch * sizeof(typename ProductFor<Activation>::type::Element);
-    const auto kernel = product<Delta, Activation>;
-    const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
-    if (error != cudaSuccess) return error;
     auto* partials = reinterpret_cast<float*>(workspace + plan.partials);
     for (int first = 0; first < plan.tiles; first += plan.batch) {
         const unsigned tiles = std::min(plan.batch, plan.tiles - first);
         kernel<<<dim3(tiles, plan.splits), kThreads, shared, stream>>>(delta, activation, call.pair, factors, partials,
                                                                        call.rows, plan.rows_per_split, first,
                                                                        plan.tiles_out, plan.tiles_in);
+        error = cudaGetLastError();
+        if (error != cudaSuccess) return error;
         reduce_tiles<<<dim3(tiles, 16), kThreads, 0, stream>>>(partials, plan.splits, call.cross, call.gram, call.d_out,
                                                                call.d_in, call.coefficient, first, plan.tiles_out,
                                                                plan.tiles_in);
+    }
+    if (wants_sums || wants_moments) {
+        const auto blocks = static_cast<unsigned>(divide_up(call.d_out + call.d_in, 32) + 1);
+        reduce_sums<<<blocks, kThreads, 0, stream>>>(sums, moments, plan.statistics_blocks, call.delta_sum,
+                                                     call.activation_sum, call.moments, call.d_out, call.d_in,
+                                                     call.coefficient);
     }
     return cudaGetLastError();
 }

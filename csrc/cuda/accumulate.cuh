@@ -159,7 +159,7 @@ template <typename T>
 __device__ inline Vector<T> load_vector(const Source<T>& source, int64_t row, int column, bool used) {
     Vector<T> result;
 #pragma unroll
-    for (int e = 0; e < kVector; ++e) result.values[e] = T(0.0f);
+    for (int e = 0; e < kVector; ++e) result.values[e] = from_float<T>(0.0f);
     if (!used || column >= source.width) return result;
     const T* first = source.matrix.data + row * source.matrix.row_stride + column * source.matrix.column_stride;
     if (source.vectors && column + kVector <= source.width) {

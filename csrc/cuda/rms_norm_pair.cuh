@@ -49,12 +49,12 @@ __device__ void store(T* target, bool vectors, int column, int d, const float (&
     if (vectors && column < d) {
         Vector<T> vector;
 #pragma unroll
-        for (int e = 0; e < kVector; ++e) vector.values[e] = static_cast<T>(values[e]);
+        for (int e = 0; e < kVector; ++e) vector.values[e] = from_float<T>(values[e]);
         *reinterpret_cast<Vector<T>*>(target + column) = vector;
     } else {
 #pragma unroll
         for (int e = 0; e < kVector; ++e) {
-            if (column + e < d) target[column + e] = static_cast<T>(values[e]);
+            if (column + e < d) target[column + e] = from_float<T>(values[e]);
         }
     }
 }

@@ -59,6 +59,9 @@ inline float __bfloat162float(__nv_bfloat16 x) {
 inline __nv_bfloat16 __float2bfloat16(float x) {
     return __nv_bfloat16(x);
 }
+inline __half __float2half(float x) {
+    return __half(x);
+}
 inline float __half2float(__half x) {
     return static_cast<float>(x.value);
 }

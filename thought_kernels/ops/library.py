@@ -15,6 +15,7 @@ import functools
 import importlib
 import importlib.util
 import os
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
@@ -96,18 +97,37 @@ def launcher(name: str, backend: str) -> Callable:
     return importlib.import_module(f"thought_kernels.{backend}.{OPERATORS[name].stem}").launch
 
 
-def _compiled(stem: str, backend: str, key: str) -> str | None:
-    module = extension()
+def _compiled(stem: str, backend: str, device: torch.device) -> str | None:
+    module, key = extension(), device.type.upper()
     if isinstance(module, str):
         return module
-    if backend == "cuda" and not module.with_cuda:
-        return "the extension was built without CUDA"
+    if backend == "cuda":
+        if not module.cuda_code:
+            return "the extension was built without CUDA"
+        capability = torch.cuda.get_device_capability(device)
+        if not any(_runs_on(code, capability) for code in module.cuda_code.split(",")):
+            number = "{}.{}".format(*capability)
+            return (
+                f"the extension was built for {module.cuda_code}, and this device has compute capability {number} "
+                f"(rebuild with TORCH_CUDA_ARCH_LIST={number})"
+            )
     kernel_name = f"{LIBRARY.ns}::{stem}_{backend}"
     # The second question raises for an operator without a schema.
     has_kernel = torch._C._dispatch_has_kernel
     if not has_kernel(kernel_name) or not torch._C._dispatch_has_kernel_for_dispatch_key(kernel_name, key):
         return f"the extension has no {backend} kernel for it"
     return None
+
+
+def _runs_on(code: str, capability: tuple[int, int]) -> bool:
+    """Whether a GPU runs embedded code: machine code such as sm_80 or sm_90a, or PTX such as compute_90."""
+    kind, major, minor, suffix = re.fullmatch(r"(sm|compute)_(\d+)(\d)([af]?)", code.strip()).groups()
+    built = int(major), int(minor)
+    if suffix == "a":  # for this one architecture
+        return capability == built
+    if kind == "sm" or suffix == "f":  # for later ones of the generation
+        return capability[0] == built[0] and capability >= built
+    return capability >= built
 
 
 def _triton(stem: str, device: torch.device) -> str | None:
@@ -131,14 +151,16 @@ def unavailable(name: str, backend: str, device: torch.device) -> str | None:
         return None
     stem = OPERATORS[name].stem
     if backend == "cpp":
-        return f"it runs on CPU tensors, not {device.type}" if device.type != "cpu" else _compiled(stem, backend, "CPU")
+        return (
+            f"it runs on CPU tensors, not {device.type}" if device.type != "cpu" else _compiled(stem, backend, device)
+        )
     if device.type == "cuda" and not torch.cuda.is_available():
         return "torch sees no CUDA device"
     if backend == "triton":
         if device.type not in ("cpu", "cuda"):
             return f"it runs on CUDA tensors, not {device.type}"
         return _triton(stem, device)
-    return f"it runs on CUDA tensors, not {device.type}" if device.type != "cuda" else _compiled(stem, backend, "CUDA")
+    return f"it runs on CUDA tensors, not {device.type}" if device.type != "cuda" else _compiled(stem, backend, device)
 
 
 def available_backends(op_name: str, device: str | torch.device) -> dict[str, str | None]:

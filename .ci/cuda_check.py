@@ -2,7 +2,8 @@
 
 Every csrc/cuda/*.cu goes through nvcc to PTX and through ptxas to machine code for each architecture: no warnings, no
 spilled registers, static shared memory within the limit, tensor-core instructions where they are promised. The glue,
-csrc/cuda/*.cpp, is type-checked against the torch installed here, CUDA build or not.
+csrc/cuda/*.cpp, is type-checked against the torch installed here, CUDA build or not. Flags and architectures are those
+that setup.py and torch build with.
 """
 
 from __future__ import annotations
@@ -17,9 +18,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from torch.utils.cpp_extension import COMMON_NVCC_FLAGS, include_paths
+
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+import setup as build  # noqa: E402
+
 CSRC = ROOT / "csrc"
-ARCHITECTURES = ("80", "90a", "100a")
+# Since 9.0 with the instructions of that architecture alone, which no other would compile.
+ARCHITECTURES = [f"{major}{minor}" + "a" * (major >= 9) for major, minor in build.CAPABILITIES]
 # What must appear in the PTX of a source, by its stem.
 INSTRUCTIONS = {
     "accumulate": (
@@ -62,7 +69,7 @@ def compile_source(source: Path, architecture: str, instructions: Sequence[str] 
     """Compiles one .cu for one architecture such as "90a"; SystemExit with a sentence if anything is wrong."""
     with tempfile.TemporaryDirectory() as folder:
         ptx, binary = Path(folder) / "kernels.ptx", Path(folder) / "kernels.cubin"
-        flags = ["-O3", "-std=c++17", "--expt-relaxed-constexpr", "-Werror", "all-warnings", "-I", CSRC]
+        flags = [*COMMON_NVCC_FLAGS, *build.NVCC_FLAGS, "-std=c++20", "-Werror", "all-warnings", "-I", CSRC]
         run(["nvcc", "-ptx", f"-arch=compute_{architecture}", *flags, source, "-o", ptx])
         report = run(["ptxas", "-v", "-O3", f"-arch=sm_{architecture}", ptx, "-o", binary])
         text = ptx.read_text()
@@ -87,12 +94,11 @@ def compile_source(source: Path, architecture: str, instructions: Sequence[str] 
 def check_glue(source: Path) -> None:
     """Type-checks a .cpp that includes torch; one stub stands in for the header that only CUDA builds of torch have."""
     import torch
-    from torch.utils.cpp_extension import include_paths
 
     includes = [*include_paths(), str(CSRC), str(CSRC / "cuda"), str(toolkit() / "include")]
     if torch.version.cuda is None:
         includes.insert(0, str(CSRC / "cuda" / "stub_include"))
-    flags = ["-fsyntax-only", "-std=c++20", "-Wall", "-Werror"]
+    flags = ["-fsyntax-only", "-std=c++20", *build.CXX_FLAGS, "-Werror"]
     # torch's headers are system headers here: their warnings are not ours.
     run([os.environ.get("CXX", "g++"), *flags, *(word for path in includes for word in ("-isystem", path)), source])
 
