@@ -318,3 +318,41 @@ def test_a_narrow_model_is_evaluated_too(dtype: torch.dtype) -> None:
         narrow, TOKENIZER, "Sum", EXAMPLES, held_out=HELD_OUT, sections=["effect", "baselines", "replay"], **SETTINGS
     )
     assert {name: section.error for name, section in found.sections.items() if section.error} == {}
+
+
+def test_the_command_writes_a_report_and_refuses_with_a_sentence(tmp_path: Path) -> None:
+    from typer.testing import CliRunner
+
+    from thought_kernels.cli import app
+
+    def run(*arguments: str) -> Any:
+        return CliRunner().invoke(app, ["evaluate", *arguments])
+
+    output = tmp_path / "report"
+    done = run("--task", "reverse", "--sections", "effect", "--inputs", "6", "--output", str(output))
+    assert done.exit_code == 0, done.output
+    assert "Works: does it do what the instruction does?" in done.output
+    content = json.loads((output / "evaluation.json").read_text())
+    assert content["settings"]["instruction"] == "Reverse the list" and content["settings"]["held_out"] == 6
+    assert (output / "evaluation.html").is_file() and (output / "sections" / "effect.json").is_file()
+
+    one, empty = tmp_path / "one.jsonl", tmp_path / "empty.jsonl"
+    one.write_text('"1 2 3"\n')
+    empty.write_text("\n")
+    for arguments, code, sentence in (
+        (["--instruction", "Sum", "--examples", str(one), "--held-out", str(one)], 1, "at least 2 inputs, got 1"),
+        (
+            ["--instruction", "Sum", "--examples", str(one), "--held-out", str(empty)],
+            1,
+            "at least one example, got none",
+        ),
+        (["--instruction", "Sum", "--examples", str(one)], 2, "--held-out"),
+        (["--task", "fly"], 1, "task must be one of sum"),
+        (["--sections", "fun"], 1, "sections must be 'all' or among"),
+        (["--scorer", "fuzzy"], 1, "scorer must be one of exact"),
+        (["--patch", str(tmp_path)], 1, "must"),
+    ):
+        refused = run(*arguments, "--output", str(tmp_path / "none"))
+        shown = " ".join(refused.output.split())
+        assert (refused.exit_code, sentence in shown) == (code, True), (arguments, refused.output)
+    assert not (tmp_path / "none").exists()

@@ -25,6 +25,7 @@ PUBLIC = {
     "align",
     "paper_recipe",
     "replay",
+    "evaluate",
     "ThoughtPatch",
     "ThoughtAccumulator",
 }

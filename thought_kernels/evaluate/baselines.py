@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
+from thought_kernels.evaluate.curves import paper_layers
 from thought_kernels.evaluate.lora import BATCH, RANK, RATES, TrainedLora, train_lora
 from thought_kernels.evaluate.refit import rank_one, refit
 from thought_kernels.evaluate.report import Section
@@ -29,7 +30,6 @@ LORA_SHORT = 4  # rates are compared after this fraction of the steps
 EDIT_SCALES = (0.25, 0.5, 1.0, 2.0)
 PAPER_C1 = 0.015
 C1_FACTORS = (1, 2, 4, 8, 16, 32, 64, 128)
-PAPER_BLOCKS, PAPER_FIRST, PAPER_STOP = 26, 10, 20
 
 Baseline = Callable[[Subject, Section], tuple[str, Intervention]]
 
@@ -45,8 +45,8 @@ def baselines(subject: Subject, section: Section) -> None:
         started = time.monotonic()
         try:
             label, intervention = baseline(subject, section)
-        except ValueError as error:  # peft not installed, say: the others go on
-            section.note(f"{name}: {error}")
+        except Exception as error:  # peft not installed, or weights it cannot read: the others go on
+            section.note(f"{name} was left out: {error}")
             continue
         _report(subject, section, bystander, name, intervention, time.monotonic() - started)
         section.note(f"{name[0].upper()}{name[1:]}: {label}.")
@@ -114,12 +114,6 @@ def _rank_one(subject: Subject, section: Section) -> tuple[str, Intervention]:
         ((*what, scale), scale * edit) for what, edit in tried[:2] for scale in EDIT_SCALES
     )[0]
     return f"{site} site of block {layer}, rows of {tokens} tokens, scale {scale:g}", best
-
-
-def paper_layers(blocks: int) -> list[int]:
-    """The paper's blocks 10..19 of 26 carried to another depth: the same share of it, 0-based, at least one block."""
-    first = round(blocks * PAPER_FIRST / PAPER_BLOCKS)
-    return list(range(first, max(round(blocks * PAPER_STOP / PAPER_BLOCKS), first + 1)))
 
 
 def _paper(subject: Subject, section: Section) -> tuple[str, Intervention]:

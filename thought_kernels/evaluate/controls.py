@@ -87,9 +87,8 @@ def _refitted(subject: Subject, section: Section) -> None:
 
 
 def _of_others(subject: Subject, section: Section) -> None:
-    for name, other in list(subject.others.items())[:OTHERS]:
-        patch = subject.fit(other.instruction, [one._replace(completion=None) for one in subject.examples])
-        subject.report(section, f"patch of “{name}”", subject.measure(patch))
+    for name in list(subject.others)[:OTHERS]:
+        subject.report(section, f"patch of “{name}”", subject.measure(subject.other_patch(name)))
     if not subject.others:
         section.note("No other instruction was given, so no patch of one was tried.")
 

@@ -17,7 +17,7 @@ TEMPLATE = Path(__file__).with_name("template.html.jinja")
 # Quantities that are shares, shown in per cent.
 SHARES = {
     "accuracy", "bare", "prompted", "same token", "harmed", "accuracy, patch off",
-    "accuracy, patch on",
+    "accuracy, patch on", "answers as bare",
 }  # fmt: skip
 # Quantities that are read block by block or token by token off the plot; their rows are in the JSON and the CSV.
 PLOTTED_ONLY = {

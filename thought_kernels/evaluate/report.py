@@ -103,10 +103,12 @@ class Section:
     def from_dict(cls, content: Mapping[str, Any]) -> Section:
         """What to_dict made."""
         numbers = ("value", "low", "high")
-        figures = [
-            Figure(**{key: math.nan if key in numbers and value is None else value for key, value in figure.items()})
-            for figure in content["figures"]
-        ]
+        figures = []
+        for row in content["figures"]:
+            values: dict[str, Any] = dict(row)
+            for key in numbers:
+                values[key] = math.nan if values[key] is None else values[key]
+            figures.append(Figure(**values))
         return cls(**{**content, "figures": figures})
 
 

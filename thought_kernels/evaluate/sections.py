@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from thought_kernels.evaluate.baselines import baselines
+from thought_kernels.evaluate.combination import combination
 from thought_kernels.evaluate.controls import controls
 from thought_kernels.evaluate.effect import effect, replay
 from thought_kernels.evaluate.generalisation import generalisation
@@ -52,6 +53,9 @@ SECTIONS: dict[str, SectionKind] = {
     ),
     "side_effects": SectionKind(
         "Side effects", "Nothing should change where the instruction was not meant.", side_effects
+    ),
+    "combination": SectionKind(
+        "Together with other patches", "Added patches should each keep their effect.", combination
     ),
     "scale": SectionKind("Scale", "Effect should be largest near 1, and flat around it.", scale),
     "data": SectionKind("Number of examples", "Where the curve has flattened, more examples buy nothing.", data),

@@ -210,7 +210,8 @@ def function_vector(trial: Trial, model: Any, suffix: Sequence[int]) -> tuple[Te
 def _written_by(decoder: Decoder, means: dict[int, Tensor], layer: int, head: int) -> Tensor:
     """What one head's mean output adds to the residual stream, the post-attention norm's scale taken as at the mean."""
     block = decoder.blocks[layer]
-    weight = block.o_proj.weight.float().cpu()
+    projection: Any = block.o_proj
+    weight = projection.weight.float().cpu()
     part = slice(head * block.head_dim, (head + 1) * block.head_dim)
     mean = means[layer].cpu()
     written = weight[:, part] @ mean[part]
@@ -218,8 +219,5 @@ def _written_by(decoder: Decoder, means: dict[int, Tensor], layer: int, head: in
     if norm is None:
         return written
     whole = weight @ mean
-    return (
-        written
-        * torch.rsqrt(whole.square().mean() + norm.eps)
-        * (norm.weight_offset + norm.module.weight.float().cpu())
-    )
+    scale = norm.weight_offset + norm.module.weight.float().cpu()
+    return written * torch.rsqrt(whole.square().mean() + norm.eps) * scale

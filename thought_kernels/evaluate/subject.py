@@ -125,6 +125,7 @@ class Subject:
     batch_size: int
     max_new_tokens: int
     known: dict[str, list[int]] = field(default_factory=dict)
+    other_patches: dict[str, ThoughtPatch] = field(default_factory=dict)
 
     @cached_property
     def decoder(self) -> Decoder:
@@ -185,6 +186,13 @@ class Subject:
             self.model, self.tokenizer, instruction, list(examples), separator=self.separator,
             max_new_tokens=self.max_new_tokens, **self.recipe,
         )  # fmt: skip
+
+    def other_patch(self, name: str) -> ThoughtPatch:
+        """Another instruction's patch from the same examples, fitted once."""
+        if name not in self.other_patches:
+            asked = [one._replace(completion=None) for one in self.examples]
+            self.other_patches[name] = self.fit(self.others[name].instruction, asked)
+        return self.other_patches[name]
 
     def new_trial(self, instruction: Instruction, inputs: Inputs, *, divergences: bool = True) -> Trial:
         """A Trial with the evaluation's settings."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -16,6 +17,9 @@ from thought_kernels.evaluate.metrics import Effect, completion_logprobs, comple
 from thought_kernels.evaluate.scorers import as_scorer
 from thought_kernels.transmute.completions import end_of_turn_id, stop_ids
 from thought_kernels.transmute.prompt import EncodedExample, Example, Instruction, encode, load_examples
+from thought_kernels.transmute.spill import buffers
+
+MEMORY_BUDGET = 2 << 30  # bytes of the prompted model's log-probabilities
 
 
 @dataclass(frozen=True)
@@ -125,7 +129,8 @@ class Trial:
         self.bare_divergences: list[Tensor] = []
         self.bare_follows: list[Tensor] = []
         if divergences:
-            self.prompted_logprobs = list(completion_logprobs(model, self.prompts, self.written, batch_size=batch_size))
+            rows = completion_logprobs(model, self.prompts, self.written, batch_size=batch_size)
+            self.prompted_logprobs = _kept(rows, list(map(len, self.written)))
             self.bare_divergences, self.bare_follows = self._read(model)
 
     def __len__(self) -> int:
@@ -187,15 +192,16 @@ class Trial:
         """(KL(prompted ‖ model), whether model's likeliest token is the completion's) at each token, per input."""
         if self.prompted_logprobs is None:
             raise ValueError("Trial.score: divergences must have been asked for, got divergences=False; use answer")
+        references = self.prompted_logprobs
         follows: list[Tensor] = []
 
         def watched() -> Iterator[Tensor]:
             rows = completion_logprobs(model, self.bare_prompts, self.written, batch_size=self._batch_size)
-            for logprobs, written in zip(rows, self.written, strict=True):
+            for logprobs, reference, written in zip(rows, references, self.written, strict=True):
                 follows.append(logprobs.argmax(-1).cpu() == torch.tensor(written))
-                yield logprobs
+                yield logprobs.to(reference.device)
 
-        return divergence(self.prompted_logprobs, watched()), follows
+        return divergence(references, watched()), follows
 
     def _complete(self, model: Any, prompts: list[list[int]]) -> list[list[int]]:
         return completions(
@@ -239,6 +245,18 @@ def decoded(tokenizer: Any, written: Sequence[Sequence[int]]) -> list[str]:
     """Completions as text, without special tokens and outer whitespace."""
     texts = tokenizer.batch_decode([list(ids) for ids in written], skip_special_tokens=True)
     return [text.strip() for text in texts]
+
+
+def _kept(rows: Iterator[Tensor], counts: Sequence[int]) -> list[Tensor]:
+    """Tensors that are to stay: where they are up to MEMORY_BUDGET bytes, then in CPU memory, then in a file.
+
+    A vocabulary of 262,144 takes a megabyte a token.
+    """
+    first = next(rows)
+    found = buffers([(count, first.shape[-1]) for count in counts], first.dtype, first.device, MEMORY_BUDGET)
+    for place, row in zip(found, itertools.chain([first], rows), strict=True):
+        place.copy_(row)
+    return found
 
 
 def _mean(grades: Sequence[float]) -> float:

@@ -22,10 +22,10 @@ RULES = (
     f"that the patch gains over bare, nor more than {CONTROL[1]:.0%} of its recovered effect (partly: {CONTROL[1]:.0%} "
     "of the accuracy); parts of the patch itself are not counted. Better: no baseline recovers more (partly: the "
     "intervals overlap). Gentle: on unrelated prompts no further from bare than the model told the instruction is, "
-    f"or at most {UNRELATED[0]:g} nats a token, and at most {100 * OTHERS_LOST[0]:g} points of accuracy lost on average "
-    f"on other instructions (partly: {UNRELATED[1]:g} and {100 * OTHERS_LOST[1]:g}). Carries over: every case keeps at "
-    f"least {KEPT[0]:.0%} of the prompted accuracy (partly: {KEPT[1]:.0%} on average); cases that the prompted model "
-    "gets right less than half of the time are left out."
+    f"or at most {UNRELATED[0]:g} nats a token, and at most {100 * OTHERS_LOST[0]:g} points of accuracy lost on "
+    f"average on other instructions (partly: {UNRELATED[1]:g} and {100 * OTHERS_LOST[1]:g}). Carries over: every case "
+    f"keeps at least {KEPT[0]:.0%} of the prompted accuracy (partly: {KEPT[1]:.0%} on average); cases that the "
+    "prompted model gets right less than half of the time are left out."
 )
 
 _RANK = {"yes": 0, "partly": 1, "no": 2, "unknown": 3}
