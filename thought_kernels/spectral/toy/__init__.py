@@ -2,8 +2,8 @@
 
     inputs      sparse inputs, a pure function of stream and step
     models      the models of a batch, their loss and its gradients in closed form
-    train       Adam, checkpoints, restart
-    sweep       the paper's 3,200 runs, or a reduced set of them, as one resumable command
+    training    Adam, checkpoints, restart
+    sweeps      the paper's 3,200 runs, or a reduced set of them, as one resumable command
     summary     what a trained model's spectrum says: saturation, localization, projective linearity
     evolution   spectral measures along training: Rayleigh quotients, jumps, volatility
     geometries  small models that settle in digons, triangles, tetrahedra, pentagons, square antiprisms
@@ -12,19 +12,35 @@
 `python -m thought_kernels.spectral.toy --help` lists the commands.
 """
 
+from thought_kernels.spectral.toy.evolution import Evolution, spectral_evolution
+from thought_kernels.spectral.toy.geometries import Found, Setting, find_geometries
 from thought_kernels.spectral.toy.inputs import SparseInputs
 from thought_kernels.spectral.toy.models import ToyModels, reconstruct, reconstruction_loss, toy_models
-from thought_kernels.spectral.toy.train import Schedule, checkpoint_steps, evaluate, history, train
+from thought_kernels.spectral.toy.summary import ModelSummary, summarize
+from thought_kernels.spectral.toy.sweeps import PRESETS, Estimate, Plan, estimate, sweep
+from thought_kernels.spectral.toy.training import Schedule, checkpoint_steps, evaluate, history, train
 
 __all__ = [
+    "PRESETS",
+    "Estimate",
+    "Evolution",
+    "Found",
+    "ModelSummary",
+    "Plan",
     "Schedule",
+    "Setting",
     "SparseInputs",
     "ToyModels",
     "checkpoint_steps",
+    "estimate",
     "evaluate",
+    "find_geometries",
     "history",
     "reconstruct",
     "reconstruction_loss",
+    "spectral_evolution",
+    "summarize",
+    "sweep",
     "toy_models",
     "train",
 ]

@@ -1,0 +1,203 @@
+"""A sweep of toy models that stops and goes on, what is said of its models, and the pictures of it."""
+
+from __future__ import annotations
+
+import csv
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from thought_kernels.spectral.toy import Schedule, spectral_evolution, sweep, toy_models, train
+from thought_kernels.spectral.toy.__main__ import main
+from thought_kernels.spectral.toy.evolution import wasserstein
+from thought_kernels.spectral.toy.geometries import Setting, figure, find_geometries
+from thought_kernels.spectral.toy.summary import summarize
+from thought_kernels.spectral.toy.sweeps import (
+    PRESETS,
+    Plan,
+    build,
+    changed,
+    estimate,
+    final_weights,
+    groups,
+    read_rows,
+    trained,
+)
+
+TINY = Plan(12, (2, 3), (0.0, 0.5, 0.9), 2, Schedule(12, 16, 1e-2), checkpoints=4)
+
+
+def ring(count: int, height: float, turn: float) -> Tensor:
+    angle = torch.arange(count, dtype=torch.float64) * (2 * math.pi / count) + turn
+    return torch.stack([angle.cos(), angle.sin(), torch.full((count,), height, dtype=torch.float64)])
+
+
+def test_the_papers_plan_is_3200_runs() -> None:
+    plan = PRESETS["paper"]
+    assert len(plan) == 3200
+    assert (len(plan.dimensions), min(plan.dimensions), max(plan.dimensions)) == (32, 16, 512)
+    assert (len(plan.sparsities), min(plan.sparsities), max(plan.sparsities)) == (50, 0.0, 0.99)
+    runs = [(group.dimensions, *run) for group in groups(plan, 100) for run in group.runs]
+    assert len(set(runs)) == 3200
+    assert len(groups(plan, 100)) == 32
+    need = estimate(plan, 100)
+    # 100 models of 512 x 1024, their gradients and two moments, and three tensors of samples
+    assert need.memory > 100 * 4 * 1024 * (4 * 512 + 3 * 1024)
+    assert need.disk > 3200 * 4 * 1024 * 264 * 3
+
+
+def test_a_sweep_that_stops_ends_the_same(tmp_path: Path) -> None:
+    models, clusters = sweep(TINY, tmp_path / "whole", progress=False)
+    sweep(TINY, tmp_path / "cut", models_at_once=4, progress=False)  # other groups, the same models
+    done = tmp_path / "cut" / "m0003-001"
+    (done / "rows.json").unlink()  # as if it had stopped here,
+    (tmp_path / "cut" / "models.csv").unlink()
+    before = (tmp_path / "cut" / "m0002-000" / "rows.json").stat().st_mtime_ns
+    again, _ = sweep(TINY, tmp_path / "cut", progress=False)
+    assert (tmp_path / "cut" / "m0002-000" / "rows.json").stat().st_mtime_ns == before  # what was done is not redone
+
+    first, second = (
+        sorted(read_rows(path), key=lambda row: (row["dimensions"], row["sparsity"], row["seed"]))
+        for path in (models, again)
+    )
+    assert len(first) == len(TINY) == 12
+    for a, b in zip(first, second, strict=True):
+        # float32 sums in another order over 12 steps of Adam
+        assert a == pytest.approx(b, rel=1e-3, abs=1e-3)
+    assert {row["dimensions"] for row in read_rows(clusters)} == {2.0, 3.0}
+    for m in TINY.dimensions:
+        for sparsity, seed, group, index in trained(tmp_path / "whole", m):
+            W = final_weights(group, index)
+            (row,) = [r for r in first if (r["dimensions"], r["sparsity"], r["seed"]) == (m, sparsity, seed)]
+            assert row["saturation"] == pytest.approx(summarize(W)[0].saturation, rel=1e-5)
+    with pytest.raises(ValueError, match="sweep: output must hold this plan's sweep, got another schedule"):
+        sweep(changed(TINY, steps=13), tmp_path / "cut", progress=False)
+
+
+def test_nonuniform_sparsity_spreads_around_the_mean() -> None:
+    plan = changed(TINY, spread=9.0)
+    models = build(plan, groups(plan, 6)[0])
+    active = 1 - models.sparsity.double()
+    assert active.shape == (6, 12)
+    for row, (sparsity, _) in zip(active, groups(plan, 6)[0].runs, strict=True):
+        assert row[0] == pytest.approx((1 - sparsity) / 3, rel=1e-5)
+        assert row[-1] == pytest.approx(min(1.0, (1 - sparsity) * 3), rel=1e-5)
+        assert (row.diff() >= -1e-7).all()
+    uniform = build(TINY, groups(TINY, 6)[0])
+    torch.testing.assert_close(uniform.weight, models.weight)
+
+
+def test_a_tight_frame_is_saturated_and_linear() -> None:
+    W = torch.block_diag(1.1 * ring(5, 0, 0.3)[:2], 0.8 * ring(3, 0, 0.1)[:2], torch.eye(1, dtype=torch.float64))
+    W = torch.cat([W, torch.full((5, 1), 1e-4, dtype=torch.float64)], 1)  # a feature given up in training
+    summary, clusters = summarize(W, rtol=1e-3)
+    assert (summary.rank, summary.represented, summary.eigenspaces) == (5, 9, 3)
+    assert summary.saturation == pytest.approx(1, abs=1e-4)
+    assert summary.localization == pytest.approx(1, abs=1e-6)
+    assert summary.r_squared == pytest.approx(1, abs=1e-6)
+    assert sorted((row["members"], row["dimension"]) for row in clusters) == [(1, 1), (3, 2), (5, 2)]
+    spread, _ = summarize(torch.randn(5, 30, generator=torch.Generator().manual_seed(0)), rtol=1e-3)
+    assert spread.saturation < 0.97
+    assert spread.localization < 0.9
+
+
+def test_evolution_of_a_feature_that_moves() -> None:
+    """Two orthogonal features, one of which turns onto the other's direction while norms stay."""
+    weights = [
+        torch.tensor([[2.0, 0.0], [0.0, 1.0]]),
+        torch.tensor([[2.0, 1.0], [0.0, 0.0]]),
+        torch.tensor([[2.0, 1.0], [0.0, 0.0]]),
+    ]
+    found = spectral_evolution([0, 1, 5], weights)
+    torch.testing.assert_close(found.eigenvalues, torch.tensor([[4.0, 1.0], [5.0, 0.0], [5.0, 0.0]]).double())
+    torch.testing.assert_close(found.rayleigh, torch.tensor([[4.0, 1.0], [5.0, 5.0], [5.0, 5.0]]).double())
+    # from λ = 4 to 5 over a mean of 4.5, and from 1 to 5 over 3
+    torch.testing.assert_close(found.jump, torch.tensor([[1 / 4.5, 4 / 3], [0.0, 0.0]]).double())
+    assert (found.volatility[0] == 0).all()
+    expected = torch.tensor([[math.log(5 / 4), math.log(5)], [0.0, 0.0]]).double().std(0)
+    torch.testing.assert_close(found.volatility[1], expected)
+    torch.testing.assert_close(found.saturation, torch.ones(3).double())
+
+
+def test_jumps_bound_changes_of_the_rayleigh_quotient() -> None:
+    generator = torch.Generator().manual_seed(1)
+    first, second = (torch.randn(4, 9, generator=generator) for _ in range(2))
+    found = spectral_evolution([0, 1], [first, second])
+    change = found.rayleigh.diff(dim=0).abs() / found.rayleigh.mean(0)
+    assert (found.jump >= change * (1 - 1e-9)).all()
+    with pytest.raises(ValueError, match="spectral_evolution: steps and weights must be two or more of each"):
+        spectral_evolution([0], [first])
+    with pytest.raises(ValueError, match="spectral_evolution: window must be at least 2"):
+        spectral_evolution([0, 1], [first, second], window=1)
+
+
+def test_wasserstein_of_point_masses() -> None:
+    values, others = torch.tensor([1.0, 3.0]), torch.tensor([2.0])
+    weights = torch.tensor([[1.0, 0.0], [0.5, 0.5]])
+    torch.testing.assert_close(wasserstein(values, weights, others, torch.ones(2, 1)), torch.tensor([1.0, 1.0]))
+
+
+def test_antiprisms_are_named_tight_or_not() -> None:
+    for height in (2**-0.5, 0.55):  # tight at 1/√2, and flat
+        W = torch.cat([ring(4, height, 0.2), ring(4, -height, 0.2 + math.pi / 4)], 1)
+        assert figure(W) == "square antiprism"
+        W = torch.cat([ring(4, height, 0.2), ring(4, -height, 0.2)], 1)
+        assert figure(W) != "square antiprism"
+    assert figure(torch.cat([ring(5, 0, 0.1)[:2], 0.01 * torch.ones(2, 1)], 1)) == "pentagon"
+    assert figure(torch.randn(3, 8, generator=torch.Generator().manual_seed(0))) is None
+
+
+def test_a_pentagon_is_found_by_training() -> None:
+    found = find_geometries(
+        Setting("pentagon", 5, 2, 0.95), seeds=8, schedule=Schedule(800, batch=128, learning_rate=2e-2)
+    )
+    assert found.counts.get("pentagon", 0) >= 4, found
+    assert found.dimensionality == pytest.approx(2 / 5, abs=0.01)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("setting", "at_least"),
+    [
+        (Setting("digon", 2, 1, 0.9), 8),
+        (Setting("triangle", 3, 2, 0.4), 3),
+        (Setting("tetrahedron", 4, 3, 0.4), 1),
+        (Setting("square antiprism", 8, 3, 0.9), 8),
+    ],
+)
+def test_geometries_found_by_training(setting: Setting, at_least: int) -> None:
+    found = find_geometries(setting, seeds=32)
+    assert found.counts.get(setting.figure, 0) >= at_least, found
+    assert found.dimensionality == pytest.approx(setting.dimensions / setting.features, abs=0.02)
+
+
+@pytest.mark.slow
+def test_trained_models_saturate() -> None:
+    """The paper's empirical finding (not a theorem), at a small size."""
+    models = toy_models(64, 8, [0.1, 0.5, 0.8, 0.95], seeds=range(4), streams=[0] * 4)
+    before = [summarize(W)[0].saturation for W in models.weight]
+    train(models, Schedule(3000, batch=128, learning_rate=3e-3))
+    after = [summarize(W)[0].saturation for W in models.weight]
+    assert min(after) > 0.98
+    assert max(before) < 0.97
+
+
+def test_the_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder, pictures = tmp_path / "sweep", tmp_path / "pictures"
+    main(["sweep", "--preset", "paper", "--output", str(folder), "--dry-run", "--device", "cpu"])
+    assert "3200 models" in capsys.readouterr().out
+    assert not folder.exists()
+    with pytest.raises(SystemExit, match="draw: folder must hold a finished sweep"):
+        main(["figures", str(folder), "--output", str(pictures)])
+    sweep(TINY, folder, progress=False)
+    main(["figures", str(folder), "--output", str(pictures)])
+    assert sorted(path.name for path in pictures.iterdir()) == [
+        "dimensionality.png", "evolution.png", "linearity.png", "saturation.png",
+    ]  # fmt: skip
+    with pytest.raises(SystemExit, match="draw: dimensions must be one of"):
+        main(["figures", str(folder), "--output", str(pictures), "--dimensions", "5"])
+    with open(folder / "models.csv", newline="") as file:
+        assert len(list(csv.DictReader(file))) == len(TINY)
