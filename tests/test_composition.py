@@ -205,7 +205,7 @@ def test_knowledge_is_asked_with_other_questions_than_it_was_fitted_on(model: An
     told = {row["prompted"] for row in report.rows} - {row["bare"] for row in report.rows}
     assert told
     able = run_knowledge(model, TOKENIZER, "Ann is here", fit, ask, match=lambda text, *_: text in told, **options)
-    assert able.prompted > able.base and "with the patch in their place" in able.verdict
+    assert able.prompted > able.base and "with the patch instead of being told" in able.verdict
     never = run_knowledge(model, TOKENIZER, "Ann is here", fit, ask, match=lambda *_: False, **options)
     assert (never.answerable, never.patched_answerable) == (0, None) and "nothing about" in never.verdict
     with pytest.raises(ValueError, match="fit and ask must each hold a question at least, got 0 and 2"):
@@ -217,6 +217,17 @@ def test_knowledge_is_asked_with_other_questions_than_it_was_fitted_on(model: An
 def test_the_made_up_facts_hold_every_answer() -> None:
     assert len({pair.question for pair in QUESTIONS}) == len(QUESTIONS) == 27
     assert all(pair.answer in FACTS and pair.answer not in pair.question for pair in QUESTIONS)
+
+
+def test_the_lexicon_asks_for_words_that_no_example_held() -> None:
+    from thought_kernels.cli.knowledge import lexicon
+    from thought_kernels.demo.tokenizer import build_tokenizer
+
+    tokenizer = build_tokenizer()
+    model = tiny_gemma3(vocab_size=len(tokenizer), layer_types=["full_attention"], tie_word_embeddings=False)
+    model.generation_config.eos_token_id = list(range(len(tokenizer)))
+    report = lexicon(model, tokenizer, 0, 32)
+    assert (report.fitted, report.asked) == (16, 16) and report.facts == "Translate to French"
 
 
 def test_the_knowledge_command(model: Any, tmp_path: Path) -> None:
@@ -234,7 +245,7 @@ def test_the_knowledge_command(model: Any, tmp_path: Path) -> None:
 
     result = invoke("--facts", facts, "--questions", questions)
     assert result.exit_code == 0, result.output
-    content = json.loads((tmp_path / "out" / "results.json").read_text())
+    content = json.loads((tmp_path / "out" / "results.json").read_text())["facts"]
     assert content["facts"] == "All is well." and (content["fitted"], content["asked"]) == (2, 2)
     assert content["verdict"] in " ".join(result.stdout.split("\n"))
     assert invoke("--facts", facts).exit_code == 2  # its own questions are needed

@@ -21,7 +21,7 @@ from thought_kernels.evaluate import experiments
 from thought_kernels.evaluate.curves import default_steps, paper_steps, sweep_c1
 from thought_kernels.evaluate.experiments import run_experiment
 from thought_kernels.evaluate.journal import Journal, fingerprint
-from thought_kernels.evaluate.pairs import Pair, Split, read_pairs, split_pairs
+from thought_kernels.evaluate.pairs import Pair, Split, read_pairs, split_pairs, usable
 from thought_kernels.evaluate.trial import Trial
 
 TOKENIZER = tiny_tokenizer()
@@ -209,12 +209,20 @@ def test_a_dataset_on_the_hub_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
         assert (name, streaming) == ("owner/name", True)
         if split != "test":
             raise FileNotFoundError("no such split\nand more")
-        return iter([{"english": "a", "french": "b"}])
+        return iter(
+            [{"english": "a", "french": "b"}, {"english": "c", "french": None}, {"english": " ", "french": "d"}]
+        )
 
     monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
     assert read_pairs("owner/name", split="test") == [("a", "b")]
     with pytest.raises(ValueError, match="a dataset with split 'train', got 'owner/name'; no such split$"):
         read_pairs("owner/name")
+
+
+def test_pairs_that_do_not_fit_are_left_out_with_a_warning() -> None:
+    pairs = [Pair("a", "b"), Pair("a " * 30, "b"), Pair("c", "d")]
+    with pytest.warns(UserWarning, match="1 pairs left out; experiment: data must fit the model's context of 40"):
+        assert usable(build(max_position_embeddings=40), TOKENIZER, "Sum", pairs) == [pairs[0], pairs[2]]
 
 
 def test_the_journal_computes_nothing_twice(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from thought_kernels.cli import composition, knowledge, options, scoring
 from thought_kernels.cli.transmute import read_layers
 from thought_kernels.demo.tasks import TASKS, held_out, inputs
 from thought_kernels.evaluate.experiments import LINES, PUBLISHED, ExperimentReport, Line, run_experiment
-from thought_kernels.evaluate.pairs import Pair, Split, read_pairs, split_pairs
+from thought_kernels.evaluate.pairs import Pair, Split, read_pairs, split_pairs, usable
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -100,20 +100,24 @@ def task_split(task_name: str, *, steps: int, inputs_count: int, seed: int) -> S
 def _run(name: str, given: dict[str, Any]) -> None:
     output = given["output"] if given["output"] is not None else Path(f"experiment-{name}")
     scoring.check_folder(output)
-    if given.get("data") is None:
-        data = task_split(_TASKS[name], steps=given["steps"], inputs_count=given["inputs"], seed=given["seed"])
-    else:
-        most = 4 * (given["steps"] + 2 * given["inputs"])  # enough to draw from; the hub's datasets have millions
-        pairs = read_pairs(
-            given["data"], source=given["source"], target=given["target"], split=given["split"], limit=most
-        )
-        data = split_pairs(pairs, steps=given["steps"], inputs=given["inputs"], seed=given["seed"])
+    steps, count, seed = given["steps"], given["inputs"], given["seed"]
+    source, told = given.get("data"), given.get("instruction") or PUBLISHED[name].instruction
+    pairs: list[Pair] = []
+    if source is not None:
+        most = 2 * (steps + 2 * count)  # enough to draw from; datasets on the hub have millions
+        pairs = read_pairs(source, source=given["source"], target=given["target"], split=given["split"], limit=most)
     found, tokenizer = options.load_model(given["model"], given["dtype"], given["device"], given["offline"])
+    if source is None:
+        data = task_split(_TASKS[name], steps=steps, inputs_count=count, seed=seed)
+    else:
+        if not Path(source).is_file():
+            pairs = usable(found, tokenizer, told, pairs)
+        data = split_pairs(pairs, steps=steps, inputs=count, seed=seed)
     match = scoring.chosen_match(given["match"], given["model"])
     answers = [pair.answer for part in data for pair in part]
-    scorer = scoring.read_scorer(match, PUBLISHED[name].instruction, given["device"], given["offline"])
+    scorer = scoring.read_scorer(match, told, given["device"], given["offline"])
     report = run_experiment(
-        found, tokenizer, name, data, output, instruction=given.get("instruction"), c1=given["c1"], c2=given["c2"],
+        found, tokenizer, name, data, output, instruction=told, c1=given["c1"], c2=given["c2"],
         layers=None if given["layers"] is None else read_layers(given["layers"]),
         lines=options.listed([given["lines"]]), match=scorer, batch_size=given["batch_size"],
         max_new_tokens=given["max_new_tokens"] or scoring.answer_room(tokenizer, answers, match),

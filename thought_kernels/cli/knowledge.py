@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import random
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.table import Table
 from rich.text import Text
 
 from thought_kernels.cli import options, scoring
+from thought_kernels.demo.tasks import TASKS, held_out, split_by_symbols
 from thought_kernels.evaluate.knowledge import FACTS, QUESTIONS, KnowledgeReport, run_knowledge
-from thought_kernels.evaluate.pairs import read_pairs, split_pairs
+from thought_kernels.evaluate.pairs import Pair, read_pairs, split_pairs
 
 
 def knowledge(
@@ -36,8 +38,9 @@ def knowledge(
 ) -> None:
     """Turn a paragraph of facts into a patch and ask about them.
 
-    With --demonstrations the turns of that file are the instruction instead. A model that cannot answer with the facts
-    in its prompt, such as the shipped one, is said to, with the measured figure.
+    With --demonstrations the turns of that file are the instruction instead. Where a model cannot answer with the facts
+    in its prompt, the figures say so. The shipped model reads no prose: without facts of your own it is also asked for
+    the facts it does hold, its lexicon, by a patch of "Translate to French" that has seen half of the words.
     """
     from thought_kernels.cli.demo import write_json
     from thought_kernels.evaluate.experiments import write_csv
@@ -58,10 +61,17 @@ def knowledge(
         report = run_knowledge(
             found, tokenizer, told, fit, ask, match=scorer, max_new_tokens=max_new_tokens, batch_size=batch_size
         )
+    reports = {"facts": report}
+    if model == options.DEFAULT_MODEL and questions is None:
+        reports["lexicon"] = lexicon(found, tokenizer, seed, batch_size)
     output.mkdir(parents=True, exist_ok=True)
-    write_json({**asdict(report), "verdict": report.verdict}, output / "results.json")
-    replace_file(output / "answers.csv", partial(write_csv, report.rows))
-    show(report)
+    write_json(
+        {name: {**asdict(one), "verdict": one.verdict} for name, one in reports.items()}, output / "results.json"
+    )
+    rows = [{"part": name, **row} for name, one in reports.items() for row in one.rows]
+    replace_file(output / "answers.csv", partial(write_csv, rows))
+    for name, one in reports.items():
+        show(name, one)
     options.out.print(f"results in {output}", markup=False, soft_wrap=True)
 
 
@@ -76,9 +86,21 @@ def read_facts(text: str | None) -> str:
     return found
 
 
-def show(report: KnowledgeReport) -> None:
+def lexicon(model: Any, tokenizer: Any, seed: int, batch_size: int) -> KnowledgeReport:
+    """The nearest thing for a model that reads no prose: words it was trained on, those asked for in no example."""
+    task = TASKS["translate"]
+    near, far = split_by_symbols(task)
+    rng = random.Random(f"knowledge {seed}")
+    fit, ask = (
+        [Pair(text, task.answer(text)) for text in rng.sample(texts, 16)]
+        for texts in (near, [text for text in far if held_out(text)])
+    )
+    return run_knowledge(model, tokenizer, task.instruction, fit, ask, match="exact", batch_size=batch_size)
+
+
+def show(name: str, report: KnowledgeReport) -> None:
     """Prints the answers and the verdict."""
-    table = Table(box=None, pad_edge=False)
+    table = Table(title=name, title_justify="left", title_style="bold", box=None, pad_edge=False)
     for name in ("question", "answer", "bare", "prompted", "patched"):
         table.add_column(name, overflow="fold", max_width=40)
     for row in report.rows:

@@ -8,7 +8,7 @@ Three lines on the same axes:
     default    transmute as it is called without options, on inputs alone: the prompted model writes the answers
 
 The paper's blocks 10..19 of 26 become the same share of another model's depth (curves.paper_layers). A step is an
-example, as in Algorithm 1.
+example, as in Algorithm 1. Every point is measured on the same inputs, where the paper drew ten anew at each step.
 """
 
 from __future__ import annotations

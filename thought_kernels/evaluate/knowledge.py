@@ -72,12 +72,12 @@ class KnowledgeReport:
         """One sentence that says what was shown, and what was not."""
         if self.prompted <= self.base or not self.answerable:
             return (
-                f"The model does not answer better when it is given the facts ({self.prompted:.1%} right) than without "
-                f"them ({self.base:.1%}), so nothing about knowledge can be shown with it."
+                f"The model does not answer better when it is told ({self.prompted:.1%} right) than when it is not "
+                f"({self.base:.1%}), so nothing about knowledge can be shown with it."
             )
         return (
-            f"With the facts in its prompt the model answers {self.prompted:.1%}, without them {self.base:.1%}, with "
-            f"the patch in their place {self.patched:.1%}; of {self.answerable} questions that it can answer, "
+            f"Told in its prompt the model answers {self.prompted:.1%}, not told {self.base:.1%}, with the patch "
+            f"instead of being told {self.patched:.1%}; of {self.answerable} questions that it can answer, "
             f"{self.patched_answerable:.1%}."
         )
 

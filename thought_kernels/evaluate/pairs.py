@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -51,7 +52,8 @@ def read_pairs(
         The pairs, in order.
 
     Raises:
-        ValueError: no such file or dataset, no rows, or a row without two texts; names its line or index.
+        ValueError: no such file or dataset, no rows, or a row without two texts; names its line or index. Empty rows of
+            a dataset on the hub are passed over.
     """
     if isinstance(data, (str, os.PathLike)):
         path = Path(data)
@@ -60,10 +62,13 @@ def read_pairs(
         rows, subject = enumerate(data), "data, row"
     pairs: list[Pair] = []
     columns: tuple[str, str] | None = None
+    leave_out_empty = isinstance(data, str) and not Path(data).is_file()  # a dataset that nobody here can mend
     for number, row in rows:
         if limit is not None and len(pairs) >= limit:
             break
         where = f"experiment: {subject} {number},"
+        if leave_out_empty and isinstance(row, Mapping) and columns is not None and _is_empty(row, columns):
+            continue
         if isinstance(row, Mapping) and columns is None:
             columns = _columns(row, source, target, where)
         pairs.append(_pair(row, columns, where))
@@ -103,6 +108,24 @@ def check_context(model: Any, tokenizer: Any, instruction: Instruction, pairs: I
                 f"experiment: data must fit the model's context of {limit} tokens, got {length} with the instruction "
                 f"for {pair.question[:60]!r}; drop it or shorten it"
             )
+
+
+def usable(model: Any, tokenizer: Any, instruction: Instruction, pairs: Iterable[Pair]) -> list[Pair]:
+    """The pairs that check_context takes, with a warning that counts the others and says what is wrong with one.
+
+    For datasets that nobody here can mend.
+    """
+    kept, refused = [], []
+    for pair in pairs:
+        try:
+            check_context(model, tokenizer, instruction, [pair])
+        except ValueError as error:
+            refused.append(str(error))
+        else:
+            kept.append(pair)
+    if refused:
+        warnings.warn(f"experiment: {len(refused)} pairs left out; {refused[0]}", stacklevel=2)
+    return kept
 
 
 def _jsonl(path: Path) -> Iterable[tuple[int, Any]]:
@@ -165,6 +188,11 @@ def _pair(row: Any, columns: tuple[str, str] | None, where: str) -> Pair:
         if not isinstance(text, str) or not text.strip():
             raise ValueError(f"{where} must hold two texts, got {text!r:.60}")
     return Pair(texts[0].strip(), texts[1].strip())
+
+
+def _is_empty(row: Mapping[str, Any], columns: tuple[str, str]) -> bool:
+    texts = [_inside(row, column, "experiment: data,") for column in columns]
+    return any(text is None or (isinstance(text, str) and not text.strip()) for text in texts)
 
 
 def _inside(row: Mapping[str, Any], column: str, where: str) -> Any:
