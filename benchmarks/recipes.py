@@ -93,12 +93,9 @@ class Bench:
         fresh = [text for text in every if held_out(text)] if on_held_out else sorted(set(seen) - set(self.inside))
         fresh = rng.sample(fresh, 256)
         self.outside = rng.sample(near, examples)
-        unseen = set().union(*tokenizer(far, add_special_tokens=False).input_ids)
-        unseen -= set().union(*tokenizer(near, add_special_tokens=False).input_ids)
-        unseen |= {i for text in far for i in tokenizer(task.answer(text), add_special_tokens=False).input_ids}
-        self.other_words = [index for index in word_tokens(tokenizer) if index not in unseen]
         far = far if on_held_out else [text for text in far if not held_out(text)]
         far = rng.sample(far, min(128, len(far)))
+        self.other_words = word_tokens(tokenizer, without=[*far, *map(task.answer, far)])
         options: Options = {"max_new_tokens": 20}
         answers = [[task.answer(text) for text in texts] for texts in (fresh, far)]
         self.fresh = Trial(model, tokenizer, task.instruction, fresh, answers[0], **options)

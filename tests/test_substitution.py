@@ -66,6 +66,9 @@ def test_words_of_a_vocabulary(tokenizer: Any) -> None:
     texts = [text.strip() for text in tokenizer.batch_decode([[index] for index in word_tokens(tokenizer)])]
     assert {"maison", "garden", "odd"} <= set(texts)
     assert not {"a", "5", "+", "<end_of_turn>", "<bos>"} & set(texts)
+    fewer = word_tokens(tokenizer, without=["garden sees maison"])
+    lost = [text.strip() for text in tokenizer.batch_decode([[i] for i in set(word_tokens(tokenizer)) - set(fewer)])]
+    assert set(lost) == {"garden", "sees", "maison"} and len(lost) > 3  # with and without the space before them
 
 
 def test_the_recommended_recipe_has_copies_and_a_named_estimator_none(tokenizer: Any) -> None:

@@ -17,6 +17,7 @@ from thought_kernels.demo.tasks import RESERVED_FOR_FINAL_STUDY, TASKS, Task, he
 from thought_kernels.evaluate.trial import Trial
 from thought_kernels.transmute.prompt import encode
 from thought_kernels.transmute.replay import replay
+from thought_kernels.transmute.substitution import word_tokens
 from thought_kernels.transmute.transmute import transmute
 
 # What a patch must reach to stand for its instruction: shares of the prompted accuracy, and the recovered effect.
@@ -43,7 +44,7 @@ class Row:
         recovered_values: the same over the value tokens alone: in an answer with an equals sign those after the last
             "= ", otherwise the whole answer without its end-of-turn token. A ratio of two small sums where the bare
             model's copy opens with the same tokens ("first": all that differs is where the answer ends).
-        outside_inputs: inputs none of whose numbers or words occurs in any example of a second patch.
+        outside_inputs: inputs none of whose numbers or words occurs in any example of a second patch, or in its copies.
         prompted_outside, patched_outside: accuracy on those.
         replay_error, replay_control: worst relative error over blocks and logits of the exact replay on one prompt,
             and the logits' error without patches.
@@ -213,7 +214,8 @@ def _measure(
         model, tokenizer, task.instruction, far, [task.answer(x) for x in far], known=known,
         divergences=False, **options,
     )  # fmt: skip
-    with transmute(model, tokenizer, task.instruction, near).applied(model):
+    words = word_tokens(tokenizer, without=[*far, *map(task.answer, far)])
+    with transmute(model, tokenizer, task.instruction, near, substitutes=words).applied(model):
         patched_outside, _ = outside.answer(model)
 
     header, instruction, tokens, *_ = encode(

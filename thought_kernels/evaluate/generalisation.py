@@ -6,6 +6,7 @@ from thought_kernels.evaluate.report import Section
 from thought_kernels.evaluate.subject import Inputs, Intervention, Subject
 from thought_kernels.evaluate.trial import Trial
 from thought_kernels.transmute.prompt import Example, Instruction
+from thought_kernels.transmute.substitution import word_tokens
 
 PARAPHRASES = 3
 CHAT_INPUTS = 64
@@ -39,10 +40,14 @@ def _outside(subject: Subject, section: Section) -> None:
     assert outside is not None
     patch = subject.patch
     if outside.examples is not None:
-        patch = subject.fit(subject.instruction, outside.examples)
+        texts = [*(question.messages[-1]["content"] for question in outside.inputs.questions)]
+        words = word_tokens(subject.tokenizer, without=[*texts, *(outside.inputs.answers or [])])
+        limit = subject.decoder.config.vocab_size
+        substitutes = [index for index in words if index < limit]
+        patch = subject.fit(subject.instruction, outside.examples, substitutes=substitutes)
         section.note(
             f"Outside: a second patch, made in the same way from {len(outside.examples)} other examples, on inputs "
-            "none of whose symbols or words they hold."
+            "none of whose symbols or words they, or the copies made of them, hold."
         )
     _case(subject, section, "outside the examples", subject.new_trial(subject.instruction, outside.inputs), patch)
 

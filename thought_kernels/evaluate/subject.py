@@ -180,11 +180,11 @@ class Subject:
                 "give the ones the patch was fitted on"
             )
 
-    def fit(self, instruction: Instruction, examples: Sequence[Example]) -> ThoughtPatch:
-        """transmute with the recipe."""
+    def fit(self, instruction: Instruction, examples: Sequence[Example], **changes: Any) -> ThoughtPatch:
+        """transmute with the recipe and changes to it."""
         return transmute(
             self.model, self.tokenizer, instruction, list(examples), separator=self.separator,
-            max_new_tokens=self.max_new_tokens, **self.recipe,
+            max_new_tokens=self.max_new_tokens, **(self.recipe | changes),
         )  # fmt: skip
 
     def other_patch(self, name: str) -> ThoughtPatch:

@@ -29,16 +29,23 @@ def usual_copies(examples: int) -> int:
     return max(1, min(SUBSTITUTIONS, MOST_COPIES // examples))
 
 
-def word_tokens(tokenizer: Any) -> list[int]:
+def word_tokens(tokenizer: Any, *, without: Iterable[str] = ()) -> list[int]:
     """Ids of tokens that are words or long pieces of words: three or more letters, perhaps after a space.
 
     Every id but the special ones where the tokenizer has no such token.
+
+    Args:
+        tokenizer: a transformers tokenizer.
+        without: texts whose words are left out, so that a patch can be judged on words that it has never met.
     """
     special = set(tokenizer.all_special_ids)
+    known = {index for text in without for index in tokenizer(text, add_special_tokens=False)["input_ids"]}
+    met = {text.strip() for text in tokenizer.batch_decode([[index] for index in sorted(known)])}
     ids = [index for index in range(len(tokenizer)) if index not in special]
     texts = tokenizer.batch_decode([[index] for index in ids])
-    found = zip(ids, (text.strip() for text in texts), strict=True)
-    return [index for index, text in found if text.isalpha() and len(text) >= _SHORTEST_WORD] or ids
+    found = [(index, text.strip()) for index, text in zip(ids, texts, strict=True)]
+    words = [(index, text) for index, text in found if text.isalpha() and len(text) >= _SHORTEST_WORD] or found
+    return [index for index, text in words if text not in met]
 
 
 def with_substitutions(
