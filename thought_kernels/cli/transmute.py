@@ -73,6 +73,9 @@ def transmute(
     ] = None,
     separator: options.Separator = options.DEFAULT_SEPARATOR,
     batch_size: Annotated[int | None, typer.Option(help=_help("batch_size", "Examples at a time."))] = None,
+    memory_budget: Annotated[
+        int | None, typer.Option(help=_help("memory_budget", "Bytes of hidden states kept in memory."))
+    ] = None,
     max_new_tokens: Annotated[
         int | None, typer.Option(help=_help("max_new_tokens", "Longest generated completion."))
     ] = None,
