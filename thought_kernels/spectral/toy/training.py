@@ -178,7 +178,7 @@ class _Store:
 
     def save(self, step: int, parameters: list[torch.nn.Parameter], optimizer: torch.optim.Adam) -> None:
         """Everything a restart needs."""
-        tensors = {}
+        tensors: dict[str, Tensor] = {}
         for index, parameter in enumerate(parameters):
             state = optimizer.state[parameter]
             values = {"value": parameter.detach(), "mean": state["exp_avg"], "square": state["exp_avg_sq"]}
