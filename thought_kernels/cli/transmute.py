@@ -99,7 +99,7 @@ def transmute(
         "pairing": pairing, "estimator": estimator, "normalization": normalization,
         "scale": None if scale is None else read_scale(scale), "ridge": None if ridge is None else read_ridge(ridge),
         "tokens": tokens, "header_weight": header_weight, "substitutions": substitutions, "seed": seed,
-        "batch_size": batch_size, "max_new_tokens": max_new_tokens,
+        "batch_size": batch_size, "memory_budget": memory_budget, "max_new_tokens": max_new_tokens,
     })  # fmt: skip
     settings = _recipe(recipe, options.pairs({"c1": c1, "c2": c2, "steps": steps})) | given
     loaded = [*(load_examples(examples) if examples is not None else []), *(example or [])]
