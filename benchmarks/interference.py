@@ -72,7 +72,7 @@ def spearman(a: Any, b: Any) -> float:
 
 
 def interval(
-    rows: list[dict], prediction: str, measure: str, tasks: list[str], draws: int = 2000
+    rows: list[dict], prediction: str, measure: str, tasks: list[str], draws: int = 500
 ) -> tuple[float, float]:
     """95 % bootstrap interval over instructions, which the pairs share, rather than over pairs."""
     rng, found = np.random.default_rng(0), []

@@ -112,8 +112,13 @@ def measure_features(W: Tensor, *, rtol: float = RTOL, rank_rtol: float | None =
 
 def features_of(spectrum: FrameSpectrum) -> FeatureMeasures:
     """measure_features of a W that is decomposed already."""
-    blocks = [_measure_block(spectrum, coefficients) for _, coefficients in spectrum.coefficients()]
-    measures = FeatureMeasures(*(torch.cat(parts) for parts in zip(*blocks, strict=True)))
+    n, device = spectrum.matrix.shape[1], spectrum.matrix.device
+    dtypes = [torch.int64 if name == "eigenspace" else torch.float64 for name in FeatureMeasures._fields]
+    # Allocated beforehand: small results kept between the blocks' large temporaries fragment the heap by gigabytes.
+    measures = FeatureMeasures(*(torch.empty(n, dtype=dtype, device=device) for dtype in dtypes))
+    for columns, coefficients in spectrum.coefficients():
+        for whole, part in zip(measures, _measure_block(spectrum, coefficients), strict=True):
+            whole[columns] = part
     scaled = ("squared_norm", "rayleigh", "lower", "upper")
     return measures._replace(**{name: spectrum.unscale(getattr(measures, name)) for name in scaled})
 

@@ -156,11 +156,10 @@ def classes_of(
 ) -> FeatureClasses:
     """classify_features of a W that is decomposed already, with thresholds that were checked."""
     measures = features_of(spectrum)
-    widths = []
-    for _, block in spectrum.coefficients():
+    band_half_width = torch.empty_like(measures.slack)
+    for columns, block in spectrum.coefficients():
         p, _ = shares(block)
-        widths.append(relative_half_width(*support(spectrum.all_eigenvalues, p, p, mass / 2)))
-    band_half_width = torch.cat(widths)
+        band_half_width[columns] = relative_half_width(*support(spectrum.all_eigenvalues, p, p, mass / 2))
     codes = torch.full_like(measures.eigenspace, 2)
     codes[band_half_width <= band] = 1
     codes[measures.slack <= localized] = 0
