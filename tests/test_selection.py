@@ -11,8 +11,10 @@ from typing import Any
 import pytest
 import torch
 from models import tiny_gemma3, tiny_tokenizer
+from typer.testing import CliRunner
 
 import thought_kernels as tk
+from thought_kernels.cli import app
 from thought_kernels.models import describe
 from thought_kernels.transmute import fitting, selection
 from thought_kernels.transmute.fitting import Recipe
@@ -187,3 +189,21 @@ def test_the_table_survives_saving(model: Any, tmp_path: Path) -> None:
     patch.save_pretrained(tmp_path)
     loaded = tk.ThoughtPatch.from_pretrained(tmp_path).provenance["selection"]
     assert loaded == json.loads(json.dumps(patch.provenance["selection"]))
+
+
+def test_the_command_line_takes_auto(model: Any, tmp_path: Path) -> None:
+    model.save_pretrained(tmp_path / "model")
+    TOKENIZER.save_pretrained(tmp_path / "model")
+    (tmp_path / "examples.jsonl").write_text("".join(json.dumps(example) + "\n" for example in EXAMPLES))
+    common = ["transmute", "-m", tmp_path / "model", "-i", "Sum now", "--examples", tmp_path / "examples.jsonl",
+              "-o", tmp_path / "patch", "--substitutions", "0", "--seed", "3"]  # fmt: skip
+
+    def invoke(*arguments: Any) -> Any:
+        return CliRunner().invoke(app, list(map(str, [*common, *arguments])))
+
+    result = invoke("--ridge", "auto", "--scale", "auto")
+    assert result.exit_code == 0, result.output
+    record = tk.ThoughtPatch.from_pretrained(tmp_path / "patch").provenance["selection"]
+    assert record["chosen"] == ["ridge", "scale"] and record["seed"] == 3
+    refused = invoke("--ridge", "automatic")
+    assert refused.exit_code == 2 and "--ridge must be a number or auto" in " ".join(refused.stderr.split())
