@@ -11,7 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from thought_kernels.cli import options
+from thought_kernels.cli import options, scoring
 
 _COLOURS = {"yes": "green", "partly": "yellow", "no": "red", "unknown": "dim"}
 _TASK = "sum"
@@ -111,7 +111,7 @@ def evaluate(
     with Progress(*columns, console=options.err, transient=True, disable=not options.err.is_terminal) as progress:
         bar = progress.add_task("evaluate", total=None)
         evaluation = run_evaluate(
-            found, tokenizer, subject, fitted, scorer=_scorer(scorer, judge_prompt, subject, dtype, device, offline),
+            found, tokenizer, subject, fitted, scorer=scoring.read_scorer(scorer, instruction or _told(subject), device, offline, dtype=dtype, prompt_file=judge_prompt),
             sections=wanted, output=output, recipe=_recipe(recipe), inputs=inputs, sweep_inputs=sweep_inputs,
             lora_steps=lora_steps, seed=seed, separator=None if separator is None else options.unescaped(separator),
             batch_size=batch_size, max_new_tokens=max_new_tokens or (64 if task is None else _TASK_TOKENS),
@@ -157,27 +157,8 @@ def _recipe(text: str | None) -> dict[str, Any] | None:
     return recipe
 
 
-def _scorer(spec: str, prompt_file: Path | None, subject: Any, dtype: str, device: str, offline: bool) -> Any:
-    """The scorer by name, or a judge with the model it names."""
-    from thought_kernels.evaluate.scorers import JUDGE_PROMPT, Judge, as_scorer
-
-    kind, _, name = spec.partition(":")
-    if kind != "judge":
-        return as_scorer(spec)
-    if not name:
-        raise typer.BadParameter("--scorer judge:MODEL must name a model, got none")
-    prompt = JUDGE_PROMPT if prompt_file is None else prompt_file.read_text(encoding="utf-8")
-    provenance = getattr(subject, "provenance", {})
-    told = subject if isinstance(subject, str) else str(provenance.get("instruction", ""))
-    offline = offline or Path(name).is_dir()
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    from thought_kernels.models.load import DTYPES
-
-    wanted = DTYPES[dtype]  # an unknown name was refused with the model
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=offline)
-        judge = AutoModelForCausalLM.from_pretrained(name, dtype=wanted, local_files_only=offline).to(device).eval()
-    except Exception as error:  # transformers, safetensors and the hub each raise types of their own
-        raise ValueError(f"evaluate: scorer must name a model to judge, got {name!r}; {error}") from error
-    return Judge(judge, tokenizer, told, prompt=prompt)
+def _told(subject: Any) -> str:
+    """The instruction in words, for a judge's prompt."""
+    if not isinstance(subject, str):
+        subject = getattr(subject, "provenance", {}).get("instruction", subject)
+    return subject if isinstance(subject, str) else json.dumps(subject, ensure_ascii=False, default=str)

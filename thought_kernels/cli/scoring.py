@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from thought_kernels.cli import options
-from thought_kernels.evaluate.scorers import Judge, Scorer, as_scorer
+from thought_kernels.evaluate.scorers import JUDGE_PROMPT, Judge, Scorer, as_scorer
 
 Match = Annotated[
     str | None,
@@ -25,13 +25,30 @@ def chosen_match(match: str | None, model: str) -> str:
     return match or ("exact" if model == options.DEFAULT_MODEL else "contains")
 
 
-def read_scorer(match: str, instruction: str, device: str, offline: bool) -> Scorer:
-    """A scorer by its name; the judge's model is loaded, on the same device."""
+def read_scorer(
+    match: str, instruction: str, device: str, offline: bool, *, dtype: str = "auto", prompt_file: Path | None = None
+) -> Scorer:
+    """A scorer by its name; a judge may be any causal language model that transformers loads, on the same device."""
     kind, _, name = match.partition(":")
     if kind != "judge":
         return as_scorer(match)
-    judge, tokenizer = options.load_model(name, "auto", device, offline)
-    return Judge(judge, tokenizer, instruction)
+    if not name:
+        raise typer.BadParameter("judge:MODEL must name a model, got none")
+    prompt = JUDGE_PROMPT if prompt_file is None else prompt_file.read_text(encoding="utf-8")
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from thought_kernels.models.load import DTYPES
+
+    if dtype not in DTYPES:
+        raise typer.BadParameter(f"--dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+    local = offline or Path(name).is_dir()
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=local)
+        judge = AutoModelForCausalLM.from_pretrained(name, dtype=DTYPES[dtype], local_files_only=local)
+    except Exception as error:  # transformers, safetensors and the hub each raise types of their own
+        reason = str(error).strip().split("\n")[0]
+        raise ValueError(f"evaluate: scorer must name a model to judge, got {name!r}; {reason}") from error
+    return Judge(judge.to(device).eval(), tokenizer, instruction, prompt=prompt)
 
 
 def check_folder(output: Path) -> None:

@@ -40,7 +40,7 @@ def baselines(subject: Subject, section: Section) -> None:
     bystander = Bystander(subject)
     subject.report_references(section, subject.sweep)
     _report(subject, section, bystander, "patched", subject.patch, None)
-    section.note("KL elsewhere: KL(bare ‖ changed) on the unrelated prompts, nats a token; smaller is gentler.")
+    section.note("Unrelated KL: KL(bare ‖ changed) on the unrelated prompts, nats a token; smaller is gentler.")
     for name, baseline in BASELINES.items():
         started = time.monotonic()
         try:

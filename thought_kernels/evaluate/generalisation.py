@@ -23,6 +23,8 @@ def generalisation(subject: Subject, section: Section) -> None:
     if subject.longer is not None:
         trial = subject.new_trial(subject.instruction, subject.longer.first(subject.sweep_inputs))
         _case(subject, section, "longer inputs", trial, subject.patch)
+        if subject.longer.answers is None:
+            section.note("Longer inputs have no right answers here: what the prompted model says counts as right.")
     else:
         section.note("No longer inputs were given.")
     _chat(subject, section)

@@ -82,7 +82,8 @@ def tables(section: Section) -> list[dict[str, Any]]:
             for subject, x in dict.fromkeys((f.subject, f.x) for f in figures)
         ]
         wide = [any(row[index][1] for _, row in rows) for index in range(len(columns))]
-        made.append({"columns": list(zip(columns, wide, strict=True)), "rows": rows})
+        names = [_HEADINGS.get((section.name, column), column) for column in columns]
+        made.append({"columns": list(zip(names, wide, strict=True)), "rows": rows})
     return made
 
 
@@ -98,6 +99,8 @@ def _together(figures: list[Figure]) -> list[set[str]]:
     return groups
 
 
+# What a column is called where its quantity's name would mislead.
+_HEADINGS = {("generalisation", "accuracy"): "patched"}
 _SWEPT = {"scale": "scale", "data": "examples"}
 
 

@@ -89,7 +89,7 @@ def _dot(axes: Any, row: float, figure: Figure, colour: str) -> None:
 
 def _effect(section: Section, canvas: Any) -> bool:
     canvas.set_size_inches(9.6, 2.9)
-    bars, tokens, effects = canvas.subplots(1, 3, width_ratios=(0.8, 1.1, 1.1))
+    bars, tokens, effects = canvas.subplots(1, 3, width_ratios=(1, 1.05, 1.05))
     for place, name in enumerate(("bare", "prompted", "patched")):
         figure = section.get(name, "accuracy")
         if figure is None or math.isnan(figure.value):
