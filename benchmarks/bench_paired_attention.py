@@ -1,7 +1,7 @@
 """paired_attention against torch's flash attention for the with-context output alone, and for both outputs.
 
-python benchmarks/bench_paired_attention.py                  every case of the CPU
-python benchmarks/bench_paired_attention.py --only accuracy  one group: full, window, lengths, header or accuracy
+python benchmarks/bench_paired_attention.py                every case of the CPU
+python benchmarks/bench_paired_attention.py --only header  one group: full, window, lengths or header
 
 Flash attention is handed concatenated keys and a mask, both made beforehand and untimed: its causal flag cannot express
 a prefix, and it has no call for a window or for ragged lengths.
@@ -10,7 +10,6 @@ a prefix, and it has no call for a window or for ragged lengths.
 from __future__ import annotations
 
 import argparse
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -119,54 +118,9 @@ def bench_header() -> None:
         bench("header of 8", f"{batch_of(length)}x4/1 T{length} P{prefix} D256", inputs)
 
 
-def bench_accuracy() -> None:
-    """Relative error of delta for bfloat16 inputs, as the instruction's share of the softmax shrinks."""
-    for header_mass, mass in [(0.0, 1e-1), (0.0, 1e-2), (0.0, 1e-3), (0.0, 1e-4), (0.9, 1e-3)]:
-        inputs = make_inputs(2, 64, 16, 64, torch.bfloat16)
-        set_mass(inputs, mass / (1 - header_mass), header_mass / (1 - header_mass))
-        truth = dense(inputs, torch.float64)["delta"]
-        figures = {
-            f"paired_attention ({backend})": tk.paired_attention(**inputs, backend=backend)[1]
-            for backend, reason in tk.available_backends("paired_attention", "cpu").items()
-            if reason is None and backend != "triton"
-        }
-        plain = dense(inputs, torch.float32)
-        figures["the same, rounded to bfloat16"] = figures["paired_attention (reference)"].bfloat16()
-        figures["difference of two float32 outputs"] = plain["delta"]
-        figures["difference of two bfloat16 outputs"] = plain["with"].bfloat16().float() - plain["without"].bfloat16()
-        case = harness.Case(
-            "paired_attention", f"header {header_mass:g}, instruction {mass:g} of the mass", "2x4/1 D64", "bfloat16"
-        )
-        rows = []
-        for name, delta in figures.items():
-            error = 100 * ((delta.double() - truth).norm() / truth.norm()).item()
-            rows.append(harness.row(case, name, "relative error of delta", error, "%", "cpu"))
-        harness.record(rows, "cpu")
-
-
-def set_mass(inputs: Inputs, instruction: float, header: float) -> None:
-    """Gives the instruction and the header about these masses relative to a token's own keys.
-
-    Feature 0 is 1 in every query and holds a score in every key; the other features move scores little. The header's 4
-    keys stand in both prefixes, so that only the instruction makes a difference.
-    """
-    length, head_dim = inputs["query"].shape[2:]
-    count = inputs["with_prefix"][0].shape[1]
-    inputs["query"].mul_(0.25)[..., 0] = 1
-    inputs["key"][..., 0] = 0
-    inputs["with_prefix"][0][..., 0] = math.log(instruction * length / count) * head_dim**0.5
-    if header:
-        key, value = (normal(1, 4, head_dim, seed=seed, dtype=torch.bfloat16) for seed in (7, 8))
-        key[..., 0] = math.log(header * length / 4) * head_dim**0.5
-        inputs["without_prefix"] = (key, value)
-        inputs["with_prefix"] = tuple(
-            torch.cat(parts, 1) for parts in zip((key, value), inputs["with_prefix"], strict=True)
-        )
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", choices=["full", "window", "lengths", "header", "accuracy"])
+    parser.add_argument("--only", choices=["full", "window", "lengths", "header"])
     options = parser.parse_args()
     groups = {
         "full": lambda: bench_grid(lambda length, prefix: None, "full"),
@@ -174,7 +128,6 @@ def main() -> None:
         "window": lambda: bench_grid(lambda length, prefix: 3 * length // 4 + 1, "window of 3T/4 + 1"),
         "lengths": bench_lengths,
         "header": bench_header,
-        "accuracy": bench_accuracy,
     }
     for name, group in groups.items():
         if options.only in (None, name):

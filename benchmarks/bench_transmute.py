@@ -40,7 +40,7 @@ from thought_kernels.transmute.patch import ThoughtPatch
 from thought_kernels.transmute.prompt import EncodedExample
 from thought_kernels.transmute.site import SitePatch
 
-INTERMEDIATE = {"270m": 2048, "1b": 6912}
+INTERMEDIATE = {"270m": 2048, "1b": 6912, "4b": 10240}
 VOCABULARY = 262144
 IDS = 1024  # tokens are drawn below this, so that a float64 copy of the model can do with a small embedding
 HEADER = 4  # BOS and the turn's opening; part of P
@@ -100,7 +100,7 @@ class Task:
             groups=group_examples(encoded, self.batch, "all", dtype),
             layers=frozenset(range(len(self.decoder.blocks))),
             sites=frozenset({"attention"}),
-            accumulator=ThoughtAccumulator(dtype=dtype),
+            accumulator=ThoughtAccumulator(dtype=torch.promote_types(dtype, torch.float32)),
             solve=lambda layers, sites: ThoughtPatch({(layer, "attention"): zeros for layer in layers}, {}),
             header_weight=0.0,
             tick=lambda: None,

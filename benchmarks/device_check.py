@@ -2,10 +2,11 @@
 
 python benchmarks/device_check.py --output DIR      build, test and time; DIR defaults to $OUT, else benchmarks/results
 python benchmarks/device_check.py --dry-run         only lists the steps
+python benchmarks/device_check.py --device cpu --output DIR    all timing code at sizes of a few elements
 
 Each step is a process of its own, so that a crash on the device costs that step alone. DIR receives summary.json
-(device, versions, outcome and seconds of each step), steps.log and the results file of the device, which is
-benchmarks/results/<device>.csv. A provider that is wrong is reported and not timed.
+(device, versions, outcome and seconds of each step), steps.log and the results file of the device, <device>.csv, to be
+put beside those of benchmarks/results. A provider that is wrong is reported and not timed.
 """
 
 from __future__ import annotations
@@ -24,8 +25,6 @@ from typing import NamedTuple
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 BUDGET = 460.0  # seconds for all steps together
-DTYPES = ("bfloat16", "float16", "float32")
-BACKENDS = ("triton", "cuda")
 
 
 class Step(NamedTuple):
@@ -42,22 +41,28 @@ class Step(NamedTuple):
     limit: float
 
 
-def steps() -> list[Step]:
-    python = sys.executable
-    build = [python, "-m", "pip", "install", "--no-build-isolation", "--no-deps", "--editable", "."]
-    found = [
-        Step("build", build, 180),
-        Step(
-            "test-accumulate", [python, "-m", "pytest", "-q", "-k", "cuda or triton", "tests/test_accumulate.py"], 120
-        ),
-        Step("test-triton", [python, "-m", "pytest", "-q", "tests/test_accumulate_triton.py"], 60),
-        Step("test-attention", [python, "-m", "pytest", "-q", "tests/test_attention_triton.py"], 120),
+def steps(output: Path, device: str = "cuda") -> list[Step]:
+    """All steps, those first whose figures matter most; on a CPU the sections alone, at sizes of a few elements."""
+    python, tests = sys.executable, [sys.executable, "-m", "pytest", "-q"]
+    sections = [
+        python,
+        str(Path(__file__).with_name("device_sections.py")),
+        "--device",
+        device,
+        "--output",
+        str(output),
     ]
-    for dtype in DTYPES:
-        for backend in BACKENDS:
-            name = f"bench-{backend}-{dtype}"
-            found.append(Step(name, [python, __file__, "--bench", backend, dtype], 60))
-    return found
+    if device == "cpu":
+        return [Step("sections", [*sections, "--tiny", "--seconds", "400", "all"], BUDGET)]
+    build = [python, "-m", "pip", "install", "--no-build-isolation", "--no-deps", "--editable", "."]
+    timed = {"attention": 75, "transmute-1b": 60, "accumulate": 60, "transmute-4b": 60, "norms": 20}
+    return [
+        Step("build", build, 180),
+        Step("test-accumulate", [*tests, "-k", "cuda or triton", "tests/test_accumulate.py"], 100),
+        Step("test-triton", [*tests, "tests/test_accumulate_triton.py"], 60),
+        Step("test-attention", [*tests, "tests/test_attention_triton.py", "tests/test_delta_accuracy.py"], 100),
+        *(Step(f"bench-{name}", [*sections, "--seconds", str(s), name], 1.5 * s + 15) for name, s in timed.items()),
+    ]
 
 
 def describe() -> dict[str, object]:
@@ -85,36 +90,7 @@ def describe() -> dict[str, object]:
     }
 
 
-def bench(backend: str, dtype: str) -> int:
-    """Times one backend in one dtype against its peers on every shape, and says how many providers were wrong."""
-    import bench_accumulate as bench_file
-    import torch
-    from harness import Case, check, measure
-    from shapes import ACCUMULATE_GPU
-
-    wrong = 0
-    for rows, d in ACCUMULATE_GPU:
-        inputs = bench_file.make_inputs(rows, d, getattr(torch, dtype), "cuda")
-        truth, plain = bench_file.truth_and_plain(inputs)
-        case = Case("accumulate", bench_file.OUTPUTS, f"{rows} x {d}", dtype)
-        right = []
-        for candidate in (
-            bench_file.two_products(inputs),
-            bench_file.provider(f"accumulate ({backend})", lambda i, o: bench_file.ours(i, o, backend), inputs),
-            bench_file.provider("x.float().T @ x.float()", bench_file.upcast, inputs),
-        ):
-            try:
-                check(case, [candidate], truth, plain)
-                right.append(candidate)
-            except SystemExit as refusal:
-                print(refusal, flush=True)
-                wrong += 1
-        if right:
-            measure(case, right, truth, plain, device="cuda", seconds=2.0, rounds=(10, 60))
-    return wrong
-
-
-def run_all(output: Path) -> int:
+def run_all(output: Path, device: str) -> int:
     output.mkdir(parents=True, exist_ok=True)
     log = output / "steps.log"
     log.unlink(missing_ok=True)
@@ -122,7 +98,7 @@ def run_all(output: Path) -> int:
     outcomes: dict[str, dict[str, object]] = {}
     began = time.monotonic()
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    for step in steps():
+    for step in steps(output, device):
         limit = min(step.limit, BUDGET - (time.monotonic() - began))
         started = time.monotonic()
         if limit < 5:
@@ -143,28 +119,24 @@ def run_all(output: Path) -> int:
         print(f"{step.name}: {outcome} ({outcomes[step.name]['seconds']} s)", flush=True)
         summary["steps"] = outcomes
         (output / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
-        if output.resolve() != RESULTS.resolve():
-            for file in RESULTS.glob("*.csv"):
-                if file.stat().st_mtime > time.time() - 2 * BUDGET:
-                    shutil.copy(file, output)
     return sum(outcome["outcome"] != "passed" for outcome in outcomes.values())
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path(os.environ.get("OUT") or RESULTS))
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda")
     parser.add_argument("--dry-run", action="store_true", help="list the steps and stop")
-    parser.add_argument("--bench", nargs=2, metavar=("BACKEND", "DTYPE"), help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.bench:
-        return bench(*options.bench)
     if options.dry_run:
-        for step in steps():
+        for step in steps(options.output, options.device):
             print(f"{step.name:24} at most {step.limit:3.0f} s  {' '.join(step.command)}")
         return 0
-    if describe()["device"] is None:
-        raise SystemExit("device_check: torch must see a CUDA device, got none; --dry-run lists the steps")
-    return run_all(options.output)
+    if options.device == "cuda" and describe()["device"] is None:
+        raise SystemExit("device_check: torch must see a CUDA device, got none; --device cpu runs the code without one")
+    if options.device == "cpu" and options.output.resolve() == RESULTS.resolve():
+        raise SystemExit("device_check: --output must be given with --device cpu, whose figures mean nothing")
+    return run_all(options.output.resolve(), options.device)
 
 
 if __name__ == "__main__":

@@ -37,14 +37,14 @@ def recorded(model: Any) -> Iterator[list[Tensor]]:
 def add(accumulator: ThoughtAccumulator, together: list[Tensor], alone: list[Tensor], length: int) -> None:
     for layer, (prime, plain) in enumerate(zip(together, alone, strict=True)):
         plain = plain[:, -length:]
-        weights = torch.full(plain.shape[:2], 1 / length, dtype=plain.dtype)
+        weights = torch.full(plain.shape[:2], 1 / length, dtype=plain.dtype, device=plain.device)
         accumulator.update(layer, "attention", prime[:, -length:] - plain, plain, weights)
 
 
 @torch.no_grad()
 def naive(model: Any, header: Tensor, instruction: Tensor, tokens: Tensor, batch: int) -> ThoughtAccumulator:
     """Two whole forwards, language-model head and all, of `batch` examples at a time; tokens [examples, n]."""
-    accumulator = ThoughtAccumulator(dtype=model.dtype)
+    accumulator = ThoughtAccumulator(dtype=torch.promote_types(model.dtype, torch.float32))
     for rows in tokens.split(batch):
         outputs = []
         for prefix in (torch.cat([header, instruction]), header):
@@ -58,7 +58,7 @@ def naive(model: Any, header: Tensor, instruction: Tensor, tokens: Tensor, batch
 @torch.no_grad()
 def strong(model: Any, header: Tensor, instruction: Tensor, tokens: Tensor, batch: int) -> ThoughtAccumulator:
     """Both prefixes read once, their caches repeated per batch, only e's tokens run, without the head."""
-    accumulator = ThoughtAccumulator(dtype=model.dtype)
+    accumulator = ThoughtAccumulator(dtype=torch.promote_types(model.dtype, torch.float32))
     base, caches = model.base_model, []
     for prefix in (torch.cat([header, instruction]), header):
         cache = DynamicCache(config=model.config)
@@ -80,11 +80,12 @@ def strong(model: Any, header: Tensor, instruction: Tensor, tokens: Tensor, batc
 @torch.no_grad()
 def naive_layerwise(model: Any, header: Tensor, instruction: Tensor, tokens: Tensor) -> ThoughtAccumulator:
     """The layerwise pairing by hooks: each layer is called a second time on the with-context stream without I."""
-    accumulator, base = ThoughtAccumulator(dtype=model.dtype), model.base_model
+    accumulator, base = ThoughtAccumulator(dtype=torch.promote_types(model.dtype, torch.float32)), model.base_model
     start, length = len(header) + len(instruction), tokens.shape[1]
-    kept = torch.cat([torch.arange(len(header)), torch.arange(start, start + length)])
-    positions = torch.arange(len(kept))[None]
-    mask = torch.full((len(kept), len(kept)), -torch.inf, dtype=model.dtype).triu(1)[None, None]  # within every window
+    kept = torch.cat([torch.arange(len(header)), torch.arange(start, start + length)]).to(tokens.device)
+    positions = torch.arange(len(kept), device=tokens.device)[None]
+    mask = torch.full((len(kept), len(kept)), -torch.inf, dtype=model.dtype, device=tokens.device)  # within any window
+    mask = mask.triu(1)[None, None]
     for row in tokens:
         with recorded(model) as together:
             ids = torch.cat([header, instruction, row])[None]
@@ -105,7 +106,7 @@ def one_forward(decoder: Decoder, prefixes: list[tuple[Tensor, Tensor]], tokens:
     """
     start = prefixes[0][0].shape[1]
     for rows in tokens.split(batch):
-        x, index = decoder.embed(rows), torch.zeros(len(rows), dtype=torch.long)
+        x, index = decoder.embed(rows), torch.zeros(len(rows), dtype=torch.long, device=rows.device)
         for block, prefix in zip(decoder.blocks, prefixes, strict=True):
             q, k, v = block.qkv(x)
             cos, sin = decoder.rotary(block.index, start + torch.arange(rows.shape[1])[None])

@@ -20,6 +20,7 @@ TYPES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 def attention_case(
     arch: int, dtype: str, head_dim: int, *, header: bool = True, windowed: bool = False, pointers: bool = False,
     rows: int = 512, shared: bool = False, wide: bool = False,
+    softcap: bool = False,
 ) -> Case:  # fmt: skip
     """paired_attention, or shared_prefix_attention, with the tiles that a launch would choose on this chip."""
     import torch
@@ -50,7 +51,7 @@ def attention_case(
         "scratch": "*fp32" if header else None,
         "window": "i32" if windowed else None,
         "scale": "fp32",
-        "softcap": None,
+        "softcap": "fp32" if softcap else None,
         "GROUP": 4,
         "PARTS": 1 if shared and not wide else plan.parts,
         "PRECISION": plan.precision,
@@ -97,7 +98,13 @@ def cases(arch: int, thorough: bool) -> Iterator[Case]:
         yield attention_case(arch, "float16", 256)
         yield attention_case(arch, "bfloat16", 128)
         yield attention_case(arch, "bfloat16", 64)
+        yield attention_case(arch, "bfloat16", 256, softcap=True)
+        yield attention_case(arch, "bfloat16", 128, softcap=True, windowed=True)
+        yield attention_case(arch, "bfloat16", 256, shared=True, wide=True)
+        yield attention_case(arch, "bfloat16", 128, shared=True, wide=True)
+        yield attention_case(arch, "float16", 128)
         yield attention_case(arch, "float32", 64)
+        yield attention_case(arch, "float32", 128)
         yield attention_case(arch, "bfloat16", 256, shared=True)
         if arch >= 90:
             yield attention_case(arch, "bfloat16", 256, pointers=True)
@@ -115,7 +122,7 @@ def test_kernels_fit_the_chip(arch: int, thorough: bool) -> None:
     run = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-2000:]
     rows = [json.loads(line) for line in run.stdout.splitlines()]
-    assert len(rows) == (4 if not thorough else 12 + (arch >= 90))
+    assert len(rows) == (4 if not thorough else 18 + (arch >= 90))
     for row in rows:
         assert row["stack"] == 0, f"{row} spills registers"
         assert row["shared"] <= SHARED_MEMORY[arch], f"{row} does not fit a multiprocessor"

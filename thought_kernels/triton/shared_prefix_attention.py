@@ -21,6 +21,8 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 LOG2_E = tl.constexpr(1.4426950408889634)
 # Columns of a tile that leave registers at a time: then a thread's elements lie in few rows, whose offsets are few too.
 STRIP = tl.constexpr(16)
+# Features of float32 that are multiplied at a time, where there are more.
+FLOAT32_STRIP = tl.constexpr(32)
 
 
 @triton.jit
@@ -38,20 +40,21 @@ def hyperbolic_tangent(x):
 
 @triton.jit
 def load_rows(
-    source, batch, head, start, keys, row_stride, HEAD_DIM: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-    DESCRIPTORS: tl.constexpr,
+    source, batch, head, start, keys, row_stride, FIRST: tl.constexpr, COLUMNS: tl.constexpr, HEAD_DIM: tl.constexpr,
+    BLOCK_N: tl.constexpr, DESCRIPTORS: tl.constexpr,
 ):  # fmt: skip
-    """Rows start .. start + BLOCK_N − 1 of one head, [BLOCK_N, BLOCK_D], zeros beyond the tensor's last.
+    """Columns FIRST .. FIRST + COLUMNS − 1 of a head's rows start .. start + BLOCK_N − 1, zeros beyond the tensor.
 
-    source is a descriptor of [batch, head, row, feature] or a pointer to this head's first row.
+    source is a descriptor of [batch, head, row, feature], whose blocks have all columns, or a pointer to this head's
+    first row.
     """
     if DESCRIPTORS:
-        rows = source.load([batch, head, start, 0]).reshape(BLOCK_N, BLOCK_D)
+        rows = source.load([batch, head, start, 0]).reshape(BLOCK_N, COLUMNS)
     else:
         row = start + tl.arange(0, BLOCK_N)
-        column = tl.arange(0, BLOCK_D)[None, :]
+        column = (FIRST + tl.arange(0, COLUMNS))[None, :]
         mask = (row < keys)[:, None]
-        if BLOCK_D != HEAD_DIM:
+        if FIRST + COLUMNS > HEAD_DIM:
             mask = mask & (column < HEAD_DIM)
         rows = tl.load(source + row.to(tl.int64)[:, None] * row_stride + column, mask=mask, other=0.0)
     return rows
@@ -62,6 +65,31 @@ def empty_state(BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr):
     """The softmax state of no keys: (maximum, total, accumulated)."""
     maximum = tl.full([BLOCK_M], float("-inf"), tl.float32)
     return maximum, tl.zeros([BLOCK_M], tl.float32), tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+
+
+@triton.jit
+def multiply_keys(
+    query, key, batch, head, start, keys, key_row, FIRST: tl.constexpr, COLUMNS: tl.constexpr, PRECISION: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, DESCRIPTORS: tl.constexpr,
+):  # fmt: skip
+    """query @ keysᵀ over some of the features, [BLOCK_M, BLOCK_N].
+
+    Ordinary instructions want all of a thread's operands in registers at once, so float32 goes strip by strip.
+    """
+    if query.dtype == tl.float32 and COLUMNS > FLOAT32_STRIP and not DESCRIPTORS:
+        left, right = halves(query, BLOCK_M, COLUMNS)
+        scores = multiply_keys(
+            left, key, batch, head, start, keys, key_row, FIRST, COLUMNS // 2, PRECISION, HEAD_DIM, BLOCK_M, BLOCK_N,
+            DESCRIPTORS,
+        )  # fmt: skip
+        scores += multiply_keys(
+            right, key, batch, head, start, keys, key_row, FIRST + COLUMNS // 2, COLUMNS // 2, PRECISION, HEAD_DIM,
+            BLOCK_M, BLOCK_N, DESCRIPTORS,
+        )  # fmt: skip
+    else:
+        k = load_rows(key, batch, head, start, keys, key_row, FIRST, COLUMNS, HEAD_DIM, BLOCK_N, DESCRIPTORS)
+        scores = tl.dot(query, tl.trans(k), input_precision=PRECISION)
+    return scores
 
 
 @triton.jit
@@ -100,8 +128,10 @@ def attend(
     """
     for start in tl.range(first, last, BLOCK_N):
         j = start + tl.arange(0, BLOCK_N)
-        k = load_rows(key, batch, head, start, keys, key_row, HEAD_DIM, BLOCK_N, BLOCK_D, DESCRIPTORS)
-        scores = tl.dot(query, tl.trans(k), input_precision=PRECISION)
+        scores = multiply_keys(
+            query, key, batch, head, start, keys, key_row, 0, BLOCK_D, PRECISION, HEAD_DIM, BLOCK_M, BLOCK_N,
+            DESCRIPTORS,
+        )  # fmt: skip
         if softcap is None:
             scores *= scale * LOG2_E
         else:
@@ -119,7 +149,7 @@ def attend(
         maximum = higher
         total *= shrink
         accumulated *= shrink[:, None]
-        v = load_rows(value, batch, head, start, keys, value_row, HEAD_DIM, BLOCK_N, BLOCK_D, DESCRIPTORS)
+        v = load_rows(value, batch, head, start, keys, value_row, 0, BLOCK_D, HEAD_DIM, BLOCK_N, DESCRIPTORS)
         if ZERO:
             v = tl.where((j < keys)[:, None], v, tl.zeros_like(v))
         # Not unrolled: on Blackwell each product in the code takes tensor memory for a whole accumulator.
@@ -333,8 +363,11 @@ def choose_tiles(
     block_d = max(16, triton.next_power_of_2(head_dim))
     parts = {torch.bfloat16: 3, torch.float16: 2, torch.float32: 1}[dtype]
     if dtype == torch.float32:
-        # Without tensor cores a thread holds whole rows of its operands, which at head_dim 256 spill even so.
+        # Without tensor cores a thread holds whole rows of its operands: beyond 64 features keys are read in strips, by
+        # pointers. At head_dim 256 the 16 rows of values that its share of the outputs needs spill even so, some 600
+        # bytes; more warps leave each fewer registers than they save (16: 1,416 bytes), and tf32 spills 352.
         block_m, block_n, warps, stages = (32, 32, 8, 2) if block_d <= 64 else (16, 16, 8, 1)
+        descriptors = descriptors and block_d <= 64
     elif shared_memory < 160 * 1024 or (block_d == 256 and not descriptors):  # addresses take registers too
         block_m, block_n, warps, stages = 64, 32, 8 if block_d == 256 else 4, 2
     else:

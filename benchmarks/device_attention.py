@@ -1,0 +1,144 @@
+"""paired_attention on a device, against torch's flash attention and against the device's own speed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import harness  # puts tests/ on the path
+import torch
+from dense_attention import dense_attention
+from device_section import Section
+from harness import Case, Provider
+from torch import Tensor
+
+import thought_kernels as tk
+
+# (tokens, prefix keys, head_dim, window): 8 query heads to 4 key heads, as in the 4B model, 2048 tokens a call or more.
+ATTENTION = [(length, 256, d, None) for d in (256, 128, 64) for length in (512, 128, 32, 1024, 4096)]
+ATTENTION += [(1024, 256, 256, 512), (32, 1024, 256, None), (512, 2048, 256, None)]
+
+
+def rates(section: Section) -> tuple[float, float]:
+    """This device's FLOP/s of a large bfloat16 product, and bytes/s of a large copy."""
+    n = 64 if section.tiny else 8192
+    a = torch.randn(n, n, device=section.device, dtype=torch.bfloat16)
+    source = torch.empty(n * n * 8, device=section.device, dtype=torch.uint8)
+    target = torch.empty_like(source)
+    runs = {"product": lambda: a @ a, "copy": lambda: target.copy_(source)}
+    providers = [Provider(name, run, dict) for name, run in runs.items()]
+    case = Case("machine", "bfloat16 product; copy", f"{n}", "bfloat16")
+    rows = harness.measure(case, providers, {}, {}, device=section.device, seconds=0.5, rounds=(5, 20))
+    product, copy = (float(row["value"]) / 1e3 for row in rows)
+    return 2 * n**3 / product, 2 * source.numel() / copy
+
+
+def flash(device: str) -> Callable[..., tuple[Tensor, Tensor]]:
+    """torch's flash attention, (query, key, value, visible) -> (output, lse), keys of query's last position last.
+
+    visible is "causal", aligned at the last query and key, or "all".
+    """
+    if device == "cuda":
+        call = torch.ops.aten._scaled_dot_product_flash_attention
+        return lambda q, k, v, visible: call(q, k, v, 0.0, visible == "causal")[:2]
+
+    def on_cpu(q: Tensor, k: Tensor, v: Tensor, visible: str) -> tuple[Tensor, Tensor]:
+        mask = None
+        if visible == "causal":
+            future = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool).triu_(1 + k.shape[2] - q.shape[2])
+            mask = torch.zeros(future.shape, dtype=q.dtype).masked_fill_(future, -torch.inf)[None, None]
+        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, False, attn_mask=mask)[:2]
+
+    return on_cpu
+
+
+def attention_peers(
+    device: str, own: tuple[Tensor, Tensor, Tensor], prefix: tuple[Tensor, Tensor]
+) -> dict[str, Callable[[], dict[str, Tensor]]]:
+    """What flash attention can do; the concatenated keys of the first two are made beforehand, untimed."""
+    query, key, value = own
+    batch, heads, length, head_dim = query.shape
+    call = flash(device)
+    together = [torch.cat([p.expand(batch, -1, -1, -1), o], 2) for p, o in zip(prefix, (key, value), strict=True)]
+    shared = [part[None] for part in prefix]
+
+    def both() -> dict[str, Tensor]:
+        with_context = call(query, *together, "causal")[0]
+        without = call(query, key, value, "causal")[0]
+        return {"with": with_context, "without": without}
+
+    def merged() -> dict[str, Tensor]:
+        """Two calls and a merge: all rows of the batch meet the shared prefix as one long row."""
+        without, lse = call(query, key, value, "causal")
+        rows = query.transpose(0, 1).reshape(1, heads, batch * length, head_dim)
+        prefix_output, prefix_lse = call(rows, *shared, "all")
+        prefix_output = prefix_output.reshape(heads, batch, length, head_dim).transpose(0, 1)
+        prefix_lse = prefix_lse.reshape(heads, batch, length).transpose(0, 1)
+        share = (prefix_lse - lse).sigmoid()[..., None]
+        return {"without": without, "rounded delta": share * (prefix_output.float() - without.float())}
+
+    return {
+        "flash, with context alone": lambda: {"with": call(query, *together, "causal")[0]},
+        "flash, both contexts": both,
+        "flash on own keys and on the prefix, merged": merged,
+    }
+
+
+def attention(section: Section) -> None:
+    device = section.device
+    flops, bandwidth = rates(section)
+    for length, count, head_dim, window in section.cases(ATTENTION, [(8, 4, 16, None), (8, 4, 16, 5)]):
+        batch = 2 if section.tiny else max(1, 2048 // length)
+        shape = f"{batch}x8/4 T{length} P{count} D{head_dim}"
+        sizes = (batch, length, count, head_dim, window)
+        run = lambda shape=shape, sizes=sizes: attention_case(section, shape, *sizes)  # noqa: E731
+        rows = section.attempt(f"paired_attention {shape}", run) or []
+        pairs = length * (length + 1) // 2 + length * count
+        if window is not None:
+            pairs = sum(min(window, count + i + 1) for i in range(length))
+        own_bytes = batch * 8 * length * head_dim * (2 + 2 + 4) + 2 * 2 * 4 * head_dim * (batch * length + count)
+        floor = 1e3 * max(batch * 8 * 4 * head_dim * pairs / flops, own_bytes / bandwidth)
+        shares = [
+            harness.row(
+                Case(row["op"], row["case"], shape, row["dtype"]), row["provider"], "share of the floor",
+                100 * floor / float(row["value"]), "%", device,
+            )
+            for row in rows
+            if row["provider"].startswith("paired_attention")
+        ]  # fmt: skip
+        harness.record(shares, device)
+
+
+def attention_case(
+    section: Section, shape: str, batch: int, length: int, count: int, head_dim: int, window: int | None
+) -> list[dict]:
+    generator = torch.Generator(section.device).manual_seed(0)
+
+    def normal(*sizes: int) -> Tensor:
+        return torch.randn(*sizes, device=section.device, generator=generator).bfloat16()
+
+    query = normal(batch, length, 8, head_dim).transpose(1, 2)  # as projections leave them
+    key, value = (normal(batch, length, 4, head_dim).transpose(1, 2) for _ in range(2))
+    prefix = (normal(4, count, head_dim), normal(4, count, head_dim))
+    own = (query, key, value)
+    one = slice(-1, None)  # of the batch: a float64 softmax of all would take longer than the timing
+
+    def dense(dtype: torch.dtype) -> dict[str, Tensor]:
+        rows = tuple(part[one] for part in own)
+        together = dense_attention(*rows, prefix, window=window, dtype=dtype)
+        without = dense_attention(*rows, window=window, dtype=dtype)
+        return {"with": together, "without": without, "delta": together - without, "rounded delta": together - without}
+
+    narrow, truth = dense(torch.bfloat16), dense(torch.float64)
+    candidates = []
+    peers = attention_peers(section.device, own, prefix) if window is None else {}
+    for name, peer in peers.items():
+        result = lambda peer=peer: {name: part[one] for name, part in peer().items()}  # noqa: E731
+        candidates.append(Provider(name, peer, result))
+    for backend in section.backends("paired_attention"):
+        run = lambda backend=backend: tk.paired_attention(*own, prefix, window=window, backend=backend)  # noqa: E731
+        result = lambda run=run: {  # noqa: E731
+            name: part[one] for name, part in zip(("without", "delta"), run(), strict=True)
+        }
+        candidates.append(Provider(f"paired_attention ({backend})", run, result))
+    case = Case("paired_attention", "full" if window is None else f"window of {window}", shape, "bfloat16")
+    return section.measure(case, candidates, truth, narrow)
