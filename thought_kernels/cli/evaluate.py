@@ -107,11 +107,14 @@ def evaluate(
         given["instruction"] = instruction
 
     found, tokenizer = options.load_model(model_name or model, dtype, device, offline)
+    grader = scoring.read_scorer(
+        scorer, instruction or _told(subject), device, offline, dtype=dtype, prompt_file=judge_prompt
+    )
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=options.err, transient=True, disable=not options.err.is_terminal) as progress:
         bar = progress.add_task("evaluate", total=None)
         evaluation = run_evaluate(
-            found, tokenizer, subject, fitted, scorer=scoring.read_scorer(scorer, instruction or _told(subject), device, offline, dtype=dtype, prompt_file=judge_prompt),
+            found, tokenizer, subject, fitted, scorer=grader,
             sections=wanted, output=output, recipe=_recipe(recipe), inputs=inputs, sweep_inputs=sweep_inputs,
             lora_steps=lora_steps, seed=seed, separator=None if separator is None else options.unescaped(separator),
             batch_size=batch_size, max_new_tokens=max_new_tokens or (64 if task is None else _TASK_TOKENS),
