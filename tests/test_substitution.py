@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from models import tiny_gemma3
 from transformers import AutoTokenizer
+from typer.testing import CliRunner
 
 import thought_kernels as tk
+from thought_kernels.cli import app
 from thought_kernels.demo import CHECKPOINT
 from thought_kernels.transmute.prompt import EncodedExample
 from thought_kernels.transmute.substitution import COPIES_SHARE, usual_copies, with_substitutions, word_tokens
@@ -114,3 +117,12 @@ def test_bad_options_are_refused(tokenizer: Any, options: dict[str, Any], messag
     model = tiny_gemma3(vocab_size=len(tokenizer))
     with pytest.raises(ValueError, match=message):
         tk.transmute(model, tokenizer, "Sum the numbers", ["1 2 3", "4 5 6"], **options)
+
+
+def test_substitutes_come_from_a_text_file_on_the_command_line(tokenizer: Any, tmp_path: Path) -> None:
+    (tmp_path / "words.txt").write_text("garden sees moon", encoding="utf-8")
+    arguments = ["-o", str(tmp_path / "patch"), "-i", "Sum the numbers", "-e", "1 2 3", "-e", "4 5 6"]
+    found = CliRunner().invoke(app, ["transmute", *arguments, "--substitutes", str(tmp_path / "words.txt")])
+    assert found.exit_code == 0, found.output
+    drawn = tk.ThoughtPatch.from_pretrained(tmp_path / "patch").provenance["substitutes"]
+    assert tokenizer.decode(drawn).replace("\n", "").split() and len(drawn) <= 5

@@ -68,6 +68,10 @@ def transmute(
     header_weight: Annotated[
         float | None, typer.Option(help=_help("header_weight", "Weight of the header's rows."))
     ] = None,
+    substitutes: Annotated[
+        Path | None,
+        typer.Option(help=_help("substitutes", "Text file of words for the copies.", "the vocabulary")),
+    ] = None,
     seed: Annotated[
         int | None, typer.Option(help=_help("seed", "Of the substitutes and of what auto holds back."))
     ] = None,
@@ -102,8 +106,12 @@ def transmute(
         "batch_size": batch_size, "memory_budget": memory_budget, "max_new_tokens": max_new_tokens,
     })  # fmt: skip
     settings = _recipe(recipe, options.pairs({"c1": c1, "c2": c2, "steps": steps})) | given
+    words = None if substitutes is None else substitutes.read_text(encoding="utf-8")
     loaded = [*(load_examples(examples) if examples is not None else []), *(example or [])]
     found, tokenizer = options.load_model(model, dtype, device, offline)
+    if words is not None:
+        ids = tokenizer(words, add_special_tokens=False)["input_ids"]
+        settings["substitutes"] = sorted(set(ids) - set(tokenizer.all_special_ids))
     patch = run_transmute(
         found,
         tokenizer,
