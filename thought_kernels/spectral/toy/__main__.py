@@ -15,7 +15,16 @@ from pathlib import Path
 import torch
 
 from thought_kernels.spectral.toy.geometries import SETTINGS, as_rows, find_geometries
-from thought_kernels.spectral.toy.sweeps import PRESETS, changed, estimate, models_that_fit, sweep, write_table
+from thought_kernels.spectral.toy.sweeps import (
+    MODELS,
+    PRESETS,
+    changed,
+    estimate,
+    models_that_fit,
+    read_rows,
+    sweep,
+    write_table,
+)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -72,10 +81,11 @@ def _sweep(options: argparse.Namespace) -> None:
 
 
 def _figures(options: argparse.Namespace) -> None:
-    from thought_kernels.spectral.toy.figures import draw
+    from thought_kernels.spectral.toy.figures import by_sparsity, draw
 
     for path in draw(options.sweep, options.output, dimensions=options.dimensions, sparsity=options.sparsity):
         print(path)
+    print(by_sparsity(read_rows(options.sweep / MODELS)))
 
 
 def _geometries(options: argparse.Namespace) -> None:

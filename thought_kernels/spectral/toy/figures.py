@@ -62,6 +62,22 @@ def draw(
     return written
 
 
+def by_sparsity(rows: Rows) -> str:
+    """A Markdown table of models.csv: means over m and seeds at each sparsity, and the lowest saturation."""
+    columns = ("represented", "localization", "residual", "r_squared", "slope_error")
+    lines = [
+        "| S | Σ D / m | lowest | represented / n | localization | residual CV | R² | kλ − 1, absolute |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for sparsity in sorted({row["sparsity"] for row in rows}):
+        mine = [row for row in rows if row["sparsity"] == sparsity]
+        full = [row["dimensionality"] / row["dimensions"] for row in mine]
+        share, *others = (_mean([row[name] for row in mine]) for name in columns)
+        values = [_mean(full), min(full), share / mine[0]["features"], *others]
+        lines.append(f"| {sparsity:g} | " + " | ".join(f"{value:.4f}" for value in values) + " |")
+    return "\n".join(lines)
+
+
 def saturation_figure(rows: Rows, path: Path) -> Path:
     """Fig. 5: Σ_i D_i / m against sparsity, one line for each m (mean over seeds), beside the paper's value, 1."""
     plt = _pyplot()
