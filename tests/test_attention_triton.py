@@ -124,10 +124,17 @@ def test_pairs_beyond_one_tile(dtype: torch.dtype, window: int | None) -> None:
 
 
 @pytest.mark.usefixtures("loads")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("head_dim", [80, 128, 256])
-def test_head_dims(head_dim: int) -> None:
-    assert_pair_matches(inputs(1, 2, 2, 20, head_dim, 20, 3, torch.bfloat16))
-    assert_output_matches(shared_inputs([1, 0], (5, 3), 2, 2, 20, head_dim, torch.bfloat16))
+def test_head_dims(head_dim: int, dtype: torch.dtype) -> None:
+    assert_pair_matches(inputs(1, 2, 2, 20, head_dim, 20, 3, dtype))
+    assert_output_matches(shared_inputs([1, 0], (5, 3), 2, 2, 20, head_dim, dtype))
+
+
+@pytest.mark.usefixtures("loads")
+@pytest.mark.parametrize("head_dim", [40, 64])
+def test_float32_features_in_strips_and_at_once(head_dim: int) -> None:
+    assert_pair_matches(inputs(1, 2, 2, 20, head_dim, 20, 3, torch.float32))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
