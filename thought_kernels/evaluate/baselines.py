@@ -25,9 +25,9 @@ from thought_kernels.transmute.recipe import paper_recipe
 from thought_kernels.transmute.transmute import transmute
 
 MAX_LAYERS = 8  # tried by the baselines that act on one block
-VECTOR_SCALES = (0.5, 1.0, 2.0, 4.0)
+VECTOR_SCALES = (0.5, 1.0, 2.0, 4.0, 8.0)
 LORA_SHORT = 4  # rates are compared after this fraction of the steps
-EDIT_SCALES = (0.25, 0.5, 1.0, 2.0)
+EDIT_SCALES = (0.5, 1.0, 2.0, 4.0)
 PAPER_C1 = 0.015
 C1_FACTORS = (1, 2, 4, 8, 16, 32, 64, 128)
 
@@ -69,15 +69,13 @@ def _layers(subject: Subject) -> list[int]:
 
 
 def _steered(subject: Subject, vectors: dict[int, Tensor]) -> tuple[str, Intervention]:
-    """The best block and place for vectors, then the best scale for the two best of those."""
+    """The best of every block, place and scale: the best scale depends on the block, so none is fixed first."""
     suffix = common_suffix(subject.training.bare_prompts)
-    tried = subject.rank(
-        ((layer, place), Steering(layer, vector, suffix if place == "answer" else ()))
+    (layer, place, scale), best = subject.rank(
+        ((layer, place, scale), Steering(layer, scale * vector, suffix if place == "answer" else ()))
         for layer, vector in vectors.items()
         for place in (PLACES if suffix else PLACES[1:])
-    )
-    (layer, place, scale), best = subject.rank(
-        ((*where, scale), scale * steering) for where, steering in tried[:2] for scale in VECTOR_SCALES
+        for scale in VECTOR_SCALES
     )[0]
     return f"block {layer}, added {_WHERE[place]}, scale {scale:g}", best
 
@@ -107,12 +105,10 @@ def _rank_one(subject: Subject, section: Section) -> tuple[str, Intervention]:
                     "normalization": "none", "header_weight": 0.0,
                 }  # fmt: skip
                 for (layer, _), entry in refit(subject, recipe, rank_one).entries.items():
-                    yield (site, tokens, layer), ThoughtPatch({(layer, site): entry})
+                    for scale in EDIT_SCALES:
+                        yield (site, tokens, layer, scale), scale * ThoughtPatch({(layer, site): entry})
 
-    tried = subject.rank(edits())
-    (site, tokens, layer, scale), best = subject.rank(
-        ((*what, scale), scale * edit) for what, edit in tried[:2] for scale in EDIT_SCALES
-    )[0]
+    (site, tokens, layer, scale), best = subject.rank(edits())[0]
     return f"{site} site of block {layer}, rows of {tokens} tokens, scale {scale:g}", best
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from thought_kernels.evaluate.trial import Trial
 
 RANK, ALPHA, BATCH = 8, 16, 16
-RATES = (3e-4, 1e-3, 3e-3)
+RATES = (1e-3, 3e-3, 1e-2)
 MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 

@@ -69,9 +69,7 @@ def tables(section: Section) -> list[dict[str, Any]]:
         {"columns": [(quantity, whether any cell has an interval)], "rows": [(name, [cell, ...])]} each, a cell being
         (text, interval).
     """
-    shown = [f for f in section.figures if (section.name, f.quantity) not in PLOTTED_ONLY]
-    if section.name == "effect":  # the positions are in the plot
-        shown = [f for f in shown if f.x is None]
+    shown = _tabled(section)
     made = []
     for quantities in _together(shown):
         figures = [f for f in shown if f.quantity in quantities]
@@ -87,6 +85,15 @@ def tables(section: Section) -> list[dict[str, Any]]:
     return made
 
 
+def _tabled(section: Section) -> list[Figure]:
+    """Figures that the tables show; of the effect those at single answer positions are in the plot."""
+    return [
+        f
+        for f in section.figures
+        if (section.name, f.quantity) not in PLOTTED_ONLY and (section.name != "effect" or f.x is None)
+    ]
+
+
 def _together(figures: list[Figure]) -> list[set[str]]:
     """Quantities in groups such that no subject has figures in two."""
     groups: list[set[str]] = []
@@ -100,7 +107,10 @@ def _together(figures: list[Figure]) -> list[set[str]]:
 
 
 # What a column is called where its quantity's name would mislead.
-_HEADINGS = {("generalisation", "accuracy"): "patched"}
+_HEADINGS = {
+    ("generalisation", "accuracy"): "patched", ("baselines", "seconds to make"): "seconds",
+    ("data", "seconds to make"): "seconds",
+}  # fmt: skip
 _SWEPT = {"scale": "scale", "data": "examples"}
 
 
@@ -109,7 +119,7 @@ def _label(section: str, subject: str, x: float | None) -> str:
 
 
 def _inputs(section: Section) -> str:
-    counts = sorted({f.inputs for f in section.figures if f.inputs and (section.name, f.quantity) not in PLOTTED_ONLY})
+    counts = sorted({f.inputs for f in _tabled(section) if f.inputs})
     return "" if not counts else f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
 
 

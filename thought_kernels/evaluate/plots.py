@@ -284,11 +284,11 @@ def _patch(section: Section, canvas: Any) -> bool:
     for axes, title in ((left, "size, Frobenius norm"), (right, "share of the examples' difference left")):
         axes.set_title(title)
         axes.set_xlabel("block (0-based)")
-        axes.set_ylim(0, None)
+        axes.set_ylim(0, 1.4 * axes.get_ylim()[1])  # the legend stands above the lines
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(axis="y")
         axes.set_axisbelow(True)
-        _legend(axes, "best")
+        _legend(axes, "upper left")
     return True
 
 
