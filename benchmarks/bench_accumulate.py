@@ -85,8 +85,18 @@ def einsum(inputs: Inputs, out: Outputs) -> None:
     out["activation_sum"] += torch.einsum("n,nd->d", w, a)
 
 
+def ours_alone(inputs: Inputs, out: Outputs) -> None:
+    tk.accumulate(out["cross"], inputs.delta, inputs.activation, backend="cpp")
+
+
+def bare_loop(inputs: Inputs, out: Outputs) -> None:
+    """cross alone, without weights, norms, gram or sums: for tokens that need nothing else."""
+    for d, a in zip(inputs.delta, inputs.activation, strict=True):
+        out["cross"] += torch.outer(d, a)
+
+
 def per_token(inputs: Inputs, out: Outputs) -> None:
-    """One d x d matrix per token, H += outer(delta, a), with the scaling moved to the vector."""
+    """All that accumulate does, one d x d matrix per token and product, with the scaling moved to the vector."""
     for d, a, w in zip(inputs.delta, inputs.activation, inputs.weights, strict=True):
         d, a = d.float(), a.float()
         scaled = a * (w / a.norm())
@@ -97,7 +107,7 @@ def per_token(inputs: Inputs, out: Outputs) -> None:
 
 
 def per_token_as_printed(inputs: Inputs, out: Outputs) -> None:
-    """The same with the formula as it is printed: H += w * outer(delta, a) / norm(a)."""
+    """All that accumulate does, with the formula as it is printed: H += w * outer(delta, a) / norm(a)."""
     for d, a, w in zip(inputs.delta, inputs.activation, inputs.weights, strict=True):
         d, a = d.float(), a.float()
         out["cross"] += w * torch.outer(d, a) / a.norm()
@@ -176,20 +186,38 @@ def bench_products(device: str) -> None:
 
 
 def bench_naive() -> None:
-    """One thread: a token at a time."""
+    """One thread: a token at a time, for equal work and for cross alone."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     for name in ("270m", "1b"):
         inputs = make_inputs(NAIVE_ROWS, GEMMA3[name].hidden, torch.float32, "cpu")
-        providers = [
-            provider("accumulate (cpp)", lambda i, o: ours(i, o, "cpp"), inputs),
-            provider("H += outer(delta, a) per token", per_token, inputs),
-            provider("H += w * outer(delta, a) / norm per token", per_token_as_printed, inputs),
+        shape = f"{NAIVE_ROWS} x {GEMMA3[name].hidden}"
+        everything = provider("accumulate (cpp)", lambda i, o: ours(i, o, "cpp"), inputs)
+        equal = [
+            everything,
+            provider("equal work per token, weights in the vector", per_token, inputs),
+            provider("equal work per token, H += w * outer(delta, a) / norm", per_token_as_printed, inputs),
         ]
-        case = Case("accumulate", OUTPUTS, f"{NAIVE_ROWS} x {GEMMA3[name].hidden}", "float32")
         # Adding token after token in float32 rounds more than whole-batch products do: the loops set their own measure.
-        truth, plain = truth_and_plain(inputs)[0], providers[-1].result()
-        measure(case, providers, truth, plain, rounds=(3, 20))
+        truth, plain = truth_and_plain(inputs)[0], equal[-1].result()
+        measure(Case("accumulate", OUTPUTS, shape, "float32"), equal, truth, plain, rounds=(3, 20))
+
+        def cross_alone(function: Callable[[Inputs, Outputs], None], inputs: Inputs = inputs) -> Provider:
+            label = "accumulate (cpp)" if function is ours_alone else "H += outer(delta, a) per token"
+            every = provider(label, function, inputs)
+            return every._replace(result=lambda: {"cross": every.result()["cross"]})
+
+        alone = [cross_alone(ours_alone), cross_alone(bare_loop)]
+        truth = {"cross": inputs.delta.double().T @ inputs.activation.double()}
+        # The bare loop does a third of what this call does; checked above against its own truth.
+        more = everything._replace(name="accumulate (cpp), with gram, sums, weights and norm", result=dict)
+        measure(
+            Case("accumulate", "cross alone", shape, "float32"),
+            [*alone, more],
+            truth,
+            alone[-1].result(),
+            rounds=(3, 20),
+        )
     torch.set_num_threads(threads)
 
 

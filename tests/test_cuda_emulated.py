@@ -82,10 +82,8 @@ def library(tmp_path_factory) -> ctypes.CDLL:
     return library
 
 
-def assert_right(library: ctypes.CDLL, call, outputs=NAMES, processors: int = 4) -> None:
-    """Runs one call of 2-D inputs and holds every sum to twice the error of plain PyTorch."""
-    initial = accumulators(call)
-    sums = {name: initial[name].clone() for name in outputs}
+def run(library: ctypes.CDLL, call, sums: dict[str, torch.Tensor], processors: int = 4) -> None:
+    """Runs one call of 2-D inputs."""
     weights = None if call.weights is None else call.weights.float().contiguous()
     arguments = AccumulateCall(
         strided(call.delta),
@@ -111,6 +109,13 @@ def assert_right(library: ctypes.CDLL, call, outputs=NAMES, processors: int = 4)
     )
     assert error is None
     assert (buffer[start + size :] == 255).all()
+
+
+def assert_right(library: ctypes.CDLL, call, outputs=NAMES, processors: int = 4) -> None:
+    """Runs one call of 2-D inputs and holds every sum to twice the error of plain PyTorch."""
+    initial = accumulators(call)
+    sums = {name: initial[name].clone() for name in outputs}
+    run(library, call, sums, processors)
     half = call.activation.dtype if call.activation.dtype != FLOAT32 else call.delta.dtype
     rounded = half if half != FLOAT32 else None
     truth, plain = written_out(call, initial), written_out(call, initial, FLOAT32, rounded)
@@ -157,6 +162,19 @@ def test_every_output_is_optional(library, outputs):
     for normalization in ("none", "norm"):
         for weights in (None, call.weights):
             assert_right(library, call._replace(normalization=normalization, weights=weights), outputs)
+
+
+@pytest.mark.parametrize("normalization", ["norm", "squared_norm"])
+@pytest.mark.parametrize("size", [1e-24, 3e18])
+def test_tiny_and_huge_rows(library, size, normalization):
+    # ‖a‖² lies outside float32, and 1/‖a‖² too, though δ aᵀ/‖a‖² does not.
+    call = random_call(rows=(30,), normalization=normalization)
+    call = call._replace(delta=call.delta * size, activation=call.activation * size)
+    sums = {"cross": torch.zeros(37, 29)}
+    run(library, call, sums)
+    zeros = {name: torch.zeros_like(tensor) for name, tensor in accumulators(call).items()}
+    truth = written_out(call, zeros)["cross"]
+    assert largest(sums["cross"].double() - truth) <= 4 * FLOORS[FLOAT32] * largest(truth)
 
 
 @pytest.mark.parametrize("first, width", [(3, 100), (8, 104)], ids=["unaligned", "aligned"])

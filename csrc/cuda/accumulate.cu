@@ -19,7 +19,7 @@ struct Plan {
     int splits;
     int64_t rows_per_split;
     int64_t statistics_blocks;
-    int64_t factors, sums, moments, partials, bytes;  // offsets in bytes, and the end
+    int64_t factors, further, sums, moments, partials, bytes;  // offsets in bytes, and the end
 };
 
 // Into how many parts to cut the rows so that `tiles` keep `processors` busy. Minimises waves · rows per part
@@ -54,6 +54,7 @@ Plan make_plan(const AccumulateCall& call, int processors) {
     };
     const bool wants_sums = call.delta_sum.data != nullptr || call.activation_sum.data != nullptr;
     reserve(plan.factors, call.normalization != Normalization::kNone, call.rows * 4);
+    reserve(plan.further, call.normalization == Normalization::kSquaredNorm, call.rows * 4);
     reserve(plan.sums, wants_sums, plan.statistics_blocks * (call.d_out + call.d_in) * 4);
     reserve(plan.moments, call.moments.data != nullptr, plan.statistics_blocks * 4 * 8);
     reserve(plan.partials, true, static_cast<int64_t>(plan.batch) * plan.splits * kTile * kTile * 4);
@@ -94,19 +95,22 @@ cudaError_t run(const AccumulateCall& call, char* workspace, cudaStream_t stream
     const bool wants_sums = call.delta_sum.data != nullptr || call.activation_sum.data != nullptr;
     const bool wants_factors = call.normalization != Normalization::kNone;
     const bool wants_moments = call.moments.data != nullptr;
+    const bool squared = call.normalization == Normalization::kSquaredNorm;
+    auto* further = squared ? reinterpret_cast<float*>(workspace + plan.further) : nullptr;
     auto* sums = wants_sums ? reinterpret_cast<float*>(workspace + plan.sums) : nullptr;
     auto* moments = wants_moments ? reinterpret_cast<double*>(workspace + plan.moments) : nullptr;
     if (wants_factors || wants_sums || wants_moments) {
         auto* new_factors = wants_factors ? reinterpret_cast<float*>(workspace + plan.factors) : nullptr;
         row_statistics<<<static_cast<unsigned>(plan.statistics_blocks), kThreads, 0, stream>>>(
-            delta, activation, call.pair, call.weights, call.normalization, call.rows, new_factors, sums, moments);
+            delta, activation, call.pair, call.weights, call.normalization, call.rows, new_factors, further, sums,
+            moments);
         if (wants_factors) factors = new_factors;
     }
     auto* partials = reinterpret_cast<float*>(workspace + plan.partials);
     for (int first = 0; first < plan.tiles; first += plan.batch) {
         const unsigned tiles = std::min(plan.batch, plan.tiles - first);
-        kernel<<<dim3(tiles, plan.splits), kThreads, shared, stream>>>(delta, activation, call.pair, factors, partials,
-                                                                       call.rows, plan.rows_per_split, first,
+        kernel<<<dim3(tiles, plan.splits), kThreads, shared, stream>>>(delta, activation, call.pair, factors, further,
+                                                                       partials, call.rows, plan.rows_per_split, first,
                                                                        plan.tiles_out, plan.tiles_in);
         error = cudaGetLastError();
         if (error != cudaSuccess) return error;

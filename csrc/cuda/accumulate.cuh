@@ -197,10 +197,11 @@ __device__ inline unsigned char* dynamic_shared() {
     return shared;
 }
 
-// Adds Σ factor (left - minus)[row, m] right[row, n] over rows [first, last) to this thread's part of one tile.
+// Adds Σ factor further (left - minus)[row, m] right[row, n] over rows [first, last) to this thread's part of one tile.
 template <typename Product, typename Left, typename Right>
 __device__ void multiply_tile(Source<Left> left, Source<Right> minus, Source<Right> right, const float* factors,
-                              int64_t first, int64_t last, int m, int n, float (&total)[4][4][4]) {
+                              const float* further, int64_t first, int64_t last, int m, int n,
+                              float (&total)[4][4][4]) {
     using Element = typename Product::Element;
     using Stage = Element[kStep][kPitch];
     auto* left_stages = reinterpret_cast<Stage*>(dynamic_shared());
@@ -212,7 +213,7 @@ __device__ void multiply_tile(Source<Left> left, Source<Right> minus, Source<Rig
     const int k = threadIdx.x / (kTile / kVector);
     Vector<Left> x[kRows];
     Vector<Right> z[kRows], y[kRows];
-    float factor[kRows], next_factor[kRows];
+    float factor[kRows], further_factor[kRows], next_factor[kRows];
 
     const auto load_factors = [&](int64_t start) {
 #pragma unroll
@@ -227,6 +228,7 @@ __device__ void multiply_tile(Source<Left> left, Source<Right> minus, Source<Rig
             const int64_t row = start + k + r * (kStep / kRows);
             factor[r] = next_factor[r];
             const bool used = factor[r] != 0.0f;
+            further_factor[r] = used && further != nullptr ? further[row] : 1.0f;
             x[r] = load_vector(left, row, m + column, used);
             y[r] = load_vector(right, row, n + column, used);
             if (minus.matrix.data != nullptr) z[r] = load_vector(minus, row, m + column, used);
@@ -240,7 +242,7 @@ __device__ void multiply_tile(Source<Left> left, Source<Right> minus, Source<Rig
             for (int e = 0; e < kVector; ++e) {
                 float value = to_float(x[r].values[e]);
                 if (minus.matrix.data != nullptr) value -= to_float(z[r].values[e]);
-                scaled.values[e] = Product::round(value * factor[r]);
+                scaled.values[e] = Product::round(value * factor[r] * further_factor[r]);
                 plain.values[e] = Product::round(to_float(y[r].values[e]));  // exact
             }
             *reinterpret_cast<Vector<Element>*>(&left_stages[stage][k + r * (kStep / kRows)][column]) = scaled;
@@ -274,8 +276,8 @@ __device__ void multiply_tile(Source<Left> left, Source<Right> minus, Source<Rig
 // Block (tile, split) writes one tile, summed over the rows of one split, to partials[tile, split].
 template <typename Delta, typename Activation>
 __global__ void __launch_bounds__(kThreads)
-    product(Source<Delta> delta, Source<Activation> activation, bool pair, const float* factors, float* partials,
-            int64_t rows, int64_t rows_per_split, int first_tile, int tiles_out, int tiles_in) {
+    product(Source<Delta> delta, Source<Activation> activation, bool pair, const float* factors, const float* further,
+            float* partials, int64_t rows, int64_t rows_per_split, int first_tile, int tiles_out, int tiles_in) {
     using Product = typename ProductFor<Activation>::type;
     const TileIndex tile = locate(first_tile + blockIdx.x, tiles_out, tiles_in);
     const int64_t first = blockIdx.y * rows_per_split;
@@ -283,11 +285,11 @@ __global__ void __launch_bounds__(kThreads)
     float total[4][4][4] = {};
     const Source<Activation> none{};
     if (tile.is_cross) {
-        multiply_tile<Product>(delta, pair ? activation : none, activation, factors, first, last, tile.m * kTile,
-                               tile.n * kTile, total);
+        multiply_tile<Product>(delta, pair ? activation : none, activation, factors, further, first, last,
+                               tile.m * kTile, tile.n * kTile, total);
     } else {
-        multiply_tile<Product>(activation, none, activation, factors, first, last, tile.m * kTile, tile.n * kTile,
-                               total);
+        multiply_tile<Product>(activation, none, activation, factors, further, first, last, tile.m * kTile,
+                               tile.n * kTile, total);
     }
 
     float* target = partials + (static_cast<int64_t>(blockIdx.x) * gridDim.y + blockIdx.y) * kTile * kTile;
@@ -340,18 +342,21 @@ static __global__ void __launch_bounds__(kThreads)
 
 // ---- row_statistics and reduce_sums
 
-__device__ inline float warp_sum(float x) {
+__device__ inline double warp_sum(double x) {
     for (int offset = 16; offset > 0; offset /= 2) x += __shfl_xor_sync(0xffffffff, x, offset);
     return x;
 }
 
-// factors [rows], sums [blocks, d_out + d_in] (Σ w δ | Σ w a) and moments [blocks, 4]; any of them may be null.
+// factors [rows], sums [blocks, d_out + d_in] (Σ w δ | Σ w a) and moments [blocks, 4]; any of them may be null. Squares
+// are float64, which no float32 overflows or underflows. further [rows] completes factors where w / ν, of a tiny or
+// huge ‖a‖², is no normal float32 though its products are: w / ν = factor · further.
 template <typename Delta, typename Activation>
 __global__ void __launch_bounds__(kThreads, 4)
     row_statistics(Source<Delta> delta, Source<Activation> activation, bool pair, const float* weights,
-                   Normalization normalization, int64_t rows, float* factors, float* sums, double* moments) {
-    __shared__ float weight[kStatisticsRows], factor[kStatisticsRows];
-    __shared__ double energy[kStatisticsRows];
+                   Normalization normalization, int64_t rows, float* factors, float* further, float* sums,
+                   double* moments) {
+    __shared__ float weight[kStatisticsRows];
+    __shared__ double factor[kStatisticsRows], energy[kStatisticsRows];
     const int64_t first = static_cast<int64_t>(blockIdx.x) * kStatisticsRows;
     const auto a = [&](int64_t row, int64_t column) {
         return to_float(
@@ -367,26 +372,39 @@ __global__ void __launch_bounds__(kThreads, 4)
     for (int r = threadIdx.x / 32; r < kStatisticsRows; r += kThreads / 32) {
         const int64_t row = first + r;
         const float w = row >= rows ? 0.0f : weights == nullptr ? 1.0f : weights[row];
-        float v = w, squares = 0;
+        double v = w;
         if (w != 0 && normalization != Normalization::kNone) {
+            double squares = 0;
 #pragma unroll 8
-            for (int c = lane; c < activation.width; c += 32) squares = fmaf(a(row, c), a(row, c), squares);
+            for (int c = lane; c < activation.width; c += 32) {
+                const double x = a(row, c);
+                squares = fma(x, x, squares);
+            }
             squares = warp_sum(squares);
-            const float nu = normalization == Normalization::kNorm ? sqrtf(squares) : squares;
-            // Below the normal numbers 1 / ν overflows. An infinite ν gives NaN rather than a silently dropped row.
-            v = squares < 1.17549435e-38f ? 0.0f : isinf(nu) ? nanf("") : w / nu;
+            const double nu = normalization == Normalization::kNorm ? sqrt(squares) : squares;
+            // An infinite ν gives NaN rather than a silently dropped row.
+            v = squares == 0 ? 0.0 : isinf(nu) ? nan("") : w / nu;
         }
-        float delta_squares = 0;
+        double delta_squares = 0;
         if (moments != nullptr && v != 0) {
 #pragma unroll 8
-            for (int c = lane; c < delta.width; c += 32) delta_squares = fmaf(d(row, c), d(row, c), delta_squares);
+            for (int c = lane; c < delta.width; c += 32) {
+                const double x = d(row, c);
+                delta_squares = fma(x, x, delta_squares);
+            }
             delta_squares = warp_sum(delta_squares);
         }
         if (lane == 0) {
             weight[r] = w;
             factor[r] = v;
-            energy[r] = v == 0 ? 0.0 : static_cast<double>(v) * delta_squares;
-            if (factors != nullptr && row < rows) factors[row] = v;
+            energy[r] = v == 0 ? 0.0 : v * delta_squares;
+            if (factors != nullptr && row < rows) {
+                const double size = fabs(v);
+                const bool split = further != nullptr && v != 0 && !(size >= 1.2e-38 && size <= 3.4e38);
+                const double root = split ? sqrt(size) : 1.0;
+                factors[row] = static_cast<float>(v / root);
+                if (further != nullptr) further[row] = static_cast<float>(root);
+            }
         }
     }
     __syncthreads();

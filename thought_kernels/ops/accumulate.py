@@ -5,12 +5,13 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from thought_kernels.ops import library
-from thought_kernels.ops.checks import addresses
+from thought_kernels.ops.overlap import check_overlap
 
 NORMALIZATIONS = {"none": 0, "norm": 1, "squared_norm": 2}  # the integers are those of the compiled kernels
 _INPUT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -79,7 +80,7 @@ def accumulate(
         moments: ``[4]`` float64, or None.
         backend: "reference", "cpp", "triton", "cuda", or None for the fastest that supports the call. On a CPU the
             arithmetic is in cross's dtype; a GPU backend rounds the scaled operand (w_i δ_i/ν_i, and
-            w_i a_i/ν_i for gram) once to activation's dtype; rows with ‖a‖² below 1e-38 count as zero there.
+            w_i a_i/ν_i for gram) once to activation's dtype. "triton" and "cuda" take a float32 cross alone.
 
     Raises:
         TypeError: for something other than a tensor, a string or a number where one belongs.
@@ -151,46 +152,51 @@ def accumulate_pair(
     )
 
 
-def _run(
-    function: str,
-    cross: Tensor,
-    delta: Tensor,
-    activation: Tensor,
-    *,
-    weights: Tensor | None = None,
-    normalization: str = "none",
-    coefficient: float = 1.0,
-    gram: Tensor | None = None,
-    delta_sum: Tensor | None = None,
-    activation_sum: Tensor | None = None,
-    moments: Tensor | None = None,
-    backend: str | None = None,
-) -> None:
+class _Options(NamedTuple):
+    """The keyword arguments of both functions; the operators leave out those that have their defaults."""
+
+    weights: Tensor | None = None
+    normalization: str = "none"
+    coefficient: float = 1.0
+    gram: Tensor | None = None
+    delta_sum: Tensor | None = None
+    activation_sum: Tensor | None = None
+    moments: Tensor | None = None
+    backend: str | None = None
+
+
+def _run(function: str, cross: Tensor, delta: Tensor, activation: Tensor, **keywords: Any) -> None:
     """Checks everything, then writes: both functions on real tensors, called directly or through torch.ops."""
-    outputs = (cross, gram, delta_sum, activation_sum, moments)
-    _check(function, delta, activation, weights, normalization, coefficient, outputs)
-    _check_overlap(function, (delta, activation, weights), outputs)
-    chosen = library.choose(function, backend, cross.device, functools.partial(_unsupported, cross))
+    options = _Options(**keywords)
+    read, written = _named(function, cross, delta, activation, options)
+    _check(function, read, written, options)
+    check_overlap(function, read, written)
+    chosen = library.choose(function, options.backend, cross.device, functools.partial(_unsupported, cross))
     pair = function == "accumulate_pair"
-    for d, a, w in _flat(delta, activation, weights):
+    for d, a, w in _flat(delta, activation, options.weights):
+        # In the order of the compiled kernels' arguments.
+        rest = {**options._asdict(), "weights": w}
+        del rest["backend"]
         if chosen in ("reference", "triton"):
-            library.launcher(function, chosen)(
-                cross,
-                d,
-                a,
-                pair=pair,
-                weights=w,
-                normalization=normalization,
-                coefficient=coefficient,
-                gram=gram,
-                delta_sum=delta_sum,
-                activation_sum=activation_sum,
-                moments=moments,
-            )
+            library.launcher(function, chosen)(cross, d, a, pair=pair, **rest)
         else:
-            kernel = library.kernel(f"accumulate_{chosen}")
-            mode = NORMALIZATIONS[normalization]
-            kernel(cross, d, a, pair, w, mode, coefficient, gram, delta_sum, activation_sum, moments)
+            rest["normalization"] = NORMALIZATIONS[options.normalization]
+            library.kernel(f"accumulate_{chosen}")(cross, d, a, pair, *rest.values())
+
+
+def _fake(function: str, cross: Tensor, delta: Tensor, activation: Tensor, **keywords: Any) -> None:
+    options = _Options(**keywords)
+    _check(function, *_named(function, cross, delta, activation, options), options)
+
+
+def _named(
+    function: str, cross: Tensor, delta: Tensor, activation: Tensor, options: _Options
+) -> tuple[dict[str, Tensor | None], dict[str, Tensor | None]]:
+    """What is read, its δ and a first, and what is written, cross first, under the names that errors use."""
+    names = ("delta", "activation") if function == "accumulate" else ("with_context", "without_context")
+    read = {names[0]: delta, names[1]: activation, "weights": options.weights}
+    optional = {name: getattr(options, name) for name in ("gram", "delta_sum", "activation_sum", "moments")}
+    return read, {"cross": cross, **optional}
 
 
 _accumulate = functools.partial(_run, "accumulate")
@@ -253,19 +259,11 @@ def _mergeable(tensor: Tensor, dimensions: int) -> bool:
 
 
 def _check(
-    function: str,
-    delta: Tensor,
-    activation: Tensor,
-    weights: Tensor | None,
-    normalization: str,
-    coefficient: float,
-    outputs: tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None],
+    function: str, inputs: dict[str, Tensor | None], accumulators: dict[str, Tensor | None], options: _Options
 ) -> None:
     """Raises unless types, dtypes, devices and shapes fit; needs no data, so it serves fake tensors too."""
-    delta_name, name = ("delta", "activation") if function == "accumulate" else ("with_context", "without_context")
-    cross = outputs[0]
-    inputs = {delta_name: delta, name: activation, "weights": weights}
-    accumulators = dict(zip(("cross", "gram", "delta_sum", "activation_sum", "moments"), outputs, strict=True))
+    (delta_name, delta), (name, activation), (_, weights) = inputs.items()
+    cross, normalization, coefficient = accumulators["cross"], options.normalization, options.coefficient
     for argument, tensor in {**accumulators, **inputs}.items():
         if tensor is None and argument not in ("cross", delta_name, name):
             continue
@@ -312,82 +310,6 @@ def _check(
         raise TypeError(library.message(function, "coefficient", "be a number", type(coefficient).__name__))
     if not isinstance(coefficient, torch.SymFloat) and not math.isfinite(coefficient):
         raise ValueError(library.message(function, "coefficient", "be finite", coefficient))
-
-
-def _check_overlap(function: str, inputs: tuple[Tensor | None, ...], outputs: tuple[Tensor | None, ...]) -> None:
-    """Raises if anything written shares memory with anything else of the call, or with itself."""
-    delta_name, name = ("delta", "activation") if function == "accumulate" else ("with_context", "without_context")
-    names = ("cross", "gram", "delta_sum", "activation_sum", "moments")
-    read = [(n, t) for n, t in zip((delta_name, name, "weights"), inputs, strict=True) if t is not None]
-    written = [(n, t) for n, t in zip(names, outputs, strict=True) if t is not None]
-    for argument, tensor in written:
-        if not tensor.is_contiguous() and _overlaps_itself(tensor):
-            actual = f"strides {list(tensor.stride())} for shape {list(tensor.shape)}"
-            raise ValueError(library.message(function, argument, "have one address for each element", actual))
-    if not _may_overlap([tensor for _, tensor in read], [tensor for _, tensor in written]):
-        return
-    for index, (argument, tensor) in enumerate(written):
-        for other_name, other in written[index + 1 :] + read:
-            if _overlap(tensor, other):
-                fix = f"pass {other_name}.clone()"
-                raise ValueError(library.message(function, argument, f"not overlap {other_name}", "shared memory", fix))
-
-
-def _overlaps_itself(tensor: Tensor) -> bool:
-    reach = 0
-    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
-        if size > 1:
-            if stride <= reach:
-                return True
-            reach += stride * (size - 1)
-    return False
-
-
-def _may_overlap(read: list[Tensor], written: list[Tensor]) -> bool:
-    """Whether the address range of anything written meets another: a quick no for the usual call."""
-    ranges = [(*addresses(tensor), False) for tensor in read] + [(*addresses(tensor), True) for tensor in written]
-    reach = written_reach = 0
-    for start, end, is_written in sorted(ranges):
-        if start < (reach if is_written else written_reach):
-            return True
-        reach = max(reach, end)
-        if is_written:
-            written_reach = max(written_reach, end)
-    return False
-
-
-def _overlap(a: Tensor, b: Tensor) -> bool:
-    if a.numel() == 0 or b.numel() == 0:
-        return False
-    (a_start, a_end), (b_start, b_end) = addresses(a), addresses(b)
-    if a_end <= b_start or b_end <= a_start:
-        return False
-    # Interleaved but disjoint: columns side by side in one buffer, such as [cross | gram].
-    pitch = a.stride(0) * a.element_size() if a.dim() == 2 else 0
-    if pitch and b.dim() == 2 and pitch == b.stride(0) * b.element_size() and a.stride(1) == b.stride(1) == 1:
-        shift = (b_start - a_start) % pitch
-        width_a, width_b = a.shape[1] * a.element_size(), b.shape[1] * b.element_size()
-        return shift < width_a or shift + width_b > pitch
-    return True
-
-
-def _fake(
-    function: str,
-    cross: Tensor,
-    delta: Tensor,
-    activation: Tensor,
-    *,
-    weights: Tensor | None = None,
-    normalization: str = "none",
-    coefficient: float = 1.0,
-    gram: Tensor | None = None,
-    delta_sum: Tensor | None = None,
-    activation_sum: Tensor | None = None,
-    moments: Tensor | None = None,
-    backend: str | None = None,
-) -> None:
-    outputs = (cross, gram, delta_sum, activation_sum, moments)
-    _check(function, delta, activation, weights, normalization, coefficient, outputs)
 
 
 library.declare(

@@ -8,8 +8,8 @@ Four kernels in two pairs, the second of each adding up in a fixed order what th
    than multiprocessors the rows are split among several programs per tile.
 
 So the inputs are streamed from memory once by the products, and once more by the row statistics where they run: ‖a_i‖²
-needs the whole row before its first product. Nothing of the inputs' size is written: scratch is 4 bytes per row, 1/64
-of a float32 input for partial sums, and 64 KiB for each of at most four programs per multiprocessor. No atomics:
+needs the whole row before its first product. Nothing of the inputs' size is written: scratch is 4 or 8 bytes per row,
+1/64 of a float32 input for partial sums, and 64 KiB for each of at most four programs per multiprocessor. No atomics:
 the same call gives the same bits.
 
 Of gram only the tiles on and below the diagonal are computed; what is added is exactly symmetric.
@@ -49,6 +49,7 @@ def row_statistics_kernel(
     activation,
     weights,  # pointer or None
     factors,  # [rows] float32 or None: w / ν, and 0 for rows that add nothing
+    further,  # [rows] float32 or None: completes factors where w / ν is no normal float32, though its products are
     sums,  # [programs, d_out + d_in] float32 or None: Σ w δ | Σ w a over the program's rows
     moments,  # [programs, 4] float64 or None
     rows,
@@ -72,45 +73,54 @@ def row_statistics_kernel(
         weight = tl.load(weights + row, mask=inside, other=0.0)
     counted = weight != 0  # rows of weight 0 are never read: they may hold NaN
 
-    activation_square = tl.zeros([ROWS], tl.float32)
+    activation_square = tl.zeros([ROWS], tl.float64)  # no float32 overflows or underflows it
     for start in range(0, d_in, COLUMNS):
         column = start + tl.arange(0, COLUMNS)
         mask = counted[:, None] & (column < d_in)[None, :]
         a = _load(activation, row, column, activation_row, activation_column, mask).to(tl.float32)
-        activation_square += tl.sum(a * a, 1)
+        if NORMALIZATION != 0:
+            activation_square += tl.sum(a.to(tl.float64) * a.to(tl.float64), 1)
         if sums is not None:
             total = tl.sum(a * weight[:, None], 0)
             tl.store(sums + program.to(tl.int64) * (d_out + d_in) + d_out + column, total, mask=column < d_in)
 
     if NORMALIZATION == 0:
-        inverse = tl.full([ROWS], 1.0, tl.float32)
+        inverse = tl.full([ROWS], 1.0, tl.float64)
     else:
-        nu = activation_square if NORMALIZATION == 2 else tl.sqrt_rn(activation_square)
-        # Below the normal numbers 1 / ν overflows. An infinite ν gives NaN rather than a silently dropped row.
-        zero = activation_square < 1.1754944e-38
-        inverse = tl.div_rn(tl.full([ROWS], 1.0, tl.float32), tl.where(zero, 1.0, nu))
+        nu = activation_square if NORMALIZATION == 2 else tl.sqrt(activation_square)
+        zero = activation_square == 0
+        inverse = 1.0 / tl.where(zero, 1.0, nu)
+        # An infinite ν gives NaN rather than a silently dropped row.
         inverse = tl.where(zero, 0.0, tl.where(nu == float("inf"), float("nan"), inverse))
-    factor = tl.where(counted, weight * inverse, 0.0)
+    factor = tl.where(counted, weight.to(tl.float64) * inverse, 0.0)
     if factors is not None:
-        tl.store(factors + row, factor, mask=inside)
+        if further is not None:
+            size = tl.abs(factor)
+            ordinary = (size == 0) | ((size >= 1.2e-38) & (size <= 3.4e38))
+            root = tl.sqrt(tl.where(ordinary, 1.0, size))
+            tl.store(factors + row, (factor / root).to(tl.float32), mask=inside)
+            tl.store(further + row, root.to(tl.float32), mask=inside)
+        else:
+            tl.store(factors + row, factor.to(tl.float32), mask=inside)
 
     if (sums is not None) or (moments is not None):
-        delta_square = tl.zeros([ROWS], tl.float32)
+        delta_square = tl.zeros([ROWS], tl.float64)
         for start in range(0, d_out, COLUMNS):
             column = start + tl.arange(0, COLUMNS)
             mask = counted[:, None] & (column < d_out)[None, :]
             difference = _load(delta, row, column, delta_row, delta_column, mask).to(tl.float32)
             if without is not None:
                 difference -= _load(without, row, column, activation_row, activation_column, mask).to(tl.float32)
-            delta_square += tl.sum(difference * difference, 1)
+            if moments is not None:
+                delta_square += tl.sum(difference.to(tl.float64) * difference.to(tl.float64), 1)
             if sums is not None:
                 total = tl.sum(difference * weight[:, None], 0)
                 tl.store(sums + program.to(tl.int64) * (d_out + d_in) + column, total, mask=column < d_out)
         if moments is not None:
             # A row whose factor is 0 adds nothing, even if its δ overflows.
-            energy = tl.where(factor == 0, 0.0, factor.to(tl.float64) * delta_square.to(tl.float64))
+            energy = tl.where(factor == 0, 0.0, factor * delta_square)
             tl.store(moments + program * 4 + 0, tl.sum(weight.to(tl.float64), 0))
-            tl.store(moments + program * 4 + 1, tl.sum(factor.to(tl.float64), 0))
+            tl.store(moments + program * 4 + 1, tl.sum(factor, 0))
             tl.store(moments + program * 4 + 2, tl.sum(energy, 0))
             tl.store(moments + program * 4 + 3, tl.sum(counted.to(tl.float64), 0))
 
@@ -125,12 +135,13 @@ def _round_to_tf32(x):
 
 @triton.jit
 def _product(
-    left, minus, right, factors, first, last, left_offset, left_width, right_offset, right_width, left_row, left_column,
-    right_row, right_column, OPERAND: tl.constexpr, PRECISION: tl.constexpr, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr,
+    left, minus, right, factors, further, first, last, left_offset, left_width, right_offset, right_width, left_row,
+    left_column, right_row, right_column, OPERAND: tl.constexpr, PRECISION: tl.constexpr, BLOCK: tl.constexpr,
+    BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Σ over rows first..last-1 of factor (left - minus)[row, m] right[row, n], [BLOCK, BLOCK] float32.
+    """Σ over rows first..last-1 of factor further (left - minus)[row, m] right[row, n], [BLOCK, BLOCK] float32.
 
-    minus and factors may be None; minus has right's strides.
+    minus, factors and further may be None; minus has right's strides.
     """
     m = left_offset + tl.arange(0, BLOCK)
     n = right_offset + tl.arange(0, BLOCK)
@@ -149,6 +160,8 @@ def _product(
             x = x.to(tl.float32) - _load(minus, row, m, right_row, right_column, x_used).to(tl.float32)
         if factors is not None:
             x = x.to(tl.float32) * factor[:, None]
+            if further is not None:
+                x *= tl.load(further + row, mask=used, other=1.0)[:, None]
         x = x.to(OPERAND)
         if PRECISION == "tf32":
             x = _round_to_tf32(x)
@@ -175,6 +188,7 @@ def product_kernel(
     without,  # pointer, or None unless delta holds the with-context activations
     activation,
     factors,  # [rows] float32, or None where every factor is 1
+    further,  # [rows] float32 or None: multiplies the factors
     partials,  # [grid's tiles, splits, BLOCK, BLOCK] float32
     rows,
     d_out,
@@ -204,13 +218,13 @@ def product_kernel(
     target = partials + (tile * tl.num_programs(1) + split).to(tl.int64) * (BLOCK * BLOCK) + i * BLOCK + j
     if is_cross:
         total = _product(
-            delta, without, activation, factors, first, last, m * BLOCK, d_out, n * BLOCK, d_in,
+            delta, without, activation, factors, further, first, last, m * BLOCK, d_out, n * BLOCK, d_in,
             delta_row, delta_column, activation_row, activation_column, OPERAND, PRECISION, BLOCK, BLOCK_K,
         )  # fmt: skip
         tl.store(target, total)
     else:
         total = _product(
-            activation, None, activation, factors, first, last, m * BLOCK, d_in, n * BLOCK, d_in,
+            activation, None, activation, factors, further, first, last, m * BLOCK, d_in, n * BLOCK, d_in,
             activation_row, activation_column, activation_row, activation_column, OPERAND, PRECISION, BLOCK, BLOCK_K,
         )  # fmt: skip
         tl.store(target, total)
@@ -397,7 +411,7 @@ def launch(
         activation: ``[rows, d_in]``, any strides; bfloat16 and float16 run on tensor cores, other dtypes in float32.
         pair: whether δ = delta − activation, formed here in float32, rather than delta itself.
         weights: ``[rows]`` or None for ones; rounded to float32.
-        normalization: "none", "norm" or "squared_norm"; ‖a‖² below 1e-38 counts as 0, above 3e38 gives NaN.
+        normalization: "none", "norm" or "squared_norm".
         coefficient: multiplies everything but moments.
         gram: ``[d_in, d_in]`` float32 or None.
         delta_sum: ``[d_out]`` float32 or None.
@@ -416,36 +430,31 @@ def launch(
     # The interpreter (on a CPU) counts as eight processors.
     processors = torch.cuda.get_device_properties(cross.device).multi_processor_count if cross.is_cuda else 8
     with torch.cuda.device(cross.device) if cross.is_cuda else contextlib.nullcontext():
-        factors = _sums(
+        factors, further = _sums(
             delta, activation, pair, weights, normalization, coefficient, delta_sum, activation_sum, moments
         )  # fmt: skip
-        _products(cross, gram, delta, activation, pair, factors, coefficient, processors)
+        _products(cross, gram, delta, activation, pair, factors, further, coefficient, processors)
 
 
 def _sums(
-    delta: torch.Tensor,
-    activation: torch.Tensor,
-    pair: bool,
-    weights: torch.Tensor | None,
-    normalization: str,
-    coefficient: float,
-    delta_sum: torch.Tensor | None,
-    activation_sum: torch.Tensor | None,
+    delta: torch.Tensor, activation: torch.Tensor, pair: bool, weights: torch.Tensor | None, normalization: str,
+    coefficient: float, delta_sum: torch.Tensor | None, activation_sum: torch.Tensor | None,
     moments: torch.Tensor | None,
-) -> torch.Tensor | None:
-    """Accumulates the sums and moments, and returns the row factors w/ν, or None where all are 1."""
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:  # fmt: skip
+    """Accumulates the sums and moments, and returns the row factors w/ν in two parts, None where all are 1."""
     (rows, d_out), d_in = delta.shape, activation.shape[1]
     wants_sums = delta_sum is not None or activation_sum is not None
     if normalization == "none" and not wants_sums and moments is None:
-        return weights
+        return weights, None
     blocks = triton.cdiv(rows, STATISTICS_ROWS)
     new = functools.partial(torch.empty, device=delta.device)
     factors = new(rows, dtype=torch.float32) if normalization != "none" else None
+    further = new(rows, dtype=torch.float32) if normalization == "squared_norm" else None
     sums = new(blocks, d_out + d_in, dtype=torch.float32) if wants_sums else None
     parts = new(blocks, 4, dtype=torch.float64) if moments is not None else None
     row_statistics_kernel[(blocks,)](
-        delta, activation if pair else None, activation, weights, factors, sums, parts, rows, d_out, d_in,
-        *delta.stride(), *activation.stride(), NORMALIZATIONS[normalization], STATISTICS_ROWS, COLUMNS,
+        delta, activation if pair else None, activation, weights, factors, further, sums, parts, rows, d_out,
+        d_in, *delta.stride(), *activation.stride(), NORMALIZATIONS[normalization], STATISTICS_ROWS, COLUMNS,
         num_warps=8, enable_fp_fusion=True,
     )  # fmt: skip
     if wants_sums or moments is not None:
@@ -454,19 +463,13 @@ def _sums(
             sums, parts, delta_sum, activation_sum, moments, blocks, d_out, d_in, *strides, coefficient, 16, COLUMNS,
             num_warps=4, enable_fp_fusion=True,
         )  # fmt: skip
-    return weights if factors is None else factors
+    return (weights if factors is None else factors), further
 
 
 def _products(
-    cross: torch.Tensor,
-    gram: torch.Tensor | None,
-    delta: torch.Tensor,
-    activation: torch.Tensor,
-    pair: bool,
-    factors: torch.Tensor | None,
-    coefficient: float,
-    processors: int,
-) -> None:
+    cross: torch.Tensor, gram: torch.Tensor | None, delta: torch.Tensor, activation: torch.Tensor, pair: bool,
+    factors: torch.Tensor | None, further: torch.Tensor | None, coefficient: float, processors: int,
+) -> None:  # fmt: skip
     (rows, d_out), d_in = delta.shape, activation.shape[1]
     p = plan(
         delta.dtype, activation.dtype, rows=rows, d_out=d_out, d_in=d_in, gram=gram is not None,
@@ -478,9 +481,9 @@ def _products(
     for first in range(0, p.tiles, max(1, p.batch)):
         tiles = min(p.batch, p.tiles - first)
         product_kernel[(tiles, p.splits)](
-            delta, activation if pair else None, activation, factors, partials, rows, d_out, d_in, *delta.stride(),
-            *activation.stride(), first, p.tiles_out, p.tiles_in, p.rows_per_split, operand, p.precision, p.block,
-            p.block_k, **p.options, enable_fp_fusion=True,
+            delta, activation if pair else None, activation, factors, further, partials, rows, d_out, d_in,
+            *delta.stride(), *activation.stride(), first, p.tiles_out, p.tiles_in, p.rows_per_split, operand,
+            p.precision, p.block, p.block_k, **p.options, enable_fp_fusion=True,
         )  # fmt: skip
         reduce_tiles_kernel[(tiles, p.block // STRIP)](
             partials, cross, gram, d_out, d_in, *cross.stride(), *gram_strides, coefficient, first, p.tiles_out,
