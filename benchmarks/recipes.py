@@ -145,7 +145,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, default=CHECKPOINT)
     parser.add_argument("--tasks", help="comma-separated; all but the reserved ones unless given")
-    parser.add_argument("--recipes", help="only recipes whose name contains this")
+    parser.add_argument("--recipes", nargs="+", help="only these")
     parser.add_argument("--examples", type=int, default=32)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1], help="of the examples and inputs")
     parser.add_argument("--final", action="store_true", help="report on the reserved instructions")
@@ -167,7 +167,7 @@ def main() -> None:
     wanted = [
         (label, options)
         for label, options in recipes(model.config.num_hidden_layers)
-        if (label in FINAL or not args.final) and (not args.recipes or args.recipes in label)
+        if (label in FINAL or not args.final) and (not args.recipes or label in args.recipes)
     ]
     output.parent.mkdir(parents=True, exist_ok=True)
     total = len(names) * len(wanted) * len(args.seeds)
