@@ -191,8 +191,8 @@ def _fake(function: str, cross: Tensor, delta: Tensor, activation: Tensor, **key
 
 def _named(
     function: str, cross: Tensor, delta: Tensor, activation: Tensor, options: _Options
-) -> tuple[dict[str, Tensor | None], dict[str, Tensor | None]]:
-    """What is read, its δ and a first, and what is written, cross first, under the names that errors use."""
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What is read and what is written under the names that errors use, checked by nobody yet."""
     names = ("delta", "activation") if function == "accumulate" else ("with_context", "without_context")
     read = {names[0]: delta, names[1]: activation, "weights": options.weights}
     optional = {name: getattr(options, name) for name in ("gram", "delta_sum", "activation_sum", "moments")}
@@ -258,9 +258,7 @@ def _mergeable(tensor: Tensor, dimensions: int) -> bool:
     return True
 
 
-def _check(
-    function: str, inputs: dict[str, Tensor | None], accumulators: dict[str, Tensor | None], options: _Options
-) -> None:
+def _check(function: str, inputs: dict[str, Any], accumulators: dict[str, Any], options: _Options) -> None:
     """Raises unless types, dtypes, devices and shapes fit; needs no data, so it serves fake tensors too."""
     (delta_name, delta), (name, activation), (_, weights) = inputs.items()
     cross, normalization, coefficient = accumulators["cross"], options.normalization, options.coefficient

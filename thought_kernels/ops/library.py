@@ -15,7 +15,6 @@ import functools
 import importlib
 import importlib.util
 import os
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
@@ -121,11 +120,12 @@ def _compiled(stem: str, backend: str, device: torch.device) -> str | None:
 
 def _runs_on(code: str, capability: tuple[int, int]) -> bool:
     """Whether a GPU runs embedded code: machine code such as sm_80 or sm_90a, or PTX such as compute_90."""
-    kind, major, minor, suffix = re.fullmatch(r"(sm|compute)_(\d+)(\d)([af]?)", code.strip()).groups()
-    built = int(major), int(minor)
-    if suffix == "a":  # for this one architecture
+    kind, _, number = code.partition("_")
+    digits = number.rstrip("af")
+    built = int(digits[:-1]), int(digits[-1])
+    if number.endswith("a"):  # for this one architecture
         return capability == built
-    if kind == "sm" or suffix == "f":  # for later ones of the generation
+    if kind == "sm" or number.endswith("f"):  # for later ones of the generation
         return capability[0] == built[0] and capability >= built
     return capability >= built
 
