@@ -17,7 +17,7 @@ from thought_kernels.spectral.toy.training import history
 Rows = list[dict[str, float]]
 PLATEAUS = {"tetrahedron 3/4": 3 / 4, "triangle 2/3": 2 / 3, "digon 1/2": 1 / 2, "pentagon 2/5": 2 / 5,
             "antiprism 3/8": 3 / 8}  # fmt: skip
-_LOOK = {"dpi": 110, "metadata": {"Software": None}}  # no version in the file: equal pictures are equal bytes
+_LOOK = {"dpi": 90, "metadata": {"Software": None}}  # no version in the file: equal pictures are equal bytes
 
 
 def draw(
@@ -108,7 +108,7 @@ def linearity_figure(rows: Rows, path: Path) -> Path:
     points = axis.scatter(x, y, c=colour, s=7, cmap="viridis", zorder=2)
     figure.colorbar(points, label="sparsity S")
     axis.set(xlabel="localization: mean of max p over the cluster", ylabel="R² of D = ‖w‖²/λ")
-    axis.set_ylim(min(0.0, *y) - 0.05 if min(y) > -1 else -1, 1.1)
+    axis.set_ylim(bottom=max(-1.0, axis.get_ylim()[0]))
     return _save(figure, path)
 
 
