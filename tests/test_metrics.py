@@ -63,6 +63,17 @@ def test_a_large_vocabulary_makes_batches_smaller(model: Any, monkeypatch: pytes
         torch.testing.assert_close(one, other, **ROUNDING)
 
 
+def test_padding_leaves_float64_models_alone() -> None:
+    # Eager attention's softmax is taken in float32, where a float64 mask's minimum is an infinity.
+    wide = tiny_gemma3(0, torch.float64, vocab_size=len(TOKENIZER))
+    found = list(completion_logprobs(wide, PROMPTS, ANSWERS, batch_size=100))
+    for logprobs, prompt, answer in zip(found, PROMPTS, ANSWERS, strict=True):
+        torch.testing.assert_close(logprobs, plain_logprobs(wide, prompt, answer), **ROUNDING)
+    twice = [*PROMPTS, *PROMPTS]
+    written = completions(wide, twice, stops=[END], max_new_tokens=3, batch_size=100)
+    assert written == [plain_completion(wide, prompt, [END], 3) for prompt in twice]
+
+
 def test_log_probabilities_need_one_answer_per_prompt(model: Any) -> None:
     with pytest.raises(ValueError, match="answers must be one per prompt, got 3 for 4"):
         next(completion_logprobs(model, PROMPTS, ANSWERS[:3], batch_size=2))

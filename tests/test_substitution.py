@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import tiny_gemma3
+from models import tiny_gemma3, tiny_tokenizer
 from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
@@ -15,7 +15,13 @@ import thought_kernels as tk
 from thought_kernels.cli import app
 from thought_kernels.demo import CHECKPOINT
 from thought_kernels.transmute.prompt import EncodedExample
-from thought_kernels.transmute.substitution import COPIES_SHARE, usual_copies, with_substitutions, word_tokens
+from thought_kernels.transmute.substitution import (
+    COPIES_SHARE,
+    checked_substitutes,
+    usual_copies,
+    with_substitutions,
+    word_tokens,
+)
 
 EXAMPLES = [EncodedExample([1], [2], tokens, 3) for tokens in ([10, 11, 10, 12, 9], [10, 13, 14, 9], [10, 15, 9, 15])]
 POOL = list(range(100, 120))
@@ -126,3 +132,27 @@ def test_substitutes_come_from_a_text_file_on_the_command_line(tokenizer: Any, t
     assert found.exit_code == 0, found.output
     drawn = tk.ThoughtPatch.from_pretrained(tmp_path / "patch").provenance["substitutes"]
     assert tokenizer.decode(drawn).replace("\n", "").split() and len(drawn) <= 5
+
+
+class Processor:
+    """What a multimodal model comes with: not a tokenizer, but it holds one."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
+
+
+def test_the_words_are_those_of_a_processors_tokenizer(tokenizer: Any) -> None:
+    assert word_tokens(Processor(tokenizer)) == word_tokens(tokenizer)
+    with pytest.raises(ValueError, match="tokenizer must be a fast one"):
+        word_tokens(None)
+
+
+def test_substitutes_are_any_integers_and_the_seed_is_one() -> None:
+    assert checked_substitutes(torch.arange(3, 6), 10) == [3, 4, 5]
+    for wrong in (3, ["word"], [1.5], [True]):
+        with pytest.raises(TypeError, match="transmute: substitutes must be token ids, got"):
+            checked_substitutes(wrong, 10)  # type: ignore[arg-type]
+    model = tiny_gemma3(0, layer_types=["full_attention"])
+    for seed in (None, "0", True):
+        with pytest.raises(TypeError, match="transmute: seed must be an integer, got"):
+            tk.transmute(model, tiny_tokenizer(), "sum", ["1"], seed=seed, substitutions=0)

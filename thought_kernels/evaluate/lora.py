@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from thought_kernels.evaluate.trial import Trial
+from thought_kernels.transmute.logprobs import may_pad
 
 RANK, ALPHA, BATCH = 8, 16, 16
 RATES = (1e-3, 3e-3, 1e-2)
@@ -76,7 +77,8 @@ def train_lora(model: Any, trial: Trial, *, steps: int, rate: float, generator: 
                 chosen, order = order[:BATCH], order[BATCH:]
                 for group in optimiser.param_groups:
                     group["lr"] = rate * (1 - step / steps)
-                loss = _loss(model, trial, chosen)
+                together = [chosen] if may_pad(model) else [[index] for index in chosen]
+                loss = torch.cat([_losses(model, trial, part) for part in together]).mean()
                 optimiser.zero_grad(set_to_none=True)
                 loss.backward()
                 optimiser.step()
@@ -85,7 +87,8 @@ def train_lora(model: Any, trial: Trial, *, steps: int, rate: float, generator: 
         return TrainedLora(state, rate, trial.effect(model).patched, seconds)
 
 
-def _loss(model: Any, trial: Trial, chosen: Sequence[int]) -> Tensor:
+def _losses(model: Any, trial: Trial, chosen: Sequence[int]) -> Tensor:
+    """KL(prompted ‖ model) at each token of the chosen inputs' completions, one below the other."""
     assert trial.prompted_logprobs is not None
     device = model.get_input_embeddings().weight.device
     rows = [[*trial.bare_prompts[i], *trial.written[i]] for i in chosen]
@@ -105,7 +108,7 @@ def _loss(model: Any, trial: Trial, chosen: Sequence[int]) -> Tensor:
         student = torch.log_softmax(logits[index, keep - 1 - count : keep - 1], dim=-1)
         teacher = trial.prompted_logprobs[i].to(student)
         divergences.append((teacher.exp() * (teacher - student)).nan_to_num(0.0).sum(-1))
-    return torch.cat(divergences).mean()
+    return torch.cat(divergences)
 
 
 @contextlib.contextmanager

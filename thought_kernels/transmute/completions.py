@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from thought_kernels.transmute.logprobs import equal_lengths, may_pad
 from thought_kernels.transmute.prompt import EncodedExample, Example, Instruction, encode
 
 
@@ -35,8 +36,11 @@ def complete(
     greedy = type(model.generation_config)(
         do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=list(stops), pad_token_id=stops[0]
     )
-    for start in range(0, len(prompts), batch_size):
+    padded, start = may_pad(model), 0
+    while start < len(prompts):
         rows = prompts[start : start + batch_size]
+        rows = rows if padded else rows[: equal_lengths(rows)]
+        start += len(rows)
         longest = max(len(row) for row in rows)
         ids = torch.full((len(rows), longest), stops[0])
         mask = torch.zeros_like(ids)

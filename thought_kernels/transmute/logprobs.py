@@ -35,9 +35,12 @@ def completion_logprobs(model: Any, prompts: Ids, answers: Ids, *, batch_size: i
             f"completion_logprobs: answers must be one per prompt, got {len(answers)} for {len(prompts)} prompts"
         )
     embedding = model.get_input_embeddings().weight
+    padded = may_pad(model)
     start = 0
     while start < len(prompts):
         stop = _batch_stop(answers, start, batch_size, embedding.shape[0])
+        if not padded:
+            stop = start + equal_lengths([[*prompts[i], *answers[i]] for i in range(start, stop)])
         rows = [[*prompts[i], *answers[i]] for i in range(start, stop)]
         counts = [len(answers[i]) for i in range(start, stop)]
         longest = max(map(len, rows))
@@ -57,6 +60,20 @@ def completion_logprobs(model: Any, prompts: Ids, answers: Ids, *, batch_size: i
             # The token before the answer predicts its first; what the last one predicts is not asked.
             yield torch.log_softmax(logits[index, keep - 1 - count : keep - 1].to(wide), dim=-1)
         start = stop
+
+
+def may_pad(model: Any) -> bool:
+    """Whether prompts of different lengths may share a batch of this model.
+
+    Not in float64: transformers masks a padded row with float64's minimum and then takes the softmax in float32, where
+    that is −inf and the row NaN, which spreads to all tokens.
+    """
+    return bool(model.get_input_embeddings().weight.dtype != torch.float64)
+
+
+def equal_lengths(rows: Ids) -> int:
+    """How many leading rows are as long as the first."""
+    return next((index for index, row in enumerate(rows) if len(row) != len(rows[0])), len(rows))
 
 
 def _batch_stop(answers: Ids, start: int, batch_size: int, vocabulary: int) -> int:

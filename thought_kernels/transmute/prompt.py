@@ -106,7 +106,7 @@ def explain(tokenizer: Any, instruction: Instruction, example: Any, *, separator
     ids = [*header, *chunk, *tokens]
     parts = "H" * len(header) + "I" * len(chunk) + "e" * len(tokens)
     answer = len(header) + len(chunk) + answer_start
-    strings = _text_tokenizer(tokenizer).convert_ids_to_tokens(ids)
+    strings = text_tokenizer(tokenizer).convert_ids_to_tokens(ids)
     return [
         ExplainedToken(part, position, token_id, token, position >= answer)
         for position, (part, token_id, token) in enumerate(zip(parts, ids, strings, strict=True))
@@ -121,7 +121,7 @@ def encode(tokenizer: Any, instruction: Instruction, example: Any, *, separator:
     Returns:
         The EncodedExample.
     """
-    tokenizer = _text_tokenizer(tokenizer)
+    tokenizer = text_tokenizer(tokenizer)
     chat = read_example(example, "align: example")
     if not isinstance(separator, str):
         raise TypeError(f"align: separator must be a str, got {type(separator).__name__}")
@@ -153,7 +153,8 @@ def encode(tokenizer: Any, instruction: Instruction, example: Any, *, separator:
     return EncodedExample(header, with_ids[first:after], tokens, answer - after)
 
 
-def _text_tokenizer(tokenizer: Any) -> Any:
+def text_tokenizer(tokenizer: Any) -> Any:
+    """The tokenizer itself, or the one that a multimodal model's processor holds; raises as align does."""
     if not hasattr(tokenizer, "is_fast") and hasattr(tokenizer, "tokenizer"):
         tokenizer = tokenizer.tokenizer  # the processor of a multimodal model
     name = type(tokenizer).__name__

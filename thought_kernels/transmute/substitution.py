@@ -11,11 +11,12 @@ instruction makes, not the answer.
 
 from __future__ import annotations
 
+import operator
 import random
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from thought_kernels.transmute.prompt import EncodedExample
+from thought_kernels.transmute.prompt import EncodedExample, text_tokenizer
 
 # Many examples are diverse by themselves: all copies together are not many more than MOST_COPIES.
 SUBSTITUTIONS, MOST_COPIES = 8, 512
@@ -35,9 +36,10 @@ def word_tokens(tokenizer: Any, *, without: Iterable[str] = ()) -> list[int]:
     Every id but the special ones where the tokenizer has no such token.
 
     Args:
-        tokenizer: a transformers tokenizer.
+        tokenizer: a fast transformers tokenizer, or a processor that holds one.
         without: texts whose words are left out, so that a patch can be judged on words that it has never met.
     """
+    tokenizer = text_tokenizer(tokenizer)
     special = set(tokenizer.all_special_ids)
     known = {index for text in without for index in tokenizer(text, add_special_tokens=False)["input_ids"]}
     met = {text.strip() for text in tokenizer.batch_decode([[index] for index in sorted(known)])}
@@ -85,10 +87,13 @@ def with_substitutions(
 
 def checked_substitutes(substitutes: Iterable[int], vocabulary: int) -> list[int]:
     """The ids as a list; raises unless each is one of the model's."""
-    ids = list(substitutes)
-    wrong = [index for index in ids if isinstance(index, bool) or not isinstance(index, int)]
-    if wrong:
-        raise TypeError(f"transmute: substitutes must be token ids, got {wrong[0]!r}")
+    try:
+        given = list(substitutes)
+        ids = [operator.index(index) for index in given]
+    except TypeError:
+        raise TypeError(f"transmute: substitutes must be token ids, got {substitutes!r:.120}") from None
+    if any(isinstance(index, bool) for index in given):
+        raise TypeError("transmute: substitutes must be token ids, got a bool; give the ids where a mask is true")
     if not all(0 <= index < vocabulary for index in ids):
         outside = next(index for index in ids if not 0 <= index < vocabulary)
         raise ValueError(f"transmute: substitutes must be ids below {vocabulary}, got {outside}")
