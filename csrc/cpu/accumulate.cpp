@@ -154,7 +154,7 @@ void multiply(const Block<T>& block, const Tile& tile) {
 template <typename T>
 void run(Arguments& call, Instructions instructions) {
     const Kernels<T>& kernels = choose_kernels<T>(instructions);
-    const Rows<T> delta(call.delta, kernels), activation(call.activation, kernels);
+    const Rows<T> delta(call.delta, kernels, call.pair), activation(call.activation, kernels, call.pair);
     const int64_t rows = call.activation.size(0), d_out = delta.columns, d_in = activation.columns;
     const int64_t row_bytes = std::max<int64_t>(1, 2 * (2 * d_in + d_out) * sizeof(T));  // of both blocks
     const int64_t most = std::clamp(kScratchBytes / row_bytes / kDepth * kDepth, kDepth, kMaxRows);

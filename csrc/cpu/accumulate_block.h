@@ -17,16 +17,21 @@
 namespace thought_kernels {
 namespace accumulation {
 
-// The arithmetic that accumulate_tile.h compiles for each instruction set.
+// How rows of one dtype are read by the arithmetic that accumulate_tile.h compiles for each instruction set.
+template <typename T>
+struct Reader {
+    void (*load)(const void* row, int64_t stride, int64_t n, T* out);
+    double (*sum_of_squares)(const void* row, int64_t n);
+    void (*add_weighted)(const void* const* rows, const double* weight, int64_t count, int64_t n, double* sum);
+    void (*pack_left)(const void* row, T factor, int64_t n, T* panels, int64_t stride);
+    void (*pack_right)(const void* row, T factor, int64_t n, T* panels, int64_t stride);
+};
+
 template <typename T>
 struct Kernels {
-    int64_t height, width;                                                // columns of a left and of a right panel
-    void (*load[4])(const void* row, int64_t stride, int64_t n, T* out);  // of float16, bfloat16, float32, float64
-    double (*sum_of_squares)(const T* x, int64_t n);
+    int64_t height, width;  // columns of a left and of a right panel
+    Reader<T> readers[4];   // of float16, bfloat16, float32, float64
     void (*subtract)(const T* x, T* out, int64_t n);
-    void (*add_weighted)(const T* const* rows, const double* weight, int64_t count, int64_t n, double* sum);
-    void (*pack_left)(const T* const* rows, const T* factor, int64_t count, int64_t n, T* panels, int64_t stride);
-    void (*pack_right)(const T* const* rows, const T* factor, int64_t count, int64_t n, T* panels, int64_t stride);
     void (*multiply_tile)(const T* left, int64_t height, const T* right, int64_t width, int64_t pitch, int64_t depth,
                           int64_t diagonal, bool add, T* out);
 };
@@ -46,7 +51,7 @@ const Kernels<T>& choose_kernels(Instructions instructions) {
 }
 
 constexpr int64_t kRowsPerTask = 32;
-constexpr int64_t kGroup = 8;  // rows packed together
+constexpr int64_t kGroup = 4;  // rows summed together
 enum Normalization : int64_t { kNone = 0, kNorm = 1, kSquaredNorm = 2 };
 
 int64_t round_up(int64_t n, int64_t unit) {
@@ -64,43 +69,47 @@ struct Arguments {
     std::optional<at::Tensor> gram, delta_sum, activation_sum, moments;
 };
 
+template <typename T>
+const Reader<T>& reader_of(const Kernels<T>& kernels, at::ScalarType dtype) {
+    switch (dtype) {
+        case at::kHalf:
+            return kernels.readers[0];
+        case at::kBFloat16:
+            return kernels.readers[1];
+        case at::kFloat:
+            return kernels.readers[2];
+        case at::kDouble:
+            return kernels.readers[3];
+        default:
+            TORCH_CHECK_TYPE(false, "inputs must be float16, bfloat16, float32 or float64, got ", dtype);
+    }
+}
+
 // An input matrix [rows, columns] of any float dtype and any strides.
 template <typename T>
 struct Rows {
     const char* data;
     int64_t columns, row_bytes, stride;
-    void (*load)(const void*, int64_t, int64_t, T*);
-    bool direct;  // rows are read where they lie
+    const Reader<T>&memory, &copies;
+    // Rows are read where they lie, several times. Not float16, which takes a dozen instructions to widen.
+    bool direct;
+    const Reader<T>& reader;  // of what row() returns
 
-    Rows(const at::Tensor& x, const Kernels<T>& kernels)
+    Rows(const at::Tensor& x, const Kernels<T>& kernels, bool copied)
         : data(static_cast<const char*>(x.const_data_ptr())),
           columns(x.size(1)),
           row_bytes(x.stride(0) * x.element_size()),
           stride(x.stride(1)),
-          direct(x.scalar_type() == c10::CppTypeToScalarType<T>::value && x.stride(1) == 1) {
-        switch (x.scalar_type()) {
-            case at::kHalf:
-                load = kernels.load[0];
-                break;
-            case at::kBFloat16:
-                load = kernels.load[1];
-                break;
-            case at::kFloat:
-                load = kernels.load[2];
-                break;
-            case at::kDouble:
-                load = kernels.load[3];
-                break;
-            default:
-                TORCH_CHECK_TYPE(false, "inputs must be float16, bfloat16, float32 or float64, got ", x.scalar_type());
-        }
-    }
+          memory(reader_of(kernels, x.scalar_type())),
+          copies(reader_of(kernels, c10::CppTypeToScalarType<T>::value)),
+          direct(!copied && x.stride(1) == 1 && x.scalar_type() != at::kHalf),
+          reader(direct ? memory : copies) {}
 
     // The row itself, or its copy in the accumulators' dtype.
-    const T* row(int64_t index, bool may_be_direct, T* copy) const {
+    const void* row(int64_t index, T* copy) const {
         const char* const x = data + index * row_bytes;
-        if (direct && may_be_direct) return reinterpret_cast<const T*>(x);
-        load(x, stride, columns, copy);
+        if (direct) return x;
+        memory.load(x, stride, columns, copy);
         return copy;
     }
 };
@@ -186,50 +195,55 @@ struct Block {
     // Widens, measures, scales and packs the rows of one task.
     void prepare(int64_t task) {
         const int64_t d_out = delta.columns, d_in = activation.columns;
-        static constexpr T kOnes[kGroup] = {1, 1, 1, 1, 1, 1, 1, 1};
-        const auto copies = std::make_unique_for_overwrite<T[]>(kGroup * (d_out + 2 * d_in));
+        const auto copies = std::make_unique_for_overwrite<T[]>(kGroup * (d_out + d_in));
         double* const sum = sums.data() + task * sum_columns;
         std::fill(sum, sum + sum_columns, 0.0);
         const int64_t end = std::min(n, (task + 1) * kRowsPerTask);
         for (int64_t k = task * kRowsPerTask; k < end; k += kGroup) {
             const int64_t count = std::min(kGroup, end - k);
-            const T *d_rows[kGroup], *a_rows[kGroup], *s_rows[kGroup];
-            T scale[kGroup];
+            const void *d_rows[kGroup], *a_rows[kGroup];
             for (int64_t r = 0; r < count; ++r) {
                 T* const d_copy = copies.get() + r * d_out;
                 T* const a_copy = copies.get() + kGroup * d_out + r * d_in;
-                a_rows[r] = s_rows[r] = activation.row(index[k + r], true, a_copy);
-                d_rows[r] = delta.row(index[k + r], !call.pair, d_copy);
-                if (call.pair) kernels.subtract(a_rows[r], d_copy, d_out);
+                d_rows[r] = delta.row(index[k + r], d_copy);
+                a_rows[r] = activation.row(index[k + r], a_copy);
+                if (call.pair) kernels.subtract(a_copy, d_copy, d_out);
                 double v = weight[k + r];
                 if (call.normalization != kNone) {
-                    double divisor = kernels.sum_of_squares(a_rows[r], d_in);
+                    double divisor = activation.reader.sum_of_squares(a_rows[r], d_in);
                     if (call.normalization == kNorm) divisor = std::sqrt(divisor);
                     v = divisor == 0 ? 0 : v / divisor;
                 }
                 factor[k + r] = v;
-                if (call.moments) energy[k + r] = v == 0 ? 0 : v * kernels.sum_of_squares(d_rows[r], d_out);
-                scale[r] = static_cast<T>(v);
-                const double size = std::abs(v);
-                if (size == 0 || (size >= std::numeric_limits<T>::min() && size <= std::numeric_limits<T>::max())) {
-                    continue;
-                }
-                // The factor (1/‖a‖² of a tiny row) has no normal value in T, but its products may have.
-                T* const scaled = a_copy + kGroup * d_in;
-                for (int64_t j = 0; j < d_in; ++j) scaled[j] = static_cast<T>(v * static_cast<double>(a_rows[r][j]));
-                s_rows[r] = scaled;
-                scale[r] = 1;
+                if (call.moments) energy[k + r] = v == 0 ? 0 : v * delta.reader.sum_of_squares(d_rows[r], d_out);
+                delta.reader.pack_left(d_rows[r], 1, d_out, d.row(k + r), d.stride());
+                if (call.gram) activation.reader.pack_left(a_rows[r], 1, d_in, a.row(k + r), a.stride());
+                pack_scaled(index[k + r], a_rows[r], v, s.row(k + r));
             }
-            kernels.pack_left(d_rows, kOnes, count, d_out, d.row(k), d.stride());
-            if (call.gram) kernels.pack_left(a_rows, kOnes, count, d_in, a.row(k), a.stride());
-            kernels.pack_right(s_rows, scale, count, d_in, s.row(k), s.stride());
             double* next_sum = sum;
             if (call.delta_sum) {
-                kernels.add_weighted(d_rows, weight.data() + k, count, d_out, next_sum);
+                delta.reader.add_weighted(d_rows, weight.data() + k, count, d_out, next_sum);
                 next_sum += d_out;
             }
-            if (call.activation_sum) kernels.add_weighted(a_rows, weight.data() + k, count, d_in, next_sum);
+            if (call.activation_sum) {
+                activation.reader.add_weighted(a_rows, weight.data() + k, count, d_in, next_sum);
+            }
         }
+    }
+
+  private:
+    void pack_scaled(int64_t index, const void* row, double v, T* panels) const {
+        const double size = std::abs(v);
+        if (size == 0 || (size >= std::numeric_limits<T>::min() && size <= std::numeric_limits<T>::max())) {
+            activation.reader.pack_right(row, static_cast<T>(v), activation.columns, panels, s.stride());
+            return;
+        }
+        // The factor (1/‖a‖² of a tiny row) has no normal value in T, but its products may have.
+        std::vector<T> scaled(activation.columns);
+        activation.memory.load(activation.data + index * activation.row_bytes, activation.stride, activation.columns,
+                               scaled.data());
+        for (T& x : scaled) x = static_cast<T>(v * static_cast<double>(x));
+        activation.copies.pack_right(scaled.data(), 1, activation.columns, panels, s.stride());
     }
 };
 

@@ -29,9 +29,10 @@ void load(const void* row, int64_t stride, int64_t n, T* __restrict out) {
     }
 }
 
-template <typename T>
-double sum_of_squares(const T* x, int64_t n) {
+template <typename In>
+double sum_of_squares(const void* row, int64_t n) {
     constexpr int kSums = VECTOR_BYTES / 2;  // four registers of float64, so that no addition waits for the last one
+    const In* x = static_cast<const In*>(row);
     double sums[kSums] = {}, total = 0;
     int64_t j = 0;
     for (; j + kSums <= n; j += kSums) {
@@ -48,32 +49,30 @@ void subtract(const T* __restrict x, T* __restrict out, int64_t n) {
 }
 
 // sum += Σ_r weight_r rows_r
-template <typename T>
-void add_weighted(const T* const* rows, const double* weight, int64_t count, int64_t n, double* __restrict sum) {
+template <typename In>
+void add_weighted(const void* const* rows, const double* weight, int64_t count, int64_t n, double* __restrict sum) {
+    const auto row = [rows](int64_t r) { return static_cast<const In*>(rows[r]); };
     int64_t r = 0;
     for (; r + 4 <= count; r += 4) {  // four rows for each time that the sum is read and written
-        const T *x0 = rows[r], *x1 = rows[r + 1], *x2 = rows[r + 2], *x3 = rows[r + 3];
+        const In *x0 = row(r), *x1 = row(r + 1), *x2 = row(r + 2), *x3 = row(r + 3);
         const double w0 = weight[r], w1 = weight[r + 1], w2 = weight[r + 2], w3 = weight[r + 3];
         for (int64_t j = 0; j < n; ++j) sum[j] += (w0 * x0[j] + w1 * x1[j]) + (w2 * x2[j] + w3 * x3[j]);
     }
     for (; r < count; ++r) {
-        const T* x = rows[r];
+        const In* x = row(r);
         for (int64_t j = 0; j < n; ++j) sum[j] += weight[r] * x[j];
     }
 }
 
-// factor · rows into the panels' next `count` rows, one panel every `stride` elements, zeros beyond column n.
-template <typename T, int W>
-void pack(const T* const* rows, const T* factor, int64_t count, int64_t n, T* panels, int64_t stride) {
-    for (int64_t r = 0; r < count; ++r) {
-        const T *x = rows[r], scale = factor[r];
-        T* __restrict out = panels + r * W;
-        int64_t j = 0;
-        for (; j + W <= n; j += W, out += stride) {
-            for (int i = 0; i < W; ++i) out[i] = scale * x[j + i];
-        }
-        for (int i = 0; i < W && j < n; ++i) out[i] = j + i < n ? scale * x[j + i] : 0;
+// factor · row into one row of the panels, which are `stride` elements apart; zeros beyond column n.
+template <typename In, typename T, int W>
+void pack(const void* row, T factor, int64_t n, T* __restrict panels, int64_t stride) {
+    const In* x = static_cast<const In*>(row);
+    int64_t j = 0;
+    for (; j + W <= n; j += W, panels += stride) {
+        for (int i = 0; i < W; ++i) panels[i] = factor * static_cast<T>(x[j + i]);
     }
+    for (int i = 0; i < W && j < n; ++i) panels[i] = j + i < n ? factor * static_cast<T>(x[j + i]) : 0;
 }
 
 // out [kHeight, kWidth] = (add ? out : 0) + leftᵀ right
@@ -115,15 +114,13 @@ void multiply_tile(const T* left, int64_t height, const T* right, int64_t width,
     }
 }
 
+template <typename In, typename T>
+constexpr Reader<T> reader = {
+    load<In, T>, sum_of_squares<In>, add_weighted<In>, pack<In, T, kHeight>, pack<In, T, Simd<T>::kWidth>,
+};
+
 template <typename T>
 constexpr Kernels<T> kernels = {
-    kHeight,
-    Simd<T>::kWidth,
-    {load<at::Half, T>, load<at::BFloat16, T>, load<float, T>, load<double, T>},
-    sum_of_squares<T>,
-    subtract<T>,
-    add_weighted<T>,
-    pack<T, kHeight>,
-    pack<T, Simd<T>::kWidth>,
-    multiply_tile<T>,
+    kHeight,     Simd<T>::kWidth,  {reader<at::Half, T>, reader<at::BFloat16, T>, reader<float, T>, reader<double, T>},
+    subtract<T>, multiply_tile<T>,
 };
