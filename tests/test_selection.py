@@ -184,6 +184,13 @@ def test_refusals(model: Any) -> None:
             tk.transmute(model, TOKENIZER, "Sum now", EXAMPLES, **{name: "automatic"})
 
 
+def test_numbers_that_are_not_finite_are_named_with_their_block() -> None:
+    broken = tiny_gemma3(3, torch.float32, vocab_size=len(TOKENIZER), layer_types=["full_attention"] * 2)
+    broken.model.layers[1].self_attn.v_proj.weight.fill_(float("nan"))
+    with pytest.raises(ValueError, match=r"none of 6 candidates gave finite answers, the first because: .* block 1, "):
+        tk.transmute(broken, TOKENIZER, "Sum now", EXAMPLES, ridge="auto", substitutions=0)
+
+
 def test_the_table_survives_saving(model: Any, tmp_path: Path) -> None:
     patch = tk.transmute(model, TOKENIZER, "Sum now", EXAMPLES, ridge="auto")
     patch.save_pretrained(tmp_path)

@@ -254,10 +254,13 @@ class _Validation:
 
     def judge(self, settings: Sequence[Setting]) -> list[Candidate]:
         """A row for each setting, fitted on the examples that are not held back."""
-        rows = []
+        rows: list[Candidate] = []
+        refusal: ValueError | None = None
         for setting, patch in zip(settings, fit_each(self._decoder, self._recipe, self._fitted, settings), strict=True):
             sums: Tensor | None = None
-            if not isinstance(patch, ValueError):
+            if isinstance(patch, ValueError):
+                refusal = refusal or patch
+            else:
                 with patch.applied(self._model):
                     sums = self._divergences()
             self._bar.update()
@@ -265,8 +268,8 @@ class _Validation:
         if all(row.kl is None for row in rows):
             raise ValueError(
                 f"transmute: scale and ridge must be given as numbers here, got 'auto'; none of {len(rows)} candidates "
-                "gave finite answers"
-            )
+                f"gave finite answers{'' if refusal is None else f', the first because: {refusal}'}"
+            ) from refusal
         return rows
 
     def _row(self, setting: Setting, sums: Tensor | None) -> Candidate:
