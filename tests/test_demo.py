@@ -111,7 +111,7 @@ def test_pieces_of_the_paper_s_recipe_add_up(model: Any) -> None:
 
 def test_steps_and_layers() -> None:
     assert paper_steps(600) == list(range(40, 601, 40))
-    assert default_steps(600) == [4, 8, 16, 32, 64, 128, 600] and default_steps(8) == [4, 8]
+    assert default_steps(600) == [4, 8, 16, 32, 64] and default_steps(8) == [4, 8] and default_steps(5) == [4, 5]
     assert paper_layers(26) == list(range(10, 20))
     assert paper_layers(6) == [2, 3, 4] and paper_layers(1) == [0]
     assert len(curve_points(600)) == 22

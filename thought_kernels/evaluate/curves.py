@@ -51,8 +51,8 @@ def paper_steps(steps: int) -> list[int]:
 
 
 def default_steps(steps: int) -> list[int]:
-    """A few examples, then doubling; the last is all of them."""
-    return [*itertools.takewhile(lambda n: n < steps, (4, 8, 16, 32, 64, 128)), steps]
+    """A few examples, then doubling, up to 64 or all of them: a curve that has long been flat there."""
+    return [*itertools.takewhile(lambda n: n < min(steps, 64), (4, 8, 16, 32)), min(steps, 64)]
 
 
 def effective_c1(c1: float, steps: int) -> float:
