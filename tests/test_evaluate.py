@@ -233,6 +233,11 @@ def test_a_patch_that_does_not_say_its_instruction_needs_one(model: Any) -> None
         tk.evaluate(model, TOKENIZER, random_patch(), held_out=HELD_OUT)
 
 
+def test_a_patch_of_another_model_is_refused_before_anything_is_measured(model: Any) -> None:
+    with pytest.raises(ValueError, match="evaluate: patch must have the model's hidden size"):
+        tk.evaluate(model, TOKENIZER, random_patch(hidden=48), instruction="Sum", held_out=HELD_OUT)
+
+
 def test_shared_inputs_are_pointed_out(model: Any) -> None:
     found = tk.evaluate(model, TOKENIZER, "Sum", EXAMPLES, held_out=EXAMPLES, sections="patch", **SETTINGS)
     assert found.warnings[0].startswith("4 of 4 held-out inputs are also examples")
@@ -312,11 +317,11 @@ def test_the_headline_names_what_to_look_at() -> None:
     assert summary([Line("", "no", "")] * 5).startswith("No: the patched model does not follow")
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16])
-def test_a_narrow_model_is_evaluated_too(dtype: torch.dtype) -> None:
-    narrow = tiny_gemma3(dtype=dtype, vocab_size=len(TOKENIZER))
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_a_model_of_another_width_is_evaluated_too(dtype: torch.dtype) -> None:
+    other = tiny_gemma3(dtype=dtype, vocab_size=len(TOKENIZER))
     found = tk.evaluate(
-        narrow, TOKENIZER, "Sum", EXAMPLES, held_out=HELD_OUT, sections=["effect", "baselines", "replay"], **SETTINGS
+        other, TOKENIZER, "Sum", EXAMPLES, held_out=HELD_OUT, sections=["effect", "baselines", "replay"], **SETTINGS
     )
     assert {name: section.error for name, section in found.sections.items() if section.error} == {}
 
@@ -336,6 +341,14 @@ def test_the_command_writes_a_report_and_refuses_with_a_sentence(tmp_path: Path)
     content = json.loads((output / "evaluation.json").read_text())
     assert content["settings"]["instruction"] == "Reverse the list" and content["settings"]["held_out"] == 6
     assert (output / "evaluation.html").is_file() and (output / "sections" / "effect.json").is_file()
+
+    two = tmp_path / "two.jsonl"
+    two.write_text('"1 2 3"\n"4 5"\n')
+    told = ["--instruction", "Turn round", "--examples", str(two)]  # the task gives what is not given here
+    done = run("--task", "reverse", *told, "--sections", "effect", "--inputs", "2", "--output", str(tmp_path / "two"))
+    assert done.exit_code == 0, done.output
+    settings = json.loads((tmp_path / "two" / "evaluation.json").read_text())["settings"]
+    assert (settings["instruction"], settings["examples"], settings["held_out"]) == ("Turn round", 2, 2)
 
     one, empty = tmp_path / "one.jsonl", tmp_path / "empty.jsonl"
     one.write_text('"1 2 3"\n')

@@ -96,8 +96,9 @@ def evaluate(
     if task is not None or (subject is None and examples is None and held_out is None):
         task = task or _TASK
         arguments = _task(task, seed, inputs)
-        subject = arguments.pop("patch_or_instruction") if subject is None else subject
-        fitted = arguments.pop("examples") if examples is None else examples
+        told, rows = arguments.pop("patch_or_instruction"), arguments.pop("examples")
+        subject = told if subject is None else subject
+        fitted = rows if examples is None else examples
         given = arguments | given
     if subject is None:
         raise typer.BadParameter("give --patch, --instruction or --task")

@@ -14,6 +14,7 @@ from thought_kernels.evaluate.scorers import as_scorer
 from thought_kernels.evaluate.side_effects import ORDINARY_PROMPTS
 from thought_kernels.evaluate.subject import NOT_RECIPE, Inputs, Other, Outside, Subject, Tolerant, recipe_of
 from thought_kernels.models import describe
+from thought_kernels.transmute.apply import targets
 from thought_kernels.transmute.patch import ThoughtPatch
 from thought_kernels.transmute.prompt import Example, Instruction, encode, load_examples
 from thought_kernels.transmute.transmute import transmute
@@ -43,6 +44,8 @@ def read_subject(
         raise TypeError(f"evaluate: seed must be an integer, got {seed!r}")
     describe(model)  # an unknown architecture is refused now
     patch = patch_or_instruction if isinstance(patch_or_instruction, ThoughtPatch) else None
+    if patch is not None:
+        targets("evaluate", patch, model)  # one of another model is refused now, not by every section
     told = _instruction(patch, patch_or_instruction, instruction)
     if separator is None:
         separator = patch.provenance.get("separator", "\n") if patch is not None else "\n"

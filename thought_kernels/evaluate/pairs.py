@@ -129,7 +129,11 @@ def usable(model: Any, tokenizer: Any, instruction: Instruction, pairs: Iterable
 
 
 def _jsonl(path: Path) -> Iterable[tuple[int, Any]]:
-    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), start=1):
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"experiment: {path} must be text in UTF-8, got other bytes; {error}") from error
+    for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         try:

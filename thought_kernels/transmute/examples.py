@@ -96,8 +96,12 @@ def _read_jsonl(path: Path) -> list[Example]:
             f"load_examples: examples must be a list of examples or the path of a jsonl file, got {str(path)!r}, "
             "where no file is"
         )
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"load_examples: {path} must be text in UTF-8, got other bytes; {error}") from error
     loaded = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), start=1):
+    for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         subject = f"load_examples: {path}, line {number},"
@@ -116,19 +120,20 @@ def _from_mapping(example: Mapping[str, Any], subject: str) -> Example:
         raise ValueError(
             f"{subject} must have the keys prompt and completion, or messages, got {sorted(map(str, example))}; {hint}"
         )
+    inside = subject.removesuffix(",")  # that of a line in a file has a comma
     if "messages" in example:
-        return _from_messages(_listed(example["messages"], f"{subject}, messages,"), subject)
+        return _from_messages(_listed(example["messages"], f"{inside}, messages,"), subject)
     prompt, completion = example["prompt"], example.get("completion")
     if isinstance(prompt, str):
         messages = read_example(prompt, subject).messages
     else:
-        messages, answer = _from_messages(_listed(prompt, f"{subject}, prompt,"), f"{subject}, prompt,")
+        messages, answer = _from_messages(_listed(prompt, f"{inside}, prompt,"), f"{inside}, prompt,")
         if answer is not None:
-            raise ValueError(f"{subject}, prompt, must end with a user message, got an assistant's")
+            raise ValueError(f"{inside}, prompt, must end with a user message, got an assistant's")
     if completion is not None and not isinstance(completion, str):
-        turns = read_messages(_listed(completion, f"{subject}, completion,"), f"{subject}, completion,")
+        turns = read_messages(_listed(completion, f"{inside}, completion,"), f"{inside}, completion,")
         if [turn["role"] for turn in turns] != ["assistant"]:
-            raise ValueError(f"{subject}, completion, must be one assistant message, got {len(turns)} messages")
+            raise ValueError(f"{inside}, completion, must be one assistant message, got {len(turns)} messages")
         completion = turns[0]["content"]
     return Example(messages, completion)
 
