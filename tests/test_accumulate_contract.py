@@ -137,8 +137,11 @@ def test_overlap_is_refused(through_torch_ops):
         assert torch.equal(memory, before)
     # Columns of one buffer: their address ranges interleave, their elements do not meet.
     columns = torch.zeros(3, 8)
-    accumulate(columns[:, :3], rows, rows, gram=columns[:, 3:6])
-    assert torch.equal(columns[:, 3:6], rows.T @ rows) and not columns[:, 6:].any()
+    accumulate(columns[:, :3], rows, rows, gram=columns[:, 3:6], delta_sum=columns[:, 7])
+    assert torch.equal(columns[:, 3:6], rows.T @ rows) and not columns[:, 6].any()
+    assert torch.equal(columns[:, 7], rows.sum(0))
+    with pytest.raises(ValueError, match="^accumulate: cross must not overlap delta_sum"):
+        accumulate(columns[:, :3], rows, rows, delta_sum=columns[:, 2])
     with pytest.raises(ValueError, match="^accumulate: cross must not overlap gram"):
         accumulate(columns[:, :3], rows, rows, gram=columns[:, 2:5])
 
@@ -182,6 +185,17 @@ def test_inputs_that_require_grad_build_no_graph():
         cross, rows = torch.zeros(3, 3), torch.randn(4, 3, requires_grad=True)
         tk.accumulate(cross, rows, rows, backend=backend)
         assert not cross.requires_grad and torch.allclose(cross, (rows.T @ rows).detach())
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpp"])
+def test_autograd_notices_that_an_accumulator_has_changed(backend):
+    scale, rows = torch.ones(3, 3, requires_grad=True), torch.randn(4, 3)
+    cross, gram = torch.zeros(3, 3), torch.zeros(3, 3)
+    for saved in (cross, gram):
+        product = (scale * saved).sum()
+        tk.accumulate(cross, rows, rows, gram=gram, backend=backend)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            product.backward()
 
 
 def test_available_backends_lists_all_four():

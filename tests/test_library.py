@@ -55,6 +55,24 @@ def test_an_unknown_device_is_refused():
             tk.available_backends("accumulate", device)
 
 
+@pytest.mark.parametrize("name", ["einsum", None, ["accumulate"]], ids=repr)
+def test_an_unknown_operator_is_refused(name):
+    with pytest.raises(ValueError, match="^available_backends: op_name must be one of accumulate, accumulate_pair, "):
+        tk.available_backends(name, "cpu")
+
+
+def test_meta_tensors_give_shapes():
+    rows, cross = torch.randn(4, 3, device="meta"), torch.zeros(3, 3, device="meta")
+    tk.accumulate(cross, rows, rows, gram=torch.zeros(3, 3, device="meta"))
+    tk.accumulate_pair(cross, rows, rows)
+    heads, prefix = torch.randn(2, 2, 5, 8, device="meta"), (torch.randn(2, 3, 8, device="meta"),) * 2
+    index = torch.zeros(2, dtype=torch.int64, device="meta")
+    without, delta = tk.paired_attention(heads, heads, heads, prefix, lengths=index)
+    chosen = tk.shared_prefix_attention(heads, heads, heads, [prefix], index)
+    assert {without.shape, delta.shape, chosen.shape} == {heads.shape}
+    assert {part.shape for part in tk.rms_norm_pair(rows, rows, rows[0], eps=0.0)} == {rows.shape}
+
+
 def test_a_missing_cuda_device_is_named():
     if torch.cuda.is_available():
         pytest.skip("there is a CUDA device")

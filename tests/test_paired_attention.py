@@ -295,6 +295,11 @@ BAD = {
         ValueError,
         "without_prefix value must have its key's shape",
     ),
+    "half a prefix": (
+        {"without_prefix": (torch.zeros(2, 3, 16), None)},
+        TypeError,
+        "without_prefix value must be a tensor, got NoneType",
+    ),
     "prefix dtype": ({"with_prefix": (torch.zeros(2, 3, 16).double(),) * 2}, TypeError, "with_prefix key must have"),
     "lengths dtype": ({"lengths": torch.tensor([1.0, 2.0])}, TypeError, "lengths must be an integer tensor"),
     "lengths list": ({"lengths": [1, 2]}, TypeError, "lengths must be an integer tensor, got list"),

@@ -79,8 +79,9 @@ def accumulate(
         activation_sum: ``[d_in]`` in cross's dtype, or None.
         moments: ``[4]`` float64, or None.
         backend: "reference", "cpp", "triton", "cuda", or None for the fastest that supports the call. On a CPU the
-            arithmetic is in cross's dtype; a GPU backend rounds the scaled operand (w_i δ_i/ν_i, and
-            w_i a_i/ν_i for gram) once to activation's dtype. "triton" and "cuda" take a float32 cross alone.
+            arithmetic is in cross's dtype, and ‖a‖² in float64, whose range norms beyond 1e±150 leave (float64 rows
+            alone can have them). A GPU backend rounds the scaled operand (w_i δ_i/ν_i, and w_i a_i/ν_i for gram) once
+            to activation's dtype. "triton" and "cuda" take a float32 cross alone.
 
     Raises:
         TypeError: for something other than a tensor, a string or a number where one belongs.
@@ -89,7 +90,7 @@ def accumulate(
 
     Source: Transmuting prompts into weights, Algorithm 1 and eq. 8; the normalisations are its §4.1 and eq. 4.
     """
-    call = torch.ops.thought_kernels.accumulate if library.traced() else _accumulate
+    call = torch.ops.thought_kernels.accumulate if library.traced(cross) else _accumulate
     call(
         cross,
         delta,
@@ -136,7 +137,7 @@ def accumulate_pair(
 
     Source: Transmuting prompts into weights, Algorithm 1, lines 13 to 15.
     """
-    call = torch.ops.thought_kernels.accumulate_pair if library.traced() else _accumulate_pair
+    call = torch.ops.thought_kernels.accumulate_pair if library.traced(cross) else _accumulate_pair
     call(
         cross,
         with_context,
@@ -173,6 +174,8 @@ def _run(function: str, cross: Tensor, delta: Tensor, activation: Tensor, **keyw
     check_overlap(function, read, written)
     chosen = library.choose(function, options.backend, cross.device, functools.partial(_unsupported, cross))
     pair = function == "accumulate_pair"
+    # Kernels write through pointers: autograd must still notice that a tensor it saved has changed.
+    torch.autograd.graph.increment_version([tensor for tensor in written.values() if tensor is not None])
     for d, a, w in _flat(delta, activation, options.weights):
         # In the order of the compiled kernels' arguments.
         rest = {**options._asdict(), "weights": w}

@@ -177,7 +177,7 @@ def available_backends(op_name: str, device: str | torch.device) -> dict[str, st
         ValueError: for an operator this package does not have, or a device that torch does not know.
     """
     _load()
-    if op_name not in OPERATORS:
+    if not isinstance(op_name, str) or op_name not in OPERATORS:
         known = ", ".join(sorted(OPERATORS))
         raise ValueError(message("available_backends", "op_name", f"be one of {known}", repr(op_name)))
     try:
@@ -231,6 +231,7 @@ def message(function: str, argument: str, rule: str, actual: object, context: st
     return f"{function}: {argument} must {rule}, got {actual}" + (f"; {context}" if context else "")
 
 
-def traced() -> bool:
-    """Whether tensors are being traced (torch.compile, fake tensors), so that only torch.ops may be called."""
-    return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
+def traced(tensor: object) -> bool:
+    """Whether a call's tensors have no data (torch.compile, fake, meta), so that torch.ops must be called."""
+    is_meta = getattr(tensor, "is_meta", False)
+    return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0 or is_meta

@@ -63,10 +63,17 @@ def _overlap(a: Tensor, b: Tensor) -> bool:
     (a_start, a_end), (b_start, b_end) = addresses(a), addresses(b)
     if a_end <= b_start or b_end <= a_start:
         return False
-    # Interleaved but disjoint: columns side by side in one buffer, such as [cross | gram].
-    pitch = a.stride(0) * a.element_size() if a.dim() == 2 else 0
-    if pitch and b.dim() == 2 and pitch == b.stride(0) * b.element_size() and a.stride(1) == b.stride(1) == 1:
+    # Interleaved but disjoint: columns side by side in one buffer, such as [cross | gram | delta_sum].
+    (pitch, width), (other_pitch, other_width) = _columns(a), _columns(b)
+    if pitch and pitch == other_pitch:
         shift = (b_start - a_start) % pitch
-        width_a, width_b = a.shape[1] * a.element_size(), b.shape[1] * b.element_size()
-        return shift < width_a or shift + width_b > pitch
+        return shift < width or shift + other_width > pitch
     return True
+
+
+def _columns(tensor: Tensor) -> tuple[int, int]:
+    """Bytes from row to row and bytes in a row of a matrix with dense rows, or of a vector as one column; else 0, 0."""
+    if tensor.dim() not in (1, 2) or (tensor.dim() == 2 and tensor.stride(1) != 1):
+        return 0, 0
+    width = tensor.shape[1] if tensor.dim() == 2 else 1
+    return tensor.stride(0) * tensor.element_size(), width * tensor.element_size()

@@ -65,7 +65,7 @@ def paired_attention(
     without_key, without_value = (
         (None, None) if without_prefix is None else unpack_prefix("paired_attention", "without_prefix", without_prefix)
     )
-    run = torch.ops.thought_kernels.paired_attention if library.traced() else _run
+    run = torch.ops.thought_kernels.paired_attention if library.traced(query) else _run
     return run(
         query, key, value, with_key, with_value, without_key, without_value,
         lengths=lengths, window=window, scale=scale, softcap=softcap, backend=backend,
@@ -137,6 +137,9 @@ def _check(
     function = "paired_attention"
     check_attention(function, query, key, value, lengths, window, scale, softcap)
     check_prefix(function, "with_prefix", with_key, with_value, key)
+    if (without_key is None) != (without_value is None):
+        missing = "key" if without_key is None else "value"
+        raise TypeError(message(function, f"without_prefix {missing}", "be a tensor", "NoneType"))
     if without_key is not None and without_value is not None:
         check_prefix(function, "without_prefix", without_key, without_value, key)
 

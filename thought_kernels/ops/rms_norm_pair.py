@@ -49,7 +49,7 @@ def rms_norm_pair(
 
     Source: Zhang and Sennrich, arXiv:1910.07467, for RMSNorm; the difference form is this project's.
     """
-    run = torch.ops.thought_kernels.rms_norm_pair if library.traced() else _run
+    run = torch.ops.thought_kernels.rms_norm_pair if library.traced(x) else _run
     return run(x, delta, weight, eps=eps, weight_offset=weight_offset, backend=backend)
 
 
