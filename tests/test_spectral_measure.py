@@ -298,7 +298,8 @@ def test_bad_matrices_raise(name: str) -> None:
         (torch.where(good == good[1, 2], torch.nan, good), ValueError, "finite"),
         (torch.where(good == good[1, 2], -torch.inf, good), ValueError, "finite"),
     ):
-        with pytest.raises(error, match=f"^{name}: W must .*{words}"):
+        argument = "cluster" if name.startswith("identify_") else "W"
+        with pytest.raises(error, match=f"^{name}: {argument} must .*{words}"):
             function(bad)
     zero = torch.zeros(3, 4)
     if name in OF_RANK_ZERO:
@@ -313,6 +314,7 @@ def test_bad_options_raise() -> None:
     for call, words in (
         (lambda: spectral.spectral_measure(W, rtol=-1e-3), "spectral_measure: rtol must be finite and at least 0"),
         (lambda: spectral.spectral_measure(W, rtol=1.0), "spectral_measure: rtol must be less than 1, got 1.0"),
+        (lambda: spectral.tight_frames(W, rtol=None), "tight_frames: rtol must be a number, got NoneType"),
         (lambda: spectral.saturation(W, rank_rtol=float("nan")), "saturation: rank_rtol must be finite"),
         (lambda: spectral.tight_frames(W, rtol="small"), "tight_frames: rtol must be a number, got str"),
         (lambda: spectral.tight_frames(W, localization=0.5), "tight_frames: localization must be less than 0.5"),
@@ -323,6 +325,8 @@ def test_bad_options_raise() -> None:
         (lambda: spectral.classify_features(W).residue(1.0), "residue: tau must be less than 1"),
         (lambda: spectral.identify_geometry(W, tol=0.1), "identify_geometry: tol must be less than 0.1"),
         (lambda: spectral.association_scheme(W), "association_scheme: M must be square, got [3, 4]"),
+        (lambda: spectral.association_scheme(W[0]), "association_scheme: M must be a matrix"),
+        (lambda: spectral.identify_geometry(W[0]), "identify_geometry: cluster must be a matrix"),
         (lambda: spectral.association_scheme(W[:, :3]), "association_scheme: M must "),
     ):
         with pytest.raises((ValueError, TypeError)) as caught:

@@ -134,20 +134,20 @@ def _norm_and_energy(F: Tensor, x: Tensor, buffer: Tensor) -> tuple[Tensor, Tens
     return torch.mul(x, x, out=buffer).sum(0), energy
 
 
-def check_matrix(function: str, W: object) -> float:
+def check_matrix(function: str, W: object, name: str = "W") -> float:
     """The largest magnitude in W, after raising the contract's errors for anything but a finite, nonempty matrix."""
     if not isinstance(W, Tensor) or W.layout != torch.strided:
         actual = W.layout if isinstance(W, Tensor) else type(W).__name__
-        raise TypeError(message(function, "W", "be a dense tensor [m, n]", actual))
+        raise TypeError(message(function, name, "be a dense tensor [m, n]", actual))
     if W.dtype not in FLOATS:
-        raise TypeError(message(function, "W", "be float64, float32, bfloat16 or float16", W.dtype))
+        raise TypeError(message(function, name, "be float64, float32, bfloat16 or float16", W.dtype))
     if W.dim() != 2:
-        raise ValueError(message(function, "W", "be a matrix [m, n], features in columns", list(W.shape)))
+        raise ValueError(message(function, name, "be a matrix [m, n], features in columns", list(W.shape)))
     if W.numel() == 0:
-        raise ValueError(message(function, "W", "have at least one row and one feature", list(W.shape)))
+        raise ValueError(message(function, name, "have at least one row and one feature", list(W.shape)))
     low, high = (float(bound) for bound in torch.aminmax(W.detach()))
     if not (math.isfinite(low) and math.isfinite(high)):
-        raise ValueError(message(function, "W", "be finite", "NaN or an infinity"))
+        raise ValueError(message(function, name, "be finite", "NaN or an infinity"))
     return max(-low, high)
 
 

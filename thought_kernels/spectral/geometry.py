@@ -100,7 +100,7 @@ def identify_components(cluster: TightFrame | Tensor, *, tol: float = GRAM_TOLER
 
 def _identify(function: str, cluster: TightFrame | Tensor, tol: float) -> list[Component]:
     vectors = cluster.vectors if isinstance(cluster, TightFrame) else cluster
-    largest = check_matrix(function, vectors)
+    largest = check_matrix(function, vectors, "cluster")
     check_number(function, "tol", tol, positive=True)
     if tol >= 0.1:
         raise ValueError(message(function, "tol", "be less than 0.1", tol))

@@ -58,7 +58,7 @@ def association_scheme(M: Tensor, *, tol: float = GRAM_TOLERANCE) -> Association
 
     Source: Spectral superposition, Lemmas A.5 and A.6, eq. A.5 and A.6, Theorem 4.
     """
-    check_matrix("association_scheme", M)
+    check_matrix("association_scheme", M, "M")
     check_number("association_scheme", "tol", tol, positive=True)
     M = M.detach().double()
     if M.shape[0] != M.shape[1]:

@@ -142,11 +142,10 @@ def frame_spectrum(W: Tensor, *, rtol: float = RTOL, rank_rtol: float | None = N
 def decompose(function: str, W: Tensor, rtol: float = RTOL, rank_rtol: float | None = None) -> FrameSpectrum:
     """frame_spectrum for the function whose name its errors carry."""
     largest = check_matrix(function, W)
-    for name, value in (("rtol", rtol), ("rank_rtol", rank_rtol)):
-        if value is not None:
-            check_number(function, name, value, or_zero=True)
-            if value >= 1:
-                raise ValueError(message(function, name, "be less than 1", value))
+    for name, value in {"rtol": rtol, **({} if rank_rtol is None else {"rank_rtol": rank_rtol})}.items():
+        check_number(function, name, value, or_zero=True)
+        if value >= 1:
+            raise ValueError(message(function, name, "be less than 1", value))
     if rank_rtol is None:
         eps = torch.finfo(torch.float64 if W.dtype == torch.float64 else torch.float32).eps
         rank_rtol = max(W.shape) * eps
