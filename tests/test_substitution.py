@@ -49,6 +49,12 @@ def test_copies_replace_what_varies_and_nothing_else() -> None:
     assert len({tuple(copy.tokens) for copy in found[3:7]}) == 4
 
 
+def test_what_opens_a_turn_stays_where_only_some_examples_have_several() -> None:
+    several = EncodedExample([1, 7, 8], [2], [10, 11, 7, 8, 12, 9], 5)
+    for copy in with_substitutions([several, *EXAMPLES], 2, POOL, seed=0)[4:6]:
+        assert copy.tokens[2:4] == [7, 8] and copy.tokens[4] in POOL
+
+
 def test_neither_the_order_of_the_examples_nor_other_seeds_matter_to_a_copy() -> None:
     def copies(examples: list[EncodedExample], seed: int) -> set[tuple[int, ...]]:
         return {tuple(copy.tokens) for copy in with_substitutions(examples, 3, POOL, seed)}

@@ -47,7 +47,7 @@ def task_arguments(name: str, *, seed: int = 0, examples: int = 32, inputs: int 
         "held_out": _labelled(task, fresh[:inputs]),
         "outside": {
             "examples": _sample(near, examples, f"{seed} {name} near"),
-            "held_out": _labelled(task, _sample(far, inputs // 2, f"{seed} {name} far")),
+            "held_out": _labelled(task, _sample(far, max(2, inputs // 2), f"{seed} {name} far")),
         },
         "longer": _longer(task, seed),
         "paraphrases": list(task.wordings[1:]),

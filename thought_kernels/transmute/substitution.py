@@ -72,7 +72,8 @@ def with_substitutions(
     pool = sorted(set(substitutes) - shared)
     found = list(examples)
     for example in examples:
-        varying = sorted(set(example.tokens) - shared)
+        # H opens a turn: in examples of several turns its tokens are the chat's, though other examples lack them.
+        varying = sorted(set(example.tokens) - shared - set(example.header))
         if not varying or not pool:
             continue
         for number in range(copies):
