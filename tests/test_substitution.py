@@ -86,6 +86,11 @@ def test_words_of_a_vocabulary(tokenizer: Any) -> None:
     assert set(lost) == {"garden", "sees", "maison"} and len(lost) > 3  # with and without the space before them
 
 
+def test_all_tokens_are_words_where_characters_are_tokens() -> None:
+    characters = tiny_tokenizer()  # with "user", "model" and their beginnings
+    assert set(word_tokens(characters)) == set(range(len(characters))) - set(characters.all_special_ids)
+
+
 def test_the_recommended_recipe_has_copies_and_a_named_estimator_none(tokenizer: Any) -> None:
     model = tiny_gemma3(vocab_size=len(tokenizer), dtype=torch.float64)
     texts = ["1 2 3", "4 5 6", "0 9 8"]

@@ -22,7 +22,8 @@ from thought_kernels.transmute.prompt import EncodedExample, text_tokenizer
 SUBSTITUTIONS, MOST_COPIES = 8, 512
 # What all copies of an example weigh together, the example itself weighing 1.
 COPIES_SHARE = 2.0
-_SHORTEST_WORD = 3
+# Characters as tokens come with a few words too, such as the turns' names, but copies made of those are all alike.
+_SHORTEST_WORD, _FEWEST_WORDS = 3, 32
 
 
 def usual_copies(examples: int) -> int:
@@ -33,7 +34,7 @@ def usual_copies(examples: int) -> int:
 def word_tokens(tokenizer: Any, *, without: Iterable[str] = ()) -> list[int]:
     """Ids of tokens that are words or long pieces of words: three or more letters, perhaps after a space.
 
-    Every id but the special ones where the tokenizer has no such token.
+    Every id but the special ones where the tokenizer has only a few such tokens.
 
     Args:
         tokenizer: a fast transformers tokenizer, or a processor that holds one.
@@ -46,7 +47,8 @@ def word_tokens(tokenizer: Any, *, without: Iterable[str] = ()) -> list[int]:
     ids = [index for index in range(len(tokenizer)) if index not in special]
     texts = tokenizer.batch_decode([[index] for index in ids])
     found = [(index, text.strip()) for index, text in zip(ids, texts, strict=True)]
-    words = [(index, text) for index, text in found if text.isalpha() and len(text) >= _SHORTEST_WORD] or found
+    words = [(index, text) for index, text in found if text.isalpha() and len(text) >= _SHORTEST_WORD]
+    words = words if len(words) >= _FEWEST_WORDS else found
     return [index for index, text in words if text not in met]
 
 
