@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from thought_kernels.cli import options, scoring
+from thought_kernels.evaluate.sections import SECTIONS, chosen_sections
 
 _COLOURS = {"yes": "green", "partly": "yellow", "no": "red", "unknown": "dim"}
 _TASK = "sum"
@@ -35,7 +36,7 @@ def evaluate(
         typer.Option(help=f"Data for every section from a task of the shipped model (default {_TASK} without data)."),
     ] = None,
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the report.")] = Path("evaluation"),
-    sections: Annotated[str, typer.Option(help="Names, comma-separated, or all.")] = "all",
+    sections: Annotated[str, typer.Option(help=f"all, or of these, comma-separated: {', '.join(SECTIONS)}.")] = "all",
     scorer: Annotated[
         str, typer.Option(help="exact, contains, regex:PATTERN, module:function, or judge:MODEL (any causal model).")
     ] = "exact",
@@ -74,7 +75,6 @@ def evaluate(
     up where it was stopped. Without data it reports on a task of the shipped model.
     """
     from thought_kernels.evaluate.evaluate import evaluate as run_evaluate
-    from thought_kernels.evaluate.sections import chosen_sections
     from thought_kernels.transmute.patch import ThoughtPatch
 
     if model_name is not None and model not in (options.DEFAULT_MODEL, model_name):
