@@ -164,7 +164,7 @@ class Passes(TorchDispatchMode):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_rows_go_from_attention_into_the_sums_untouched(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """One read of δ and one of a to look for NaN, and nothing else: no copy, no cast, no transposition."""
-    monkeypatch.setattr(library, "traced", lambda: False)  # the mode would hide what an operator does inside
+    monkeypatch.setattr(library, "traced", lambda _: False)  # the mode would hide what an operator does inside
     assert tk.available_backends("paired_attention", "cpu")["cpp"] is None, "the kernels' calls are told by their names"
     task = run_of(model_of(3).to(dtype), encoded(), ("attention",))
     task.accumulator = ThoughtAccumulator()
@@ -223,7 +223,9 @@ def test_an_overflow_on_the_way_names_the_block_it_arose_in(pairing: str) -> Non
 
     model.model.layers[0].mlp.register_forward_hook(overflow)
     with pytest.raises(ValueError, match=r"the block's output for examples\[2\]; block 0\."):
-        tk.transmute(model, TOKENIZER, INSTRUCTION, EXAMPLES, pairing=pairing, layers=[2], sites=("attention",))
+        tk.transmute(
+            model, TOKENIZER, INSTRUCTION, EXAMPLES, pairing=pairing, layers=[2], sites=("attention",), substitutions=0
+        )
 
 
 def test_nan_in_padding_is_no_error() -> None:
@@ -242,4 +244,4 @@ def test_examples_keep_their_place_in_the_users_list() -> None:
         model.model.embed_tokens.weight[TOKENIZER.convert_tokens_to_ids("9")] = torch.nan
     examples = [EXAMPLES[0], EXAMPLES[1], EXAMPLES[0], EXAMPLES[2], EXAMPLES[1], EXAMPLES[0]]
     with pytest.raises(ValueError, match=r"examples\[3\]; block 0"):
-        tk.transmute(model, TOKENIZER, INSTRUCTION, examples, layers=[0])
+        tk.transmute(model, TOKENIZER, INSTRUCTION, examples, layers=[0], substitutions=0)

@@ -43,7 +43,7 @@ def word_tokens(tokenizer: Any, *, without: Iterable[str] = ()) -> list[int]:
     tokenizer = text_tokenizer(tokenizer)
     special = set(tokenizer.all_special_ids)
     known = {index for text in without for index in tokenizer(text, add_special_tokens=False)["input_ids"]}
-    met = {text.strip() for text in tokenizer.batch_decode([[index] for index in sorted(known)])}
+    met = {text.strip() for text in tokenizer.batch_decode([[index] for index in sorted(known)])} if known else set()
     ids = [index for index in range(len(tokenizer)) if index not in special]
     texts = tokenizer.batch_decode([[index] for index in ids])
     found = [(index, text.strip()) for index, text in zip(ids, texts, strict=True)]
