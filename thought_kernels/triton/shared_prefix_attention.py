@@ -366,7 +366,7 @@ def choose_tiles(
         # Without tensor cores a thread holds whole rows of its operands: beyond 64 features keys are read in strips, by
         # pointers. At head_dim 256 the 16 rows of values that its share of the outputs needs spill even so, some 600
         # bytes; more warps leave each fewer registers than they save (16: 1,416 bytes), and tf32 spills 352.
-        block_m, block_n, warps, stages = (32, 32, 8, 2) if block_d <= 64 else (16, 16, 8, 1)
+        block_m, block_n, warps, stages = (32, 16, 8, 2) if block_d <= 64 else (16, 16, 8, 1)
         descriptors = descriptors and block_d <= 64
     elif shared_memory < 160 * 1024 or (block_d == 256 and not descriptors):  # addresses take registers too
         block_m, block_n, warps, stages = 64, 32, 8 if block_d == 256 else 4, 2
