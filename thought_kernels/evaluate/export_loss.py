@@ -6,8 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from thought_kernels.evaluate.metrics import Effect, completion_logprobs, completions, divergence, effect
-from thought_kernels.transmute.completions import end_of_turn_id, stop_ids
-from thought_kernels.transmute.examples import load_examples
+from thought_kernels.evaluate.trial import bare_prompts
 from thought_kernels.transmute.patch import ThoughtPatch
 
 
@@ -41,13 +40,7 @@ def export_loss(
     """
     if not questions:
         raise ValueError("export_loss: questions must be at least one, got none")
-    prompts = [
-        tokenizer.apply_chat_template(
-            [{"role": "user", "content": question}], add_generation_prompt=True, return_dict=True
-        )["input_ids"]
-        for question in questions
-    ]
-    stops = stop_ids(model, end_of_turn_id(tokenizer, "instruction", load_examples(["question"])[0], "\n"))
+    prompts, stops = bare_prompts(model, tokenizer, questions)
     with patch.applied(model):
         answers = completions(model, prompts, stops=stops, max_new_tokens=max_new_tokens, batch_size=batch_size)
         wanted = list(completion_logprobs(model, prompts, answers, batch_size=batch_size))

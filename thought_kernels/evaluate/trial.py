@@ -230,6 +230,13 @@ def bare_texts(
     model: Any, tokenizer: Any, questions: Sequence[str], *, batch_size: int = 256, max_new_tokens: int = 64
 ) -> list[str]:
     """The model's greedy answers to questions alone, stripped: bare, or patched while a patch is applied."""
+    prompts, stops = bare_prompts(model, tokenizer, questions)
+    written = completions(model, prompts, stops=stops, max_new_tokens=max_new_tokens, batch_size=batch_size)
+    return decoded(tokenizer, written)
+
+
+def bare_prompts(model: Any, tokenizer: Any, questions: Sequence[str]) -> tuple[list[list[int]], list[int]]:
+    """Questions as prompts without an instruction, and the ids that end an answer."""
     prompts = [
         tokenizer.apply_chat_template(
             [{"role": "user", "content": question}], add_generation_prompt=True, return_dict=True
@@ -237,8 +244,7 @@ def bare_texts(
         for question in questions
     ]
     stops = stop_ids(model, end_of_turn_id(tokenizer, "instruction", load_examples(["question"])[0], "\n"))
-    written = completions(model, prompts, stops=stops, max_new_tokens=max_new_tokens, batch_size=batch_size)
-    return decoded(tokenizer, written)
+    return prompts, stops
 
 
 def decoded(tokenizer: Any, written: Sequence[Sequence[int]]) -> list[str]:
