@@ -33,6 +33,7 @@ from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 from two_forwards_peers import naive, naive_layerwise, one_forward, strong
 
 from thought_kernels.models import describe
+from thought_kernels.models.linear import OneDNNLinear
 from thought_kernels.transmute.accumulator import ThoughtAccumulator
 from thought_kernels.transmute.batches import group_examples
 from thought_kernels.transmute.pairing import PAIRINGS, Run
@@ -44,7 +45,7 @@ INTERMEDIATE = {"270m": 2048, "1b": 6912, "4b": 10240}
 VOCABULARY = 262144
 IDS = 1024  # tokens are drawn below this, so that a float64 copy of the model can do with a small embedding
 HEADER = 4  # BOS and the turn's opening; part of P
-PROVIDERS = ("layerwise", "cached", "floor", "strong", "two_pass", "sequential", "batched", "single")
+PROVIDERS = ("layerwise", "cached", "floor", "strong", "onednn", "two_pass", "sequential", "batched", "single")
 PROMPTS = ((32, 32), (256, 32))  # (P, n): tokens of [H, I] and of e
 
 
@@ -117,6 +118,11 @@ class Task:
     def strong(self) -> ThoughtAccumulator:
         return strong(self.model, self.header, self.instruction, self.tokens, self.batch)
 
+    def onednn(self) -> ThoughtAccumulator:
+        """The strong peer with the matrix products that this project's own forward takes."""
+        with OneDNNLinear():
+            return self.strong()
+
     def naive_layerwise(self) -> ThoughtAccumulator:
         return naive_layerwise(self.model, self.header, self.instruction, self.tokens)
 
@@ -167,6 +173,7 @@ def bench_time(name: str, prefix: int, length: int, options: argparse.Namespace)
         "cached": ("layerwise, cached prefix", lambda task, _: PAIRINGS["layerwise"](task.ready), count),
         "floor": ("one forward of e with context, cached prefix", lambda task, _: task.one_forward(), count),
         "strong": ("prefix cached and repeated, no head, hooks", lambda task, _: task.strong(), count),
+        "onednn": ("prefix cached and repeated, no head, hooks, oneDNN", lambda task, _: task.onednn(), count),
         "two_pass": ("two_pass", lambda task, _: task.run("two_pass"), count),
         "sequential": ("sequential", lambda task, _: task.run("sequential"), count),
         "batched": ("two forwards, hooks, batches", lambda task, n: task.naive(task.batch, n), few),

@@ -1,6 +1,7 @@
 """Model adapters: `describe(model)` turns a transformers model into the one description the rest of the package uses.
 
     decoder    Block and Decoder, the description, and the arithmetic of a block (no architecture named)
+    linear     which library forms the float32 products of linear modules on a CPU
     gemma3     where Gemma 3 keeps its parts, for every class and size that transformers has
 
 A further architecture is one more file with a `describe` function and one more line in `ADAPTERS`.

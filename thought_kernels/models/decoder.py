@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from thought_kernels.models.linear import OneDNNLinear
 from thought_kernels.ops.rms_norm_pair import rms_norm_pair
 from thought_kernels.ops.shared_prefix_attention import shared_prefix_attention
 
@@ -113,7 +114,8 @@ class Block:
         """
         attention = self.layer.self_attn
         x = self.input_norm(x.to(self.device))
-        q, k, v = (self._heads(projection(x)) for projection in (attention.q_proj, attention.k_proj, attention.v_proj))
+        with OneDNNLinear():
+            q, k, v = (self._heads(project(x)) for project in (attention.q_proj, attention.k_proj, attention.v_proj))
         return (self.q_norm(q) if self.q_norm else q), (self.k_norm(k) if self.k_norm else k), v
 
     @staticmethod
@@ -142,7 +144,8 @@ class Block:
         Returns:
             h, [B, T, d].
         """
-        z = self.o_proj(o.to(self.device))
+        with OneDNNLinear():
+            z = self.o_proj(o.to(self.device))
         return x.to(z.device) + (self.post_attention_norm(z) if self.post_attention_norm else z)
 
     @torch.no_grad()
@@ -163,9 +166,10 @@ class Block:
         Source: theory §4, "Carry the difference through the norms".
         """
         o, delta_o = o.to(self.device), delta_o.to(self.device)
-        z = self.o_proj(o)
-        constant = self.o_proj(torch.zeros_like(o[..., :1, :]))
-        delta_z = (self.o_proj(delta_o.to(o.dtype)) - constant).to(_wide(o.dtype))
+        with OneDNNLinear():
+            z = self.o_proj(o)
+            constant = self.o_proj(torch.zeros_like(o[..., :1, :]))
+            delta_z = (self.o_proj(delta_o.to(o.dtype)) - constant).to(_wide(o.dtype))
         if self.post_attention_norm is None:
             return x.to(z.device) + z, delta_z
         normed, delta_h = self.post_attention_norm.pair(z, delta_z)
@@ -195,7 +199,8 @@ class Block:
         Returns:
             y, [B, T, d].
         """
-        out = self.mlp(u.to(self.device))
+        with OneDNNLinear():
+            out = self.mlp(u.to(self.device))
         h = h.to(out.device)
         y = h + (self.post_feedforward_norm(out) if self.post_feedforward_norm else out)
         return hooked(self.layer, (h if x is None else x,), y)
@@ -284,7 +289,8 @@ class Decoder:
                 f"logits: model must have a language-model head, got {type(self.model).__name__}; "
                 "load it as a causal language model"
             )
-        logits = self.lm_head(self.final_norm(x).to(self.lm_head.weight.device))
+        with OneDNNLinear():
+            logits = self.lm_head(self.final_norm(x).to(self.lm_head.weight.device))
         if self.logit_softcap is None:
             return logits
         return torch.tanh(logits / self.logit_softcap) * self.logit_softcap

@@ -1,0 +1,62 @@
+"""Products by oneDNN: the same numbers, only where they pay, and hooks as ever."""
+
+import pytest
+import torch
+from torch import nn
+
+from tests.tolerances import allowed_error, largest
+from thought_kernels.models import linear
+from thought_kernels.models.linear import FEWEST_PRODUCTS, OneDNNLinear
+
+available = pytest.mark.skipif(not linear._AVAILABLE, reason="needs AVX-512 and a torch with oneDNN")
+
+
+def products(call):
+    """Names of the matrix products that torch runs in call()."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile, torch.no_grad():
+        call()
+    return {event.name for event in profile.events()} & {"aten::addmm", "aten::mm", "mkldnn::_linear_pointwise"}
+
+
+def enough(width: int) -> int:
+    return FEWEST_PRODUCTS // width**2 + 1
+
+
+@available
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("leading", [(), (3,)])
+def test_products_are_those_of_the_linear_module(bias, leading):
+    module, x = nn.Linear(192, 80, bias=bias), torch.randn(*leading, 96, 192)
+    module.register_forward_hook(lambda _, args, out: 2 * out)
+    with torch.no_grad(), OneDNNLinear():
+        out = module(x)
+    weight, x = module.weight.double(), x.double()
+    exact = 2 * (x @ weight.T + (module.bias.double() if bias else 0))
+    plain = 2 * nn.functional.linear(x.float(), module.weight, module.bias)
+    assert largest(out.double() - exact) <= allowed_error(exact, plain)
+
+
+@available
+def test_large_float32_products_are_onednns_and_others_torchs_own():
+    def used(module, x):
+        with OneDNNLinear():
+            return products(lambda: module(x))
+
+    module, rows = nn.Linear(128, 128, bias=False), enough(128)
+    assert used(module, torch.randn(rows, 128)) == {"mkldnn::_linear_pointwise"}
+    assert "mkldnn::_linear_pointwise" not in used(module, torch.randn(rows - 2, 128))
+    assert "mkldnn::_linear_pointwise" not in used(module.double(), torch.randn(rows, 128).double())
+    assert "mkldnn::_linear_pointwise" not in products(lambda: module.float()(torch.randn(rows, 128)))
+
+
+def test_gradients_flow_through_torchs_own_product():
+    module, x = nn.Linear(128, 128), torch.randn(enough(128), 128, requires_grad=True)
+    with OneDNNLinear():
+        module(x).sum().backward()
+    assert x.grad is not None and module.weight.grad is not None
+
+
+@available
+def test_wrong_shapes_raise_torchs_own_error():
+    with torch.no_grad(), OneDNNLinear(), pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        nn.Linear(128, 128)(torch.randn(200, 64))
