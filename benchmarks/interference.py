@@ -27,9 +27,11 @@ from tqdm import tqdm
 import thought_kernels as tk
 from thought_kernels.demo import CHECKPOINT
 from thought_kernels.demo.tasks import TASKS, held_out, inputs
+from thought_kernels.evaluate.overlap import rank_correlation
 from thought_kernels.evaluate.trial import Trial
 from thought_kernels.models.load import load
-from thought_kernels.spectral.diagnose import Diagnosis, diagnose
+from thought_kernels.spectral.diagnose import interference
+from thought_kernels.spectral.overlap import Interference
 
 RESULTS = Path(__file__).parent / "results"
 TASK_NAMES = ("sum", "largest", "sort", "reverse", "first", "parity")
@@ -39,36 +41,23 @@ COLUMNS = ("task", "other", "strength", *PREDICTIONS, "divergence_alone", "diver
            "accuracy_alone", "accuracy_both", "accuracy_lost", "examples", "inputs", "seed", "weights")  # fmt: skip
 
 
-def predictions(report: Diagnosis, other: Any) -> dict[str, float]:
+def predictions(found: Interference, other: Any) -> dict[str, float]:
     """felt is the one that diagnose reports; the others are there to be compared with it."""
-    shared = [site.overlap for site in report.sites.values() if site.overlap is not None]
-    assert report.felt is not None
+    shared = list(found.sites.values())
     return {
-        "felt": report.felt,
-        "felt_largest": max(found.felt for found in shared),
-        "read": fmean(found.read for found in shared),
-        "write": fmean(found.write for found in shared),
-        "alignment": fmean(found.alignment for found in shared),
+        "felt": found.felt,
+        "felt_largest": max(one.felt for one in shared),
+        "read": fmean(one.read for one in shared),
+        "write": fmean(one.write for one in shared),
+        "alignment": fmean(one.alignment for one in shared),
         "norm": sum(entry.norm() ** 2 for entry in other.entries.values()) ** 0.5,  # knows nothing of the pair
     }
 
 
-def ranks(values: Any) -> Any:
-    """Ranks from 0, ties sharing their mean."""
-    values = np.asarray(values, dtype=float)
-    order = values.argsort()
-    found = np.empty(len(values))
-    found[order] = np.arange(len(values))
-    for value in np.unique(values):
-        found[values == value] = found[values == value].mean()
-    return found
-
-
-def spearman(a: Any, b: Any) -> float:
-    """Rank correlation; NaN where one side is constant."""
-    x, y = ranks(a) - ranks(a).mean(), ranks(b) - ranks(b).mean()
-    scale = float(np.sqrt((x @ x) * (y @ y)))
-    return float(x @ y) / scale if scale else float("nan")
+def spearman(rows: list[dict], prediction: str, measure: str) -> float:
+    """Rank correlation over the rows; NaN where one side is constant, or of fewer than three."""
+    found = rank_correlation([float(row[prediction]) for row in rows], [float(row[measure]) for row in rows])
+    return float("nan") if found is None else found
 
 
 def interval(
@@ -81,7 +70,7 @@ def interval(
         weight = {name: int((drawn == name).sum()) for name in tasks}
         sample = [row for row in rows for _ in range(weight[row["task"]] * weight[row["other"]])]
         if len({row["task"] for row in sample}) > 2:
-            found.append(spearman([float(r[prediction]) for r in sample], [float(r[measure]) for r in sample]))
+            found.append(spearman(sample, prediction, measure))
     kept = [value for value in found if value == value]
     low, high = np.quantile(kept, [0.025, 0.975]) if kept else (float("nan"), float("nan"))
     return float(low), float(high)
@@ -93,12 +82,10 @@ def correlations(rows: list[dict]) -> list[dict]:
         chosen = [row for row in rows if row["strength"] == strength]
         for measure, prediction in itertools.product(MEASURES, PREDICTIONS):
             groups = [[row for row in chosen if row["task"] == task] for task in tasks]
-            within = [
-                spearman([float(r[prediction]) for r in group], [float(r[measure]) for r in group]) for group in groups
-            ]
+            within = [spearman(group, prediction, measure) for group in groups]
             known = [value for value in within if value == value]
             low, high = interval(chosen, prediction, measure, tasks)
-            overall = spearman([float(r[prediction]) for r in chosen], [float(r[measure]) for r in chosen])
+            overall = spearman(chosen, prediction, measure)
             lines.append({
                 "strength": strength, "measure": measure, "prediction": prediction, "pairs": len(chosen),
                 "spearman": f"{overall:.3f}", "low": f"{low:.3f}", "high": f"{high:.3f}",
@@ -160,7 +147,7 @@ def main() -> None:
             both = trial.score(model)
         divergence = [score.effect.patched / score.effect.tokens for score in (alone, both)]
         figures = {
-            **predictions(diagnose(patches[a], model, other=other), other),
+            **predictions(interference(patches[a], [other], model)[0], other),
             "divergence_alone": divergence[0], "divergence_both": divergence[1],
             "divergence": divergence[1] - divergence[0], "accuracy_alone": alone.accuracy,
             "accuracy_both": both.accuracy, "accuracy_lost": alone.accuracy - both.accuracy,

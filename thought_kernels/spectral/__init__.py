@@ -10,14 +10,14 @@
     density       the empirical spectral density, stable and effective rank
     tails         power laws of its largest eigenvalues
     inspect       all of it for the matrices of a model's files, one at a time
-    diagnose, overlap       what a patch touches in a model, and how two patches interfere
+    diagnose, site_diagnosis, overlap       what a patch touches in a model, and how two patches interfere
 
 W is [m, n] with features in columns throughout.
 """
 
 from thought_kernels.spectral.clusters import ClusterFit, TightFrame, projective_linearity, tight_frames
 from thought_kernels.spectral.density import SpectralDensity, empirical_spectral_density
-from thought_kernels.spectral.diagnose import Diagnosis, FeatureChange, SiteDiagnosis, diagnose
+from thought_kernels.spectral.diagnose import Diagnosis, diagnose, interference
 from thought_kernels.spectral.frames import fractional_dimensionality, frame_operator, gram
 from thought_kernels.spectral.geometry import Component, identify_components, identify_geometry
 from thought_kernels.spectral.inspect import MatrixRow, inspect_matrix, inspect_model, stored_matrices
@@ -34,8 +34,9 @@ from thought_kernels.spectral.measure import (
     spectral_moment,
     support_bounds,
 )
-from thought_kernels.spectral.overlap import Overlap
+from thought_kernels.spectral.overlap import Interference, Overlap
 from thought_kernels.spectral.scheme import AssociationScheme, association_scheme
+from thought_kernels.spectral.site_diagnosis import FeatureChange, SiteDiagnosis
 from thought_kernels.spectral.spectrum import FrameSpectrum, frame_spectrum
 from thought_kernels.spectral.tails import Tail, power_law_tail
 from thought_kernels.spectral.taxonomy import FeatureClasses, classify_features
@@ -49,6 +50,7 @@ __all__ = [
     "FeatureClasses",
     "FeatureMeasures",
     "FrameSpectrum",
+    "Interference",
     "MatrixRow",
     "Overlap",
     "SiteDiagnosis",
@@ -69,6 +71,7 @@ __all__ = [
     "identify_geometry",
     "inspect_matrix",
     "inspect_model",
+    "interference",
     "leverage",
     "measure_features",
     "power_law_tail",

@@ -7,126 +7,29 @@ moves each to (1 + Δ)ᵀ w_i. Δ's column space is what it writes into x, its r
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from thought_kernels.models import describe
 from thought_kernels.ops.library import message
-from thought_kernels.spectral.density import SpectralDensity
-from thought_kernels.spectral.frames import check_matrix
-from thought_kernels.spectral.measure import FeatureMeasures, features_of, shares
-from thought_kernels.spectral.overlap import Overlap, overlap
-from thought_kernels.spectral.spectrum import FrameSpectrum, decompose
+from thought_kernels.spectral.frames import check_matrix, frame_operator
+from thought_kernels.spectral.overlap import Interference, Overlap, overlap
+from thought_kernels.spectral.site_diagnosis import SiteDiagnosis, diagnose_site
 
 MODULES = {"attention": ("o_proj",), "mlp": ("gate_proj", "up_proj")}
 _EPS = torch.finfo(torch.float32).eps
+Key = tuple[int, str]
 
 
-@dataclass(frozen=True, eq=False)
-class FeatureChange:
-    """What W -> W (1 + Δ) does to each row of W; tensors ``[n]`` float64, gate_proj's rows before up_proj's.
+class _Edit(NamedTuple):
+    """Δ in float64, and the share of its largest singular value below which others are rounding."""
 
-    Attributes:
-        before, after: the features' measures in their own frame, before and after.
-        moved: ‖w'_i − w_i‖ / ‖w_i‖; 0 for a zero feature.
-        transport: the part of a feature's norm that changed eigenspace: total variation, in [0, 1], between its
-            spectral measure and that of w'_i over the old eigenspaces and the kernel of F.
-    """
-
-    before: FeatureMeasures
-    after: FeatureMeasures
-    moved: Tensor
-    transport: Tensor
-
-    @property
-    def dimensionality_change(self) -> Tensor:
-        """D'_i − D_i ``[n]``."""
-        return self.after.dimensionality - self.before.dimensionality
-
-    def summary(self) -> dict[str, Any]:
-        """Means and extremes, JSON values only."""
-        change = self.dimensionality_change
-        most = self.transport.topk(min(5, len(self.transport))).indices.tolist()
-        return {
-            "features": len(change),
-            "saturation": [float(m.dimensionality.sum() / m.leverage.sum()) for m in (self.before, self.after)],
-            "mean_slack": [float(m.slack.mean()) for m in (self.before, self.after)],
-            "mean_dimensionality_change": float(change.mean()),
-            "mean_absolute_dimensionality_change": float(change.abs().mean()),
-            "largest_dimensionality_change": float(change.abs().max()),
-            "mean_moved": float(self.moved.mean()),
-            "mean_transport": float(self.transport.mean()),
-            "largest_transport": float(self.transport.max()),
-            "most_transported": most,
-        }
-
-
-@dataclass(frozen=True, eq=False)
-class SiteDiagnosis:
-    """One block and site of a patch.
-
-    Attributes:
-        layer, site: 0-based block index, "attention" or "mlp".
-        singular_values: of Δ ``[d]`` float64, largest first.
-        rank: how many are above float32's rounding of the largest.
-        stable_rank, effective_rank: of Δ; exp of the entropy of its squared singular values' shares.
-        strength: ‖WΔ‖_F / ‖W‖_F.
-        eigenvalues, multiplicities: of F's eigenspaces ``[E]``, largest first.
-        write, read: the share of ‖Δ‖_F² that Δ writes into, and reads from, each eigenspace ``[E]``.
-        write_kernel, read_kernel: the rest, in the kernel of F; what is written there has no effect.
-        write_gain, read_gain: Σ share · λ_e over the mean of all d eigenvalues: above 1 where Δ writes into (reads
-            from) directions that W amplifies more than the average one.
-        features: FeatureChange.
-        overlap: with the other patch, None where there is none or it does nothing here.
-    """
-
-    layer: int
-    site: str
-    singular_values: Tensor = field(repr=False)
-    rank: int
-    stable_rank: float
-    effective_rank: float
-    strength: float
-    eigenvalues: Tensor = field(repr=False)
-    multiplicities: Tensor = field(repr=False)
-    write: Tensor = field(repr=False)
-    read: Tensor = field(repr=False)
-    write_kernel: float
-    read_kernel: float
-    write_gain: float
-    read_gain: float
-    features: FeatureChange = field(repr=False)
-    overlap: Overlap | None = None
-
-    def top_share(self, part: str, dimensions: float = 0.1) -> float:
-        """The share that Δ writes into, or reads from, F's leading eigenspaces.
-
-        Args:
-            part: "write" or "read".
-            dimensions: of how much of the space, in (0, 1]; the last eigenspace counts in proportion.
-        """
-        profile, wanted = getattr(self, part), dimensions * len(self.singular_values)
-        filled = self.multiplicities.cumsum(0).double()
-        used = ((wanted - (filled - self.multiplicities)) / self.multiplicities).clamp(0, 1)
-        return float((profile * used).sum())
-
-    def to_dict(self) -> dict[str, Any]:
-        """Everything as JSON values; of the features a summary."""
-        tensors = ("singular_values", "eigenvalues", "multiplicities", "write", "read")
-        plain = ("layer", "site", "rank", "stable_rank", "effective_rank", "strength", "write_kernel", "read_kernel",
-                 "write_gain", "read_gain")  # fmt: skip
-        return {
-            **{name: getattr(self, name) for name in plain},
-            "write_top_tenth": self.top_share("write"),
-            "read_top_tenth": self.top_share("read"),
-            **{name: getattr(self, name).tolist() for name in tensors},
-            "features": self.features.summary(),
-            "overlap": None if self.overlap is None else asdict(self.overlap),
-        }
+    delta: Tensor
+    resolution: float
 
 
 @dataclass(frozen=True, eq=False)
@@ -190,102 +93,102 @@ def diagnose(patch: Any, model: Any, *, other: Any = None) -> Diagnosis:
 
     Raises:
         TypeError: a patch or a model of another kind.
-        ValueError: a patch without a nonzero matrix, blocks the model lacks, another width, NaN, or quantised weights.
+        ValueError: a patch without a nonzero matrix, blocks the model lacks, another width, NaN, or weights that are
+            quantised or zero.
 
     Source: Spectral superposition, §1 (what steering touches), eq. 3.1-3.3; gains and overlaps are ours.
     """
-    ours, theirs = _matrices(patch, "patch"), {} if other is None else _matrices(other, "other")
-    decoder = describe(model)
-    weights: dict[tuple[int, str], list[Tensor]] = {}
-    for name, deltas in (("patch", ours), ("other", theirs)):
-        for key, delta in deltas.items():
-            if key not in weights:
-                weights[key] = _weights(name, decoder, key)
-            width = weights[key][0].shape[1]
-            if tuple(delta.shape) != (width, width):
-                raise ValueError(
-                    message("diagnose", name, f"have matrices of width {width}", list(delta.shape), _where(key))
-                )
-    sites = {}
-    shared: dict[tuple[int, str], Overlap] = {}
-    for key, delta in ours.items():
-        sites[key] = _site(key, delta, theirs.get(key), torch.cat([w.double().cpu() for w in weights[key]]).T)
-        found = sites[key].overlap
-        if found is not None:
-            shared[key] = found
+    ours, theirs = _edits(patch, "patch"), {} if other is None else _edits(other, "other")
+    weights = _weights(model, [("patch", ours), ("other", theirs)])
+    sites, shared = {}, {}
+    for key, (delta, resolution) in ours.items():
+        X = _features(weights[key])
+        if key in theirs:
+            shared[key] = overlap(delta, theirs[key].delta, frame_operator(X))
+        sites[key] = diagnose_site(*key, delta, resolution, X, shared.get(key))
     if other is None:
         return Diagnosis(sites)
+    found = _interference(shared, ours, theirs)
+    return Diagnosis(sites, found.felt, found.caused)
+
+
+def interference(patch: Any, others: Sequence[Any], model: Any) -> list[Interference]:
+    """Predicts how far a patch and each of several others get in each other's way: diagnose's prediction alone.
+
+    felt² = mean over the patch's sites of ‖W B Aᵀ‖² / ‖W A Aᵀ‖², A its own edits, B the other's
+
+    Args:
+        patch, model: as diagnose takes them.
+        others: patches of the same model; the weights are read once for all of them.
+
+    Returns:
+        An Interference for each.
+
+    Raises:
+        TypeError, ValueError: as diagnose does.
+
+    Source: ours.
+    """
+    ours = _edits(patch, "patch")
+    theirs = [_edits(other, "others") for other in others]
+    weights = _weights(model, [("patch", ours), *(("others", edits) for edits in theirs)])
+    shared: list[dict[Key, Overlap]] = [{} for _ in theirs]
+    for key, edit in ours.items():
+        F = frame_operator(_features(weights[key]))
+        for found, edits in zip(shared, theirs, strict=True):
+            if key in edits:
+                found[key] = overlap(edit.delta, edits[key].delta, F)
+    return [_interference(found, ours, edits) for found, edits in zip(shared, theirs, strict=True)]
+
+
+def _interference(shared: Mapping[Key, Overlap], ours: Mapping[Key, Any], theirs: Mapping[Key, Any]) -> Interference:
     felt = sum(found.felt**2 for found in shared.values()) / len(ours)
     caused = sum(found.caused**2 for found in shared.values()) / len(theirs)
-    return Diagnosis(sites, felt**0.5, caused**0.5)
+    return Interference(shared, felt**0.5, caused**0.5)
 
 
-def _site(key: tuple[int, str], delta: Tensor, other: Tensor | None, X: Tensor) -> SiteDiagnosis:
-    spectrum = decompose("diagnose", X)
-    u, s, vh = torch.linalg.svd(delta)
-    density = SpectralDensity(s.square(), int((s > 4 * _EPS * s[0]).sum()))
-    basis = spectrum.frame_basis
-    total = s.square().sum()
-    write, read = ((basis.T @ side).square() @ s.square() / total for side in (u, vh.T))
-    # Eigenvalues as they are in the matrix that was decomposed: a W that was rescaled cancels from every ratio.
-    mean = float(spectrum.all_eigenvalues.sum()) / len(s)
-    gains = [float(profile @ spectrum.all_eigenvalues) / mean for profile in (write, read)]
-    F = (basis * spectrum.all_eigenvalues) @ basis.T
-    return SiteDiagnosis(
-        *key, s, density.rank, density.stable_rank, density.effective_rank,
-        strength=(gains[0] * float(total) / len(s)) ** 0.5,
-        eigenvalues=spectrum.eigenvalues, multiplicities=spectrum.multiplicities,
-        write=spectrum.sum_groups(write), read=spectrum.sum_groups(read),
-        write_kernel=max(0.0, 1 - float(write.sum())), read_kernel=max(0.0, 1 - float(read.sum())),
-        write_gain=gains[0], read_gain=gains[1], features=_change(spectrum, delta),
-        overlap=None if other is None else overlap(delta, other, F),
-    )  # fmt: skip
-
-
-def _change(spectrum: FrameSpectrum, delta: Tensor) -> FeatureChange:
-    X, basis = spectrum.matrix, spectrum.frame_basis
-    edited = X + delta.T @ X
-    moved, transport = [], []
-    for columns, old in spectrum.coefficients():
-        p, squared_norm = shares(old)
-        new = edited[:, columns].T
-        whole = new.square().sum(1)
-        q = (new @ basis).square() / torch.where(whole > 0, whole, 1)[:, None]
-        outside = (1 - q.sum(1)).clamp(min=0)
-        distance = (spectrum.sum_groups(q) - spectrum.sum_groups(p)).abs().sum(1) + outside
-        present = (squared_norm > 0) & (whole > 0)
-        transport.append(torch.where(present, distance / 2, 0).clamp(max=1))
-        step = torch.linalg.vector_norm(new - X[:, columns].T, dim=1)
-        moved.append(torch.where(squared_norm > 0, step / torch.where(squared_norm > 0, squared_norm, 1).sqrt(), 0))
-    after = features_of(decompose("diagnose", edited))
-    return FeatureChange(features_of(spectrum), after, torch.cat(moved), torch.cat(transport))
-
-
-def _matrices(patch: Any, name: str) -> dict[tuple[int, str], Tensor]:
+def _edits(patch: Any, name: str) -> dict[Key, _Edit]:
+    """A patch's nonzero matrices."""
     try:
         keys = [(layer, site) for layer in patch.layers for site in patch.sites if site in MODULES]
         found = {key: patch.matrix(*key) for key in keys}
     except AttributeError as error:
         rule = "be a patch with layers, sites and matrix(layer, site)"
         raise TypeError(message("diagnose", name, rule, type(patch).__name__)) from error
-    deltas = {}
+    edits = {}
     for key, delta in found.items():
         if delta is None:
             continue
+        resolution = 4 * max(torch.finfo(delta.dtype).eps, _EPS)
         delta = delta.detach().to("cpu", torch.float64)
         if not bool(delta.isfinite().all()):
             raise ValueError(message("diagnose", name, "be finite", "NaN or an infinity", _where(key)))
         if bool(delta.any()):
-            deltas[key] = delta
-    if not deltas:
+            edits[key] = _Edit(delta, resolution)
+    if not edits:
         raise ValueError(message("diagnose", name, "have a nonzero matrix", "none", "vectors have no spectrum"))
-    return deltas
+    return edits
 
 
-def _weights(name: str, decoder: Any, key: tuple[int, str]) -> list[Tensor]:
+def _weights(model: Any, named: Sequence[tuple[str, Mapping[Key, _Edit]]]) -> dict[Key, list[Tensor]]:
+    """The weights that edits multiply, after checking all edits, each with its argument's name, against the model."""
+    decoder = describe(model)
+    weights: dict[Key, list[Tensor]] = {}
+    for name, edits in named:
+        for key, edit in edits.items():
+            if key not in weights:
+                weights[key] = _weights_at(name, decoder, key)
+            width = weights[key][0].shape[1]
+            if tuple(edit.delta.shape) != (width, width):
+                rule = f"have matrices of width {width}"
+                raise ValueError(message("diagnose", name, rule, list(edit.delta.shape), _where(key)))
+    return weights
+
+
+def _weights_at(name: str, decoder: Any, key: Key) -> list[Tensor]:
     layer, site = key
-    if layer >= len(decoder.blocks):
-        last = len(decoder.blocks) - 1
+    last = len(decoder.blocks) - 1
+    if not 0 <= layer <= last:
         raise ValueError(message("diagnose", name, f"have blocks 0 to {last} only", layer, "which the model lacks"))
     found = []
     for module_name in MODULES[site]:
@@ -297,7 +200,15 @@ def _weights(name: str, decoder: Any, key: tuple[int, str]) -> list[Tensor]:
             raise ValueError(message("diagnose", "model", "have plain floating weights", actual, _where(key)))
         check_matrix("diagnose", weight)
         found.append(weight.detach())
+    if not any(bool(weight.any()) for weight in found):
+        actual = f"zeros at {' and '.join(MODULES[site])}"
+        raise ValueError(message("diagnose", "model", "have nonzero weights where the patch acts", actual, _where(key)))
     return found
+
+
+def _features(weights: Sequence[Tensor]) -> Tensor:
+    """W's rows as columns ``[d, n]``, float64."""
+    return torch.cat([weight.to("cpu", torch.float64) for weight in weights]).T
 
 
 def _where(key: tuple[int, str]) -> str:

@@ -111,9 +111,12 @@ def measure_features(W: Tensor, *, rtol: float = RTOL, rank_rtol: float | None =
 
 
 def features_of(spectrum: FrameSpectrum) -> FeatureMeasures:
-    """measure_features of a W that is decomposed already."""
+    """measure_features of a W that is decomposed already, which may be zero here."""
     n, device = spectrum.matrix.shape[1], spectrum.matrix.device
     dtypes = [torch.int64 if name == "eigenspace" else torch.float64 for name in FeatureMeasures._fields]
+    if spectrum.rank == 0:
+        nothing = FeatureMeasures(*(torch.zeros(n, dtype=dtype, device=device) for dtype in dtypes))
+        return nothing._replace(eigenspace=nothing.eigenspace - 1)
     # Allocated beforehand: small results kept between the blocks' large temporaries fragment the heap by gigabytes.
     measures = FeatureMeasures(*(torch.empty(n, dtype=dtype, device=device) for dtype in dtypes))
     for columns, coefficients in spectrum.coefficients():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -23,6 +24,22 @@ class Overlap:
     read: float
     write: float
     alignment: float
+    felt: float
+    caused: float
+
+
+@dataclass(frozen=True)
+class Interference:
+    """What one patch, A, shares with another, B, over all blocks and sites.
+
+    Attributes:
+        sites: Overlap per (block, site) that both edit.
+        felt: predicted disturbance of A by B: the root mean square of Overlap.felt over A's sites, 0 where B does
+            nothing.
+        caused: the same the other way round, over B's sites.
+    """
+
+    sites: Mapping[tuple[int, str], Overlap]
     felt: float
     caused: float
 
