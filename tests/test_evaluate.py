@@ -22,6 +22,8 @@ from thought_kernels.evaluate import sections as registry
 from thought_kernels.evaluate.plots import PLOTS
 from thought_kernels.evaluate.report import Evaluation, Line, Section
 from thought_kernels.evaluate.verdict import summary, verdict
+from thought_kernels.spectral import diagnose
+from thought_kernels.transmute.patch import ThoughtPatch
 
 TOKENIZER = tiny_tokenizer()
 EXAMPLES = ["3 1 4", "2 7 8", "1 9", "5 5 5 5"]
@@ -88,6 +90,40 @@ def test_the_sections_hold_what_they_promise(whole: tuple[Evaluation, Path]) -> 
     assert at_one is not None and same is not None and at_one.value == pytest.approx(same.value, abs=1e-6)
     replayed, control = (found.sections["replay"].get(who, "logit error") for who in ("replayed", "unpatched control"))
     assert replayed is not None and control is not None and replayed.value < 1e-9 < control.value
+
+
+def test_the_diagnosis_stands_beside_what_was_measured(model: Any, whole: tuple[Evaluation, Path]) -> None:
+    found, folder = whole
+    section, patch = found.sections["diagnosis"], ThoughtPatch.from_pretrained(folder / "patch")
+    report = diagnose(patch, model)
+    for (layer, site), truth in report.sites.items():
+        shown = {
+            figure.quantity: figure.value for figure in section.figures if (figure.subject, figure.x) == (site, layer)
+        }
+        assert shown["stable rank"] == pytest.approx(truth.stable_rank, rel=1e-5)  # the patch was stored in float32
+        assert shown["transport"] == pytest.approx(float(truth.features.transport.mean()), rel=1e-5)
+        width, name = len(truth.singular_values), f"{site}, block {layer}"
+        spectrum = section.series(name, "singular value")
+        assert [figure.x for figure in spectrum] == [1, 2, 4, 8, 16, 32, width]
+        assert spectrum[0].value == pytest.approx(float(truth.singular_values[0]), rel=1e-5)
+        for quantity, rest in (("written", truth.write_kernel), ("read", truth.read_kernel)):
+            shares = [figure.value for figure in section.series(name, quantity)]
+            assert shares == sorted(shares) and shares[-1] == pytest.approx(1 - rest, abs=1e-5)
+    for name in ("told “Turn”", "told “Sort”"):
+        caused = section.get(name, "caused")
+        assert caused is not None and caused.value > 0
+        for quantity in ("accuracy, patch off", "accuracy, patch on"):
+            assert section.get(name, quantity) == found.sections["side_effects"].get(name, quantity)
+
+
+def test_what_has_no_spectrum_is_said_to_have_none(model: Any) -> None:
+    vectors = random_patch(sites=["residual"], hidden=36)
+    given = {"held_out": HELD_OUT, "instruction": "Sum", "sections": "diagnosis", **SETTINGS}
+    section = tk.evaluate(model, TOKENIZER, vectors, **given).sections["diagnosis"]
+    assert section.error is None and not section.figures and "vectors have no spectrum" in section.notes[0]
+    matrices = tk.evaluate(model, TOKENIZER, random_patch(layers=[1], sites=["mlp"]), **given).sections["diagnosis"]
+    assert matrices.subjects("transport") == ["mlp"] and not matrices.subjects("caused")
+    assert any("Predicting interference needs" in note for note in matrices.notes)
 
 
 class Page(HTMLParser):

@@ -9,7 +9,8 @@ from typing import Any
 from thought_kernels.demo.curves import Curve
 from thought_kernels.demo.demo import DemoReport, Row
 from thought_kernels.demo.tasks import RESERVED_FOR_FINAL_STUDY, TASKS
-from thought_kernels.evaluate.curve_picture import BLUE, GREY, INK, ORANGE, STYLE, curve_axes, percent_axis
+from thought_kernels.evaluate.curve_picture import STYLE, curve_axes, percent_axis
+from thought_kernels.evaluate.drawing import BLUE, GREY, INK, ORANGE
 from thought_kernels.evaluate.journal import replace_file
 
 _BARS: tuple[tuple[str, str, Callable[[Row], float]], ...] = (

@@ -33,7 +33,8 @@ def combination(subject: Subject, section: Section) -> None:
     section.add("negated, told the instruction", "accuracy", mean_interval(told, seed=subject.seed), inputs=len(trial))
     section.note(
         "Negated: without the instruction the bare model's answers should stay; told the instruction, the model should "
-        "lose it as far as the patch is its opposite."
+        "lose it as far as the patch is its opposite. Ten pairs of instructions: “thought-kernels experiment "
+        "composition”; facts as instructions: “experiment knowledge” (docs/experiments.md)."
     )
 
 

@@ -7,10 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from thought_kernels.evaluate.curves import PAPER_DIVISOR, Point
+from thought_kernels.evaluate.drawing import BLUE, GREEN, GREY, INK, ORANGE
 from thought_kernels.evaluate.journal import replace_file
 
-# Okabe and Ito's palette: apart for colour-blind readers, and by lightness in print.
-GREY, BLUE, ORANGE, GREEN, INK = "#b8bcc2", "#0072b2", "#e69f00", "#009e73", "#30343a"
 STYLE = {
     "font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": INK,
     "axes.labelcolor": INK, "text.color": INK, "xtick.color": INK, "ytick.color": INK, "axes.titlelocation": "left",

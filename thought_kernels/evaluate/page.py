@@ -26,6 +26,9 @@ PLOTTED_ONLY = {
     ("patch", "norm"),
     ("patch", "residual"),
     ("replay", "block error"),
+    ("diagnosis", "singular value"),
+    ("diagnosis", "written"),
+    ("diagnosis", "read"),
 }
 
 
@@ -80,7 +83,7 @@ def tables(section: Section) -> list[dict[str, Any]]:
             for subject, x in dict.fromkeys((f.subject, f.x) for f in figures)
         ]
         wide = [any(row[index][1] for _, row in rows) for index in range(len(columns))]
-        names = [_HEADINGS.get((section.name, column), column) for column in columns]
+        names = [_HEADINGS.get(section.name, {}).get(column, column) for column in columns]
         made.append({"columns": list(zip(names, wide, strict=True)), "rows": rows})
     return made
 
@@ -106,12 +109,18 @@ def _together(figures: list[Figure]) -> list[set[str]]:
     return groups
 
 
-# What a column is called where its quantity's name would mislead.
+# What a column is called where its quantity's name would mislead, or is too long for a table.
 _HEADINGS = {
-    ("generalisation", "accuracy"): "patched", ("baselines", "seconds to make"): "seconds",
-    ("data", "seconds to make"): "seconds",
+    "generalisation": {"accuracy": "patched"},
+    "baselines": {"seconds to make": "seconds"},
+    "data": {"seconds to make": "seconds"},
+    "diagnosis": {
+        "stable rank": "stable", "effective rank": "effective", "write gain": "write", "read gain": "read",
+        "largest |ΔD|": "largest", "read overlap": "read", "write overlap": "write",
+        "accuracy, patch off": "patch off", "accuracy, patch on": "patch on",
+    },
 }  # fmt: skip
-_SWEPT = {"scale": "scale", "data": "examples"}
+_SWEPT = {"scale": "scale", "data": "examples", "diagnosis": "block"}
 
 
 def _label(section: str, subject: str, x: float | None) -> str:

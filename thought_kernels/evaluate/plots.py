@@ -5,16 +5,29 @@ from __future__ import annotations
 import io
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
+from thought_kernels.evaluate.drawing import (
+    BLUE,
+    COLOURS,
+    FLOOR,
+    GREEN,
+    GREY,
+    INK,
+    ORANGE,
+    RED,
+    block_axis,
+    dot,
+    lattice,
+    legend,
+    line,
+    name_rows,
+    percent,
+)
 from thought_kernels.evaluate.report import Figure, Section
 
-# Okabe and Ito's palette: apart for colour-blind readers, and by lightness in print.
-GREY, BLUE, ORANGE, GREEN, RED, INK = "#a9adb3", "#0072b2", "#e69f00", "#009e73", "#c0392b", "#30343a"
-COLOURS = {"bare": GREY, "prompted": INK, "patched": BLUE}
 SMALLEST_KL = 1e-7  # drawn for anything below, which is rounding
-FLOOR = -0.25  # recovered effects below this are drawn at the edge, since ‑40 and ‑4 say the same
 _STYLE = {
     "font.size": 10.5, "font.family": "sans-serif", "axes.spines.top": False, "axes.spines.right": False,
     "axes.edgecolor": "#8a9099", "axes.labelcolor": INK, "text.color": INK, "xtick.color": INK, "ytick.color": INK,
@@ -64,27 +77,16 @@ def _dots(section: Section, canvas: Any) -> bool:
         for row, name in enumerate(names):
             figure = section.get(name, quantity)
             if figure is not None and not math.isnan(figure.value):
-                _dot(axes, row, figure, COLOURS.get(name, ORANGE))
+                dot(axes, row, figure, COLOURS.get(name, ORANGE))
         axes.set_title(title)
-        axes.set_yticks(range(len(names)), names)
-        axes.tick_params(axis="y", length=0)
-        axes.grid(axis="x")
-        axes.set_axisbelow(True)
+        name_rows(axes, names)
         patched = section.get("patched", quantity)
         if patched is not None and not math.isnan(patched.value):
             axes.axvline(patched.value, color=BLUE, linewidth=0.8, linestyle=(0, (2, 3)), zorder=1)
-    left.invert_yaxis()
     left.set_xlim(-0.02, 1.03)
     right.set_xlim(FLOOR - 0.05, 1.06)
-    _percent(left.xaxis)
+    percent(left.xaxis)
     return True
-
-
-def _dot(axes: Any, row: float, figure: Figure, colour: str) -> None:
-    value = max(figure.value, FLOOR)
-    if not math.isnan(figure.low):
-        axes.plot([max(figure.low, FLOOR), max(figure.high, FLOOR)], [row, row], color=colour, linewidth=2, alpha=0.55)
-    axes.plot([value], [row], marker="<" if figure.value < FLOOR else "o", markersize=6, color=colour, zorder=3)
 
 
 def _effect(section: Section, canvas: Any) -> bool:
@@ -99,43 +101,27 @@ def _effect(section: Section, canvas: Any) -> bool:
     bars.set_xticks(range(3), ["bare", "prompted", "patched"])
     bars.set_title("accuracy")
     bars.set_ylim(0, 1.05)
-    _percent(bars.yaxis)
+    percent(bars.yaxis)
     for name in ("bare", "patched"):
-        _line(tokens, section.series(name, "same token"), COLOURS[name], name)
+        line(tokens, section.series(name, "same token"), COLOURS[name], name)
     tokens.set_title("same next token as prompted")
     tokens.set_ylim(-0.02, 1.05)
-    _percent(tokens.yaxis)
-    _legend(tokens, "lower right")
+    percent(tokens.yaxis)
+    legend(tokens, "lower right")
     for name in ("bare", "patched"):
-        _line(effects, section.series(name, "KL to prompted"), COLOURS[name], name, floor=SMALLEST_KL)
+        line(effects, section.series(name, "KL to prompted"), COLOURS[name], name, floor=SMALLEST_KL)
     effects.set_title("KL to prompted, nats")
     effects.set_yscale("log")
     for axes in (tokens, effects):
         axes.set_xlabel("answer position (token)")
         axes.xaxis.get_major_locator().set_params(integer=True)
-    for axes in (bars, tokens, effects):
-        axes.grid(axis="y")
-        axes.set_axisbelow(True)
+    lattice(bars, tokens, effects)
     return True
 
 
 def _whisker(axes: Any, place: float, figure: Figure) -> None:
     if not math.isnan(figure.low):
         axes.plot([place, place], [figure.low, figure.high], color="#000000", linewidth=1.2)
-
-
-def _line(axes: Any, figures: Sequence[Figure], colour: str, label: str, *, floor: float = -math.inf) -> None:
-    known = [figure for figure in figures if not math.isnan(figure.value)]
-    if not known:
-        return
-    xs = [figure.x for figure in known]
-    axes.plot(
-        xs, [max(figure.value, floor) for figure in known], color=colour, marker="o", markersize=4.5, label=label,
-        linewidth=1.8, zorder=3,
-    )  # fmt: skip
-    if not any(math.isnan(figure.low) for figure in known):
-        lows, highs = ([max(getattr(figure, end), floor) for figure in known] for end in ("low", "high"))
-        axes.fill_between(xs, lows, highs, color=colour, alpha=0.15, linewidth=0)
 
 
 def _side_effects(section: Section, canvas: Any) -> bool:
@@ -152,14 +138,10 @@ def _side_effects(section: Section, canvas: Any) -> bool:
                     row + (shift - 0.5) * 0.38, figure.value, 0.36, color=colour,
                     label=quantity.removeprefix("accuracy, ") if row == 0 else None,
                 )  # fmt: skip
-    axes.set_yticks(range(len(names)), names)
-    axes.tick_params(axis="y", length=0)
-    axes.invert_yaxis()
+    name_rows(axes, names)
     axes.set_xlim(0, 1.02)
-    _percent(axes.xaxis)
+    percent(axes.xaxis)
     axes.set_title("accuracy on other instructions")
-    axes.grid(axis="x")
-    axes.set_axisbelow(True)
     axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
     return True
 
@@ -170,12 +152,12 @@ def _scale(section: Section, canvas: Any) -> bool:
         return False
     canvas.set_size_inches(9.6, 3.1)
     left, right = canvas.subplots(1, 2)
-    _line(left, section.series("patched", "accuracy"), BLUE, "accuracy")
-    _line(left, recovered, GREEN, "recovered effect", floor=FLOOR)
+    line(left, section.series("patched", "accuracy"), BLUE, "accuracy")
+    line(left, recovered, GREEN, "recovered effect", floor=FLOOR)
     left.set_xlabel("scale")
     left.set_ylim(FLOOR, 1.08)
     left.set_title("against scale")
-    _legend(left, "lower center")
+    legend(left, "lower center")
     pairs = [(b, a) for a, b in zip(recovered, beside, strict=False) if a.value > FLOOR and b.value > 0]
     right.plot([b.value for b, _ in pairs], [a.value for _, a in pairs], color=BLUE, marker="o", markersize=4.5)
     for index, (beside_figure, figure) in enumerate(pairs):
@@ -193,9 +175,7 @@ def _scale(section: Section, canvas: Any) -> bool:
     right.set_xlabel("KL on unrelated prompts, nats a token")
     right.set_ylabel("recovered effect")
     right.set_title("effect against side effect, by scale")
-    for axes in (left, right):
-        axes.grid()
-        axes.set_axisbelow(True)
+    lattice(left, right, axis="both")
     return True
 
 
@@ -204,22 +184,21 @@ def _data(section: Section, canvas: Any) -> bool:
         return False
     canvas.set_size_inches(9.6, 3.0)
     left, right = canvas.subplots(1, 2)
-    _line(left, section.series("patched", "accuracy"), BLUE, "patched")
-    _line(right, section.series("patched", "recovered"), BLUE, "patched", floor=FLOOR)
+    line(left, section.series("patched", "accuracy"), BLUE, "patched")
+    line(right, section.series("patched", "recovered"), BLUE, "patched", floor=FLOOR)
     prompted = section.get("prompted", "accuracy")
     if prompted is not None and not math.isnan(prompted.value):
         left.axhline(prompted.value, color=INK, linewidth=1, linestyle=(0, (4, 3)), label="prompted")
-    _legend(left, "lower right")
+    legend(left, "lower right")
     counts = [figure.x for figure in section.series("patched", "recovered")]
     for axes, title in ((left, "accuracy"), (right, "recovered effect")):
         axes.set_xscale("log", base=2)
         axes.set_xticks(counts, [f"{count:g}" for count in counts])
         axes.set_xlabel("examples")
         axes.set_title(title)
-        axes.grid(axis="y")
-        axes.set_axisbelow(True)
         axes.set_ylim(FLOOR if axes is right else 0, 1.06)
-    _percent(left.yaxis)
+    lattice(left, right)
+    percent(left.yaxis)
     return True
 
 
@@ -233,17 +212,13 @@ def _generalisation(section: Section, canvas: Any) -> bool:
         for quantity, label in (("bare", "bare"), ("prompted", "prompted"), ("accuracy", "patched")):
             figure = section.get(name, quantity)
             if figure is not None and not math.isnan(figure.value):
-                _dot(axes, row, figure, COLOURS[label])
+                dot(axes, row, figure, COLOURS[label])
     for label in ("bare", "prompted", "patched"):
         axes.plot([], [], "o", color=COLOURS[label], label=label)
-    axes.set_yticks(range(len(names)), names)
-    axes.tick_params(axis="y", length=0)
-    axes.invert_yaxis()
+    name_rows(axes, names)
     axes.set_xlim(-0.02, 1.03)
-    _percent(axes.xaxis)
+    percent(axes.xaxis)
     axes.set_title("accuracy")
-    axes.grid(axis="x")
-    axes.set_axisbelow(True)
     axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
     return True
 
@@ -263,10 +238,9 @@ def _replay(section: Section, canvas: Any) -> bool:
     if control is not None and control.value > 0:
         axes.axhline(control.value, color=RED, linewidth=1.2, linestyle=(0, (4, 3)), label="logits, no patch")
     axes.set_yscale("log")
-    axes.xaxis.get_major_locator().set_params(integer=True)
-    axes.set_xlabel("block (0-based)")
+    block_axis(axes)
     axes.set_title("relative error")
-    axes.grid(axis="y")
+    lattice(axes)
     axes.legend(loc="center right")
     return True
 
@@ -278,30 +252,88 @@ def _patch(section: Section, canvas: Any) -> bool:
     canvas.set_size_inches(9.6, 2.5)
     left, right = canvas.subplots(1, 2)
     for name, colour in zip(norms, (BLUE, ORANGE, GREEN, RED, GREY), strict=False):
-        _line(left, section.series(name, "norm"), colour, name)
+        line(left, section.series(name, "norm"), colour, name)
     for name, colour in zip(section.subjects("residual"), (BLUE, ORANGE, GREEN), strict=False):
-        _line(right, section.series(name, "residual"), colour, name)
+        line(right, section.series(name, "residual"), colour, name)
     for axes, title in ((left, "size, Frobenius norm"), (right, "share of the examples' difference left")):
         axes.set_title(title)
-        axes.set_xlabel("block (0-based)")
         axes.set_ylim(0, 1.4 * axes.get_ylim()[1])  # the legend stands above the lines
-        axes.xaxis.get_major_locator().set_params(integer=True)
-        axes.grid(axis="y")
-        axes.set_axisbelow(True)
-        _legend(axes, "upper left")
+        block_axis(axes)
+        lattice(axes)
+        legend(axes, "upper left")
     return True
 
 
-def _legend(axes: Any, place: str) -> None:
-    if axes.get_legend_handles_labels()[0]:
-        axes.legend(loc=place)
-
-
-def _percent(axis: Any) -> None:
-    axis.set_ticks([0, 0.25, 0.5, 0.75, 1], ["0", "25 %", "50 %", "75 %", "100 %"])
+def _diagnosis(section: Section, canvas: Any) -> bool:
+    sites = [name for name in section.subjects("transport") if section.series(name, "transport")]
+    if not sites:
+        return False
+    others = section.subjects("caused")
+    canvas.set_size_inches(9.6, 3.1 + (0.9 + 0.34 * len(others) if others else 0))
+    top, *rest = canvas.subfigures(2, 1, height_ratios=(3.1, 0.9 + 0.34 * len(others))) if others else (canvas,)
+    spectra, spaces, features = top.subplots(1, 3)
+    colours = dict(zip(sites, (BLUE, ORANGE), strict=False))
+    for site, colour in colours.items():
+        blocks = [name for name in section.subjects("singular value") if name.startswith(f"{site}, ")]
+        for index, name in enumerate(blocks):
+            values = [figure for figure in section.series(name, "singular value") if figure.value > 0]
+            spectra.plot(
+                [figure.x for figure in values], [figure.value for figure in values], color=colour, linewidth=1.2,
+                alpha=0.65, label=site if index == 0 else None,
+            )  # fmt: skip
+        for quantity, style in (("written", "-"), ("read", "--")):
+            series = [section.series(name, quantity) for name in blocks]
+            means = [sum(figure.value for figure in column) / len(column) for column in zip(*series, strict=True)]
+            shares = [figure.x for figure in series[0]]
+            spaces.plot([0, *shares], [0, *means], style, color=colour)
+        for quantity, style in (("|ΔD|", "-"), ("transport", "--")):
+            figures = section.series(site, quantity)
+            features.plot(
+                [figure.x for figure in figures], [figure.value for figure in figures], style, color=colour,
+                marker="o", markersize=4,
+            )  # fmt: skip
+    for axes, names in ((spaces, ("written", "read")), (features, ("|ΔD|", "transport"))):
+        for name, style in zip(names, ("-", "--"), strict=True):
+            axes.plot([], [], style, color=INK, label=name)
+    spectra.set_xscale("log", base=2)
+    spectra.xaxis.set_major_formatter("{x:g}")
+    spectra.set_yscale("log")
+    spectra.set_xlabel("number")
+    spectra.set_title("singular values of Δ")
+    spaces.plot([0, 1], [0, 1], color=GREY, linewidth=1, linestyle=(0, (2, 3)))
+    spaces.set_xlabel("W's strongest directions, share of all")
+    spaces.set_title("share of Δ in them")
+    percent(spaces.xaxis)
+    percent(spaces.yaxis)
+    block_axis(features)
+    features.set_ylim(0, 1.35 * features.get_ylim()[1])  # the legend stands above the lines
+    features.set_title("change of W's features, mean")
+    lattice(spectra, spaces, features)
+    for axes, place in ((spectra, "lower left"), (spaces, "lower right"), (features, "upper left")):
+        legend(axes, place)
+    if others:
+        predicted, measured = rest[0].subplots(1, 2)
+        for axes, quantities in (
+            (predicted, {"caused": ORANGE}), (measured, {"accuracy, patch off": INK, "accuracy, patch on": BLUE})
+        ):  # fmt: skip
+            for quantity, colour in quantities.items():
+                for row, name in enumerate(others):
+                    found = section.get(name, quantity)
+                    if found is not None and not math.isnan(found.value):
+                        dot(axes, row, found, colour)
+                axes.plot([], [], "o", color=colour, label=quantity.removeprefix("accuracy, "))
+            name_rows(axes, others if axes is predicted else [""] * len(others))
+        predicted.set_xlim(0, None)
+        predicted.set_title("disturbance, predicted")
+        measured.set_xlim(-0.02, 1.03)
+        percent(measured.xaxis)
+        measured.set_title("accuracy, measured")
+        measured.legend(loc="upper left", bbox_to_anchor=(1, 1))
+    return True
 
 
 PLOTS: dict[str, Callable[[Section, Any], bool]] = {
     "patch": _patch, "effect": _effect, "controls": _dots, "baselines": _dots, "side_effects": _side_effects,
     "scale": _scale, "data": _data, "generalisation": _generalisation, "replay": _replay,
+    "diagnosis": _diagnosis,
 }  # fmt: skip

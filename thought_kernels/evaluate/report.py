@@ -24,7 +24,7 @@ class Figure:
 
     Attributes:
         subject: what was measured: "patched", "random matrix", "Reverse the list", ...
-        quantity: "accuracy", "recovered", ...; see page.QUANTITIES for what each means.
+        quantity: "accuracy", "recovered", ...; the notes of its section say what it means.
         value: the number; NaN where it is not defined.
         low, high: ends of its 95 % interval, NaN without one.
         inputs: how many inputs it was measured on, 0 where that has no meaning.

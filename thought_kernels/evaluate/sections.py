@@ -10,6 +10,7 @@ import torch
 from thought_kernels.evaluate.baselines import baselines
 from thought_kernels.evaluate.combination import combination
 from thought_kernels.evaluate.controls import controls
+from thought_kernels.evaluate.diagnosis import diagnosis
 from thought_kernels.evaluate.effect import effect, replay
 from thought_kernels.evaluate.generalisation import generalisation
 from thought_kernels.evaluate.report import Section
@@ -56,6 +57,11 @@ SECTIONS: dict[str, SectionKind] = {
     ),
     "combination": SectionKind(
         "Together with other patches", "Added patches should each keep their effect.", combination
+    ),
+    "diagnosis": SectionKind(
+        "What it touches in the weights",
+        "The more of the strong directions it uses and the more features it moves, the more there is to disturb.",
+        diagnosis,
     ),
     "scale": SectionKind("Scale", "Effect should be largest near 1, and flat around it.", scale),
     "data": SectionKind("Number of examples", "Where the curve has flattened, more examples buy nothing.", data),

@@ -117,14 +117,22 @@ def side_effects(subject: Subject, section: Section) -> None:
         "Unrelated prompts: divergence from the bare model and perplexity of its own continuations (or of the given "
         "ones); “prompted” is the model told the instruction there, for comparison."
     )
-    for name, other in subject.others.items():
+    for name in subject.others:
+        off, on, count = told_other(subject, name)
+        section.add(f"told “{name}”", "accuracy, patch off", off, inputs=count)
+        section.add(f"told “{name}”", "accuracy, patch on", on, inputs=count)
+    if not subject.others:
+        section.note("No other instruction was given, so none was tried with the patch on.")
+
+
+def told_other(subject: Subject, name: str) -> tuple[Interval, Interval, int]:
+    """Accuracy on another instruction, told, without the patch and with it, and how many inputs; measured once."""
+    if name not in subject.told:
+        other = subject.others[name]
         inputs = (other.inputs or Inputs(subject.held_out.questions, None)).first(OTHER_INPUTS)
         trial = subject.new_trial(other.instruction, inputs, divergences=False)
         with subject.patch.applied(subject.model):
             grades = trial.grade(trial.answer_prompted(subject.model))
-        label = f"told “{name}”"
         off, on = (mean_interval(values, seed=subject.seed) for values in (trial.prompted_grades, grades))
-        section.add(label, "accuracy, patch off", off, inputs=len(trial))
-        section.add(label, "accuracy, patch on", on, inputs=len(trial))
-    if not subject.others:
-        section.note("No other instruction was given, so none was tried with the patch on.")
+        subject.told[name] = (off, on, len(trial))
+    return subject.told[name]

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 import torch
 
-from thought_kernels.evaluate.intervals import mean_interval, recovered_interval
+from thought_kernels.evaluate.intervals import Interval, mean_interval, recovered_interval
 from thought_kernels.evaluate.report import Section
 from thought_kernels.evaluate.scorers import Scorer, ScorerError
 from thought_kernels.evaluate.trial import Score, Trial
@@ -126,6 +126,7 @@ class Subject:
     max_new_tokens: int
     known: dict[str, list[int]] = field(default_factory=dict)
     other_patches: dict[str, ThoughtPatch] = field(default_factory=dict)
+    told: dict[str, tuple[Interval, Interval, int]] = field(default_factory=dict)  # see side_effects.told_other
 
     @cached_property
     def decoder(self) -> Decoder:
