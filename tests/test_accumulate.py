@@ -237,6 +237,32 @@ def test_zero_rows_and_no_rows(place):
     assert_right(call, place)
 
 
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+@pytest.mark.parametrize("normalization", ["norm", "squared_norm"])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_a_zero_activation_hides_its_delta_from_what_is_normalised(backend, normalization, value):
+    place = Place(backend, "cuda" if GPU and backend == "triton" else "cpu")
+    call = random_call(rows=(40,), normalization=normalization)
+    call.activation[7], call.delta[7] = 0, value
+    spoilt, expected = (accumulators(call, device=place.device) for _ in range(2))
+    run(call, spoilt, place)
+    call.delta[7] = 0
+    run(call, expected, place)
+    for name in ("cross", "gram", "activation_sum", "moments"):
+        assert torch.equal(spoilt[name], expected[name]), name
+    assert not spoilt["delta_sum"].isfinite().any()
+
+
+def test_accumulators_made_in_inference_mode_can_be_added_to_outside_of_it(place):
+    call = random_call()
+    with torch.inference_mode():
+        made_inside = accumulators(call, device=place.device)
+    expected = accumulators(call, device=place.device)
+    run(call, made_inside, place)
+    run(call, expected, place)
+    assert all(torch.equal(made_inside[name], expected[name]) for name in NAMES)
+
+
 @pytest.mark.parametrize("normalization", ["norm", "squared_norm"])
 @pytest.mark.parametrize("size", [1e-24, 1e-20, 1.0, 1e18, 3e18])
 def test_tiny_and_huge_rows(place, size, normalization):

@@ -60,6 +60,7 @@ BAD = [  # what to change, the error, the sentence
     ({"normalization": "l2"}, ValueError, "normalization must be one of none, norm, squared_norm, got 'l2'"),
     ({"normalization": ["norm"]}, TypeError, "normalization must be a string, got list"),
     ({"coefficient": float("nan")}, ValueError, "coefficient must be finite, got nan"),
+    ({"coefficient": 10**400}, ValueError, "coefficient must be finite, got 1000"),
     ({"coefficient": torch.ones(())}, TypeError, "coefficient must be a number, got Tensor"),
     ({"backend": "fastest"}, ValueError, "backend must be None or one of reference, cpp, triton, cuda, got 'fastest'"),
     ({"backend": "cuda"}, ValueError, "backend must support this call on cpu, got 'cuda'; it runs on CUDA tensors"),

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
+import os
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import thought_kernels as tk
 from thought_kernels.ops import accumulate as accumulate_module
 from thought_kernels.ops import library
 
 CPU = torch.device("cpu")
+INDEX = torch.zeros(2, dtype=torch.int64)
 
 
 @pytest.fixture
@@ -73,6 +79,89 @@ def test_meta_tensors_give_shapes():
     assert {part.shape for part in tk.rms_norm_pair(rows, rows, rows[0], eps=0.0)} == {rows.shape}
 
 
+RETURNING = ("rms_norm_pair", "paired_attention", "shared_prefix_attention")
+
+
+def outputs(name, through_torch_ops=False, make=torch.clone):
+    """What an operator returns for tensors that come out of make, as a tuple."""
+    rows, heads, prefix, index = map(make, (torch.ones(4, 3), torch.ones(2, 2, 5, 8), torch.ones(2, 3, 8), INDEX))
+    arguments = {
+        "rms_norm_pair": ([rows, rows, rows[0]],) * 2,
+        "paired_attention": ([(prefix, prefix)], [prefix, prefix, None, None]),
+        "shared_prefix_attention": ([[(prefix, prefix)], index], [[prefix], [prefix], index]),
+    }[name][through_torch_ops]
+    function = getattr(torch.ops.thought_kernels if through_torch_ops else tk, name)
+    if name == "rms_norm_pair":
+        return function(*arguments, eps=0.0)
+    returned = function(heads, heads, heads, *arguments)
+    return returned if isinstance(returned, tuple) else (returned,)
+
+
+@pytest.mark.parametrize("name", RETURNING)
+def test_outputs_claim_no_gradient_however_they_are_called(name):
+    def make(tensor):
+        return tensor.clone().requires_grad_(tensor.is_floating_point())
+
+    compiled = torch.compile(lambda: outputs(name, make=make), backend="aot_eager", fullgraph=True)
+    for returned in (outputs(name, make=make), outputs(name, through_torch_ops=True, make=make), compiled()):
+        assert not any(output.requires_grad for output in returned)
+
+
+@pytest.mark.parametrize("name", RETURNING)
+def test_fake_tensors_give_shapes_outside_their_mode_too(name):
+    fakes = outputs(name, make=FakeTensorMode().from_tensor)
+    assert [(x.shape, x.dtype, x.stride()) for x in fakes] == [(x.shape, x.dtype, x.stride()) for x in outputs(name)]
+
+
+def test_fake_accumulators_share_no_memory():
+    mode = FakeTensorMode()
+    cross, gram = (mode.from_tensor(torch.zeros(3, 3)) for _ in range(2))
+    rows = mode.from_tensor(torch.ones(4, 3))
+    assert tk.accumulate(cross, rows, rows, gram=gram) is None
+
+
+def test_triton_kept_from_being_imported_is_not_there(monkeypatch):
+    def refuse(name, package=None):
+        raise ModuleNotFoundError(f"no {name}")
+
+    monkeypatch.setattr(importlib.util, "find_spec", refuse)
+    library.unavailable.cache_clear()
+    assert tk.available_backends("accumulate", "cpu")["triton"] == "triton is not installed"
+    library.unavailable.cache_clear()
+
+
+def test_the_interpreter_as_triton_ships_it_is_not_trusted_with_bfloat16():
+    if importlib.util.find_spec("triton") is None:
+        pytest.skip("triton is not installed")
+    code = """
+import torch
+import thought_kernels as tk
+rows, heads = torch.ones(4, 3).bfloat16(), torch.ones(1, 1, 2, 16).bfloat16()
+cross = torch.zeros(3, 3)
+for call in (
+    lambda: tk.accumulate(cross, rows.float(), rows.float(), weights=rows[:, 0], backend="triton"),
+    lambda: tk.accumulate_pair(cross, rows, rows.float(), backend="triton"),
+    lambda: tk.paired_attention(heads, heads, heads, (heads[0], heads[0]), backend="triton"),
+    lambda: tk.shared_prefix_attention(heads, heads, heads, [], torch.tensor([-1]), backend="triton"),
+    lambda: tk.rms_norm_pair(rows.float(), rows.float(), rows[0], eps=0.0, backend="triton"),
+):
+    try:
+        call()
+    except ValueError as error:
+        print(error)
+assert not cross.any()
+tk.accumulate(cross, rows.half(), rows.half(), backend="triton")
+assert (cross == 4).all()
+"""
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    refusals = done.stdout.splitlines()
+    reason = "backend must support this call on cpu, got 'triton'; Triton's interpreter computes wrongly in bfloat16"
+    names = ("accumulate", "accumulate_pair", *RETURNING[1:], RETURNING[0])
+    assert refusals == [f"{name}: {reason}" for name in names]
+
+
 def test_a_missing_cuda_device_is_named():
     if torch.cuda.is_available():
         pytest.skip("there is a CUDA device")
@@ -127,7 +216,7 @@ def test_cuda_kernels_must_have_been_built_for_the_gpu(gpu, cuda_code, capabilit
 def test_float64_accumulators_on_a_gpu_are_left_to_the_reference(gpu):
     gpu("sm_90", (9, 0))
     cross = torch.zeros(3, 3, dtype=torch.float64)
-    unsupported = functools.partial(accumulate_module._unsupported, cross)
+    unsupported = functools.partial(accumulate_module._unsupported, cross, cross, cross, None)
     assert library.choose("accumulate", None, torch.device("cuda", 0), unsupported) == "reference"
     with pytest.raises(ValueError, match="^accumulate: backend must support this call on cuda, got 'cuda'; it accumul"):
         library.choose("accumulate", "cuda", torch.device("cuda", 0), unsupported)

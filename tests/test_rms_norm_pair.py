@@ -82,6 +82,14 @@ def test_every_element_of_both_outputs_is_written(backend: str) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_outputs_lie_as_the_fake_kernel_says(backend: str) -> None:
+    x, delta = (normal(4, 5, 6, seed=seed).transpose(0, 2) for seed in (0, 1))
+    outputs = tk.rms_norm_pair(x, delta, normal(4, seed=2), eps=1e-6, backend=backend)
+    fakes = tk.rms_norm_pair(x.to("meta"), delta.to("meta"), torch.zeros(4, device="meta"), eps=1e-6)
+    assert [output.stride() for output in outputs] == [fake.stride() for fake in fakes]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_zero_rows_and_strided_rows(backend: str) -> None:
     x, weight = normal(4, 30, seed=0), normal(30, seed=1)
     x[1] = 0

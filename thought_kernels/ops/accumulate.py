@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor
 
 from thought_kernels.ops import library
+from thought_kernels.ops.checks import check_number
 from thought_kernels.ops.overlap import check_overlap
 
 NORMALIZATIONS = {"none": 0, "norm": 1, "squared_norm": 2}  # the integers are those of the compiled kernels
@@ -172,7 +172,8 @@ def _run(function: str, cross: Tensor, delta: Tensor, activation: Tensor, **keyw
     read, written = _named(function, cross, delta, activation, options)
     _check(function, read, written, options)
     check_overlap(function, read, written)
-    chosen = library.choose(function, options.backend, cross.device, functools.partial(_unsupported, cross))
+    unsupported = functools.partial(_unsupported, cross, delta, activation, options.weights)
+    chosen = library.choose(function, options.backend, cross.device, unsupported)
     pair = function == "accumulate_pair"
     # Kernels write through pointers: autograd must still notice that a tensor it saved has changed.
     torch.autograd.graph.increment_version([tensor for tensor in written.values() if tensor is not None])
@@ -206,10 +207,10 @@ _accumulate = functools.partial(_run, "accumulate")
 _accumulate_pair = functools.partial(_run, "accumulate_pair")
 
 
-def _unsupported(cross: Tensor, backend: str) -> str | None:
+def _unsupported(cross: Tensor, delta: Tensor, activation: Tensor, weights: Tensor | None, backend: str) -> str | None:
     if backend in ("triton", "cuda") and cross.dtype != torch.float32:
         return f"it accumulates in float32 only, not {cross.dtype}"
-    return None
+    return library.interpreter_unsupported(delta, activation, weights) if backend == "triton" else None
 
 
 def _flat(delta: Tensor, activation: Tensor, weights: Tensor | None) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
@@ -307,10 +308,7 @@ def _check(function: str, inputs: dict[str, Any], accumulators: dict[str, Any], 
         raise ValueError(
             library.message(function, "normalization", f"be one of {', '.join(NORMALIZATIONS)}", repr(normalization))
         )
-    if isinstance(coefficient, bool) or not isinstance(coefficient, (int, float, torch.SymFloat)):
-        raise TypeError(library.message(function, "coefficient", "be a number", type(coefficient).__name__))
-    if not isinstance(coefficient, torch.SymFloat) and not math.isfinite(coefficient):
-        raise ValueError(library.message(function, "coefficient", "be finite", coefficient))
+    check_number(function, "coefficient", coefficient)
 
 
 library.declare(

@@ -74,5 +74,13 @@ def check_number(function: str, name: str, number: object, *, positive: bool = F
     if isinstance(number, bool) or not isinstance(number, (int, float)):
         raise TypeError(message(function, name, "be a number", type(number).__name__))
     rule = "be finite" + (" and at least 0" if or_zero else " and positive" if positive else "")
-    if not math.isfinite(number) or (or_zero and number < 0) or (positive and number <= 0):
+    if not _is_finite(number) or (or_zero and number < 0) or (positive and number <= 0):
         raise ValueError(message(function, name, rule, number))
+
+
+def _is_finite(number: float) -> bool:
+    """Whether a number, which may be an int of any size, is finite as a float."""
+    try:
+        return math.isfinite(number)
+    except OverflowError:
+        return False

@@ -64,6 +64,8 @@ def declare(
     name = schema.partition("(")[0]
     LIBRARY.define(schema)
     LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
+    # No operator is differentiable. Without this, outputs claim a gradient, and backward silently leaves it out.
+    LIBRARY.impl(name, torch.library.fallthrough_kernel, "Autograd")
     torch.library.register_fake(f"{LIBRARY.ns}::{name}", fake, lib=LIBRARY)
     OPERATORS[name] = Operator(stem or name, {**_PREFERENCE, **(preference or {})})
 
@@ -131,7 +133,11 @@ def _runs_on(code: str, capability: tuple[int, int]) -> bool:
 
 
 def _triton(stem: str, device: torch.device) -> str | None:
-    if importlib.util.find_spec("triton") is None:
+    try:
+        installed = importlib.util.find_spec("triton") is not None
+    except ImportError:  # kept from being imported
+        installed = False
+    if not installed:
         return "triton is not installed"
     if importlib.util.find_spec(f"thought_kernels.triton.{stem}") is None:
         return "it has no Triton kernel"
@@ -142,6 +148,24 @@ def _triton(stem: str, device: torch.device) -> str | None:
     if interpreted or capability >= (8, 0):
         return None
     return f"it needs compute capability 8.0, and this device has {capability[0]}.{capability[1]}"
+
+
+def interpreter_unsupported(*tensors: torch.Tensor | None) -> str | None:
+    """Why Triton, where it interprets kernels, cannot take tensors of these dtypes, or None."""
+    narrow = any(tensor is not None and tensor.dtype == torch.bfloat16 for tensor in tensors)
+    if not narrow or os.environ.get("TRITON_INTERPRET") != "1":
+        return None
+    return None if _interprets_bfloat16() else "Triton's interpreter computes wrongly in bfloat16"
+
+
+@functools.cache
+def _interprets_bfloat16() -> bool:
+    """Whether a product is right: as Triton ships it, its interpreter multiplies the bits as if they were integers."""
+    cross, rows = torch.zeros(1, 1), torch.full((1, 1), 2.0, dtype=torch.bfloat16)
+    sums = dict.fromkeys(("weights", "gram", "delta_sum", "activation_sum", "moments"))
+    launch = launcher("accumulate", "triton")
+    launch(cross, rows, rows, pair=False, normalization="none", coefficient=1.0, **sums)
+    return cross.item() == 4
 
 
 @functools.cache
@@ -232,6 +256,11 @@ def message(function: str, argument: str, rule: str, actual: object, context: st
 
 
 def traced(tensor: object) -> bool:
-    """Whether a call's tensors have no data (torch.compile, fake, meta), so that torch.ops must be called."""
-    is_meta = getattr(tensor, "is_meta", False)
-    return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0 or is_meta
+    """Whether a call's tensors may have no data (torch.compile, fake, meta, vmap), so that torch.ops must be called."""
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
+        return True
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return True
+    return isinstance(tensor, torch.Tensor) and (
+        tensor.is_meta or type(tensor) not in (torch.Tensor, torch.nn.Parameter)
+    )

@@ -156,7 +156,9 @@ def attention_unsupported(query: Tensor, backend: str) -> str | None:
         return None
     if query.dtype == torch.float64:
         return f"it computes in float32, not {query.dtype}"
-    return f"it takes D up to 256, not {query.shape[3]}" if query.shape[3] > 256 else None
+    if query.shape[3] > 256:
+        return f"it takes D up to 256, not {query.shape[3]}"
+    return library.interpreter_unsupported(query)
 
 
 def check_attention(

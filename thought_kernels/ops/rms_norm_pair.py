@@ -75,7 +75,9 @@ def _unsupported(x: Tensor, delta: Tensor, weight: Tensor, backend: str) -> str 
         return None
     if torch.float64 in (x.dtype, delta.dtype, weight.dtype):
         return "it computes in float32"
-    return f"it keeps rows of at most 8192 in registers, not {x.shape[-1]}" if x.shape[-1] > 8192 else None
+    if x.shape[-1] > 8192:
+        return f"it keeps rows of at most 8192 in registers, not {x.shape[-1]}"
+    return library.interpreter_unsupported(x, delta, weight) if backend == "triton" else None
 
 
 def _fake(

@@ -8,7 +8,7 @@ from torch import Tensor
 ROWS = 512  # per block: enough for a product at full speed, few enough that the copies stay small
 
 
-@torch.no_grad()
+@torch.inference_mode()  # accumulators made in it can be written nowhere else by torch's own operators
 def launch(
     cross: Tensor,
     delta: Tensor,
@@ -60,7 +60,9 @@ def launch(
             divisor = squared_norm if normalization == "squared_norm" else squared_norm.sqrt()
             factor = torch.where(divisor == 0, 0, w / divisor)
         scaled = (a.to(wide) * factor[:, None]).to(dtype)
-        cross.addmm_(d.T, scaled, alpha=coefficient)
+        # A zero activation adds nothing, whatever its δ holds, which still counts in delta_sum.
+        left = d if normalization == "none" else torch.where(divisor[:, None] == 0, 0, d)
+        cross.addmm_(left.T, scaled, alpha=coefficient)
         if gram is not None:
             product = a.T @ scaled
             gram.add_(product.triu() + product.triu(1).T, alpha=coefficient)  # symmetric to the last bit

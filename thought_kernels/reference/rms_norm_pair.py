@@ -15,6 +15,6 @@ def launch(x: Tensor, delta: Tensor, weight: Tensor, eps: float, weight_offset: 
     # r' − r without subtracting two nearly equal roots; s is the change of the mean square.
     change = (shift * (2 * row + shift)).mean(-1, keepdim=True)
     scale_change = -change * scale.square() * shifted_scale.square() / (scale + shifted_scale)
-    norm = (gain * (row * scale)).to(x.dtype)
+    norm = gain * (row * scale)
     difference = gain * (shifted_scale * shift + scale_change * row)
-    return norm, difference.to(delta.dtype)
+    return norm.to(x.dtype).contiguous(), difference.to(delta.dtype).contiguous()
