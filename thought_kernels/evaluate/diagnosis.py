@@ -68,7 +68,7 @@ def _predicted(subject: Subject, section: Section) -> None:
         lost.append(off.value - on.value)
     section.note(
         "Caused, felt: what this patch does, through W, to the inputs that the other instruction's patch reads, over "
-        "what that one does itself; and the other way round. Read, write: overlap of what both read, and write, 1 where "
+        "what that one does itself; and the other way round. Read, write: overlap of what both read, and write, 1 if "
         "equal; alignment is negative where they undo each other. All from weights: no input was run."
     )
     rho = rank_correlation(caused, lost)
