@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 import thought_kernels as tk
 from thought_kernels.cli import app
-from thought_kernels.cli.demo import show, write_json
+from thought_kernels.cli.demo import show
 from thought_kernels.demo import CHECKPOINT
 from thought_kernels.demo.curves import curve_points
 from thought_kernels.demo.demo import DemoReport, Row, run_demo
@@ -23,6 +23,7 @@ from thought_kernels.demo.picture import draw
 from thought_kernels.demo.tasks import RESERVED_FOR_FINAL_STUDY, TASKS, held_out, inputs, split_by_symbols
 from thought_kernels.demo.tokenizer import build_tokenizer
 from thought_kernels.evaluate.curves import default_steps, paper_layers, paper_patch, paper_steps
+from thought_kernels.evaluate.files import write_json
 from thought_kernels.evaluate.trial import Trial
 
 TOKENIZER = build_tokenizer()

@@ -15,6 +15,7 @@ from rich.text import Text
 from thought_kernels.cli import options, scoring
 from thought_kernels.demo.tasks import TASKS, held_out, inputs
 from thought_kernels.evaluate.composition import Alone, Behaviour, Both, Composition, Together
+from thought_kernels.evaluate.files import write_csv, write_json
 from thought_kernels.evaluate.overlap import PREDICTORS, rank_correlation
 
 # Compatible ones (a list, then its form), rivals for the same answer, and opposites.
@@ -40,8 +41,8 @@ def composition(
 ) -> None:
     """Add and negate patches of two instructions on numbers, and see whether overlap foretells the damage."""
     import thought_kernels
-    from thought_kernels.evaluate.experiments import default_recipe, write_csv
-    from thought_kernels.evaluate.journal import Journal, fingerprint, replace_file
+    from thought_kernels.evaluate.experiments import default_recipe
+    from thought_kernels.evaluate.journal import Journal, fingerprint
 
     scoring.check_folder(output)
     pairs = [read_pair(text) for text in options.listed(pair or list(PAIRS))]
@@ -87,15 +88,13 @@ def composition(
         "alone": [asdict(row) for row in alone], "together": [asdict(row) for row in together],
         "both": [asdict(row) for row in both], "correlations": correlations,
     }  # fmt: skip
-    from thought_kernels.cli.demo import write_json
-
     write_json(content, output / "results.json")
     flat = [
         {**{name: value for name, value in asdict(row).items() if name != "predicted"}, **row.predicted}
         for row in together
     ]
-    replace_file(output / "interference.csv", partial(write_csv, flat))
-    replace_file(output / "alone.csv", partial(write_csv, [asdict(row) for row in alone]))
+    write_csv(flat, output / "interference.csv")
+    write_csv([asdict(row) for row in alone], output / "alone.csv")
     _show(alone, together, both, correlations)
     options.out.print(f"results in {output}", markup=False, soft_wrap=True)
 

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import math
-import os
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 
 from thought_kernels.cli import options
+from thought_kernels.cli.experiment import show_samples
 from thought_kernels.demo.curves import Curve, Sweep
 from thought_kernels.demo.demo import OUTSIDE_SHARE, PATCHED_SHARE, RECOVERED, DemoReport, Row, run_demo
+from thought_kernels.evaluate.files import write_json
 
 
 def demo(
@@ -47,14 +46,11 @@ def demo(
             raise typer.BadParameter(f"{option} must be a file in a folder that exists, got {path}")
     found, tokenizer = options.load_model(model, dtype, device, offline)
     shipped = model == options.DEFAULT_MODEL
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=options.err, transient=True, disable=not options.err.is_terminal) as progress:
-        bar = progress.add_task("demo", total=None)
+    with options.progress("demo") as progress:
         report = run_demo(
             found, tokenizer, instructions=None if instructions is None else options.listed([instructions]),
             examples=examples, inputs=inputs, seed=seed, match=match or ("exact" if shipped else "contains"),
-            curves=curves, steps=steps, batch_size=batch_size,
-            progress=lambda done, total, what: progress.update(bar, completed=done, total=total, description=what),
+            curves=curves, steps=steps, batch_size=batch_size, progress=progress,
         )  # fmt: skip
     show(report)
     from thought_kernels.demo.picture import draw
@@ -85,18 +81,6 @@ def show(report: DemoReport) -> None:
     for curve in report.curves:
         _show_curve(curve)
     options.out.print(f"\n{report.seconds:.0f} s", style="dim")
-
-
-def write_json(content: Any, path: Path) -> None:
-    """Writes JSON under a temporary name and renames it, so that a reader never sees half a file."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        temporary.write_text(
-            json.dumps(content, indent=1, allow_nan=False, ensure_ascii=False) + "\n", encoding="utf-8"
-        )
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _table(report: DemoReport) -> Table:
@@ -160,26 +144,7 @@ def _show_sweep(sweep: Sweep) -> None:
 
 
 def _show_curve(curve: Curve) -> None:
-    table = Table(
-        title=f"{curve.name}: what the paper's recipe answers",
-        title_justify="left",
-        title_style="bold",
-        box=None,
-        padding=(0, 2, 0, 0),
-        pad_edge=False,
-    )
-    for name in ("step", "effective c1", "query", "with the instruction", "patched"):
-        table.add_column(name, justify="right" if name in ("step", "effective c1") else "left", overflow="fold")
-    for sample in curve.samples:
-        table.add_row(
-            str(sample.steps),
-            "" if sample.effective_c1 is None else f"{sample.effective_c1:.3g}",
-            Text(sample.query),
-            Text(sample.prompted),
-            Text(sample.patched),
-        )
-    options.out.print()
-    options.out.print(table)
+    show_samples(f"{curve.name}: what the paper's recipe answers", curve.samples)
     best = max(curve.paper, key=lambda point: point.accuracy)
     few = next((point for point in curve.default if point.accuracy >= PATCHED_SHARE * curve.prompted > 0), None)
     reach = (

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 
@@ -111,15 +110,13 @@ def evaluate(
     grader = scoring.read_scorer(
         scorer, instruction or _told(subject), device, offline, dtype=dtype, prompt_file=judge_prompt
     )
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=options.err, transient=True, disable=not options.err.is_terminal) as progress:
-        bar = progress.add_task("evaluate", total=None)
+    with options.progress("evaluate") as progress:
         evaluation = run_evaluate(
             found, tokenizer, subject, fitted, scorer=grader,
             sections=wanted, output=output, recipe=_recipe(recipe), inputs=inputs, sweep_inputs=sweep_inputs,
             lora_steps=lora_steps, seed=seed, separator=None if separator is None else options.unescaped(separator),
             batch_size=batch_size, max_new_tokens=max_new_tokens or (64 if task is None else _TASK_TOKENS),
-            progress=lambda done, total, what: progress.update(bar, completed=done, total=total, description=what),
+            progress=progress,
             **given,
         )  # fmt: skip
     show(evaluation)

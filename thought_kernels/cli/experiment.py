@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,7 +14,8 @@ from rich.text import Text
 from thought_kernels.cli import composition, knowledge, options, scoring
 from thought_kernels.cli.transmute import read_layers
 from thought_kernels.demo.tasks import TASKS, held_out, inputs
-from thought_kernels.evaluate.experiments import LINES, PUBLISHED, ExperimentReport, Line, run_experiment
+from thought_kernels.evaluate.curves import Sample
+from thought_kernels.evaluate.experiments import LINES, PUBLISHED, ExperimentReport, run_experiment
 from thought_kernels.evaluate.pairs import Pair, Split, read_pairs, split_pairs, usable
 
 app = typer.Typer(
@@ -39,26 +41,20 @@ _Room = Annotated[int | None, typer.Option(min=1, help="Longest answer in tokens
 _Batch = Annotated[int, typer.Option(min=1, help="Inputs at a time.")]
 
 
-@app.command()
-def addition(
-    model: options.Model = options.DEFAULT_MODEL, output: _Output = None, steps: _Steps = 600, inputs: _Inputs = 96,
-    seed: _Seed = 0, lines: _Lines = _ALL_LINES, layers: _Layers = None, c1: _C1 = None, c2: _C2 = None,
-    match: scoring.Match = None, max_new_tokens: _Room = None, batch_size: _Batch = 128,
-    dtype: options.Dtype = "auto", device: options.Device = "cpu", offline: options.Offline = False,
-) -> None:  # fmt: skip
-    """Three numbers from 0 to 10 and their sum: TP Figure 1 (left) and Table 1."""
-    _run("addition", locals())
+def _on_numbers(name: str, summary: str) -> None:
+    def command(
+        model: options.Model = options.DEFAULT_MODEL, output: _Output = None, steps: _Steps = 600,
+        inputs: _Inputs = 96, seed: _Seed = 0, lines: _Lines = _ALL_LINES, layers: _Layers = None, c1: _C1 = None,
+        c2: _C2 = None, match: scoring.Match = None, max_new_tokens: _Room = None, batch_size: _Batch = 128,
+        dtype: options.Dtype = "auto", device: options.Device = "cpu", offline: options.Offline = False,
+    ) -> None:  # fmt: skip
+        _run(name, locals())
+
+    app.command(name, help=summary)(command)
 
 
-@app.command()
-def multiplication(
-    model: options.Model = options.DEFAULT_MODEL, output: _Output = None, steps: _Steps = 600, inputs: _Inputs = 96,
-    seed: _Seed = 0, lines: _Lines = _ALL_LINES, layers: _Layers = None, c1: _C1 = None, c2: _C2 = None,
-    match: scoring.Match = None, max_new_tokens: _Room = None, batch_size: _Batch = 128,
-    dtype: options.Dtype = "auto", device: options.Device = "cpu", offline: options.Offline = False,
-) -> None:  # fmt: skip
-    """Three numbers from 0 to 10 and their product: TP Figure 1 (right) and Table 2."""
-    _run("multiplication", locals())
+_on_numbers("addition", "Three numbers from 0 to 10 and their sum: TP Figure 1 (left) and Table 1.")
+_on_numbers("multiplication", "Three numbers from 0 to 10 and their product: TP Figure 1 (right) and Table 2.")
 
 
 @app.command()
@@ -147,14 +143,15 @@ def show(report: ExperimentReport) -> None:
         )  # fmt: skip
     options.out.print(table)
     for line in report.lines:
-        _show_samples(line, report)
+        show_samples(line.label, report.table(line))
 
 
-def _show_samples(line: Line, report: ExperimentReport) -> None:
-    table = Table(title=line.label, title_justify="left", title_style="bold", box=None, pad_edge=False)
+def show_samples(title: str, samples: Iterable[Sample]) -> None:
+    """Prints what a patch answers at some steps, as the paper's tables do."""
+    table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False)
     for column in ("step", "effective c₁", "query", "with the instruction", "patched"):
         table.add_column(column, justify="right" if column in ("step", "effective c₁") else "left", overflow="fold")
-    for sample in report.table(line):
+    for sample in samples:
         effective = "" if sample.effective_c1 is None else f"{sample.effective_c1:.3g}"
         table.add_row(str(sample.steps), effective, Text(sample.query), Text(sample.prompted), Text(sample.patched))
     options.out.print()

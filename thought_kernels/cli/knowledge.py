@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,6 +13,7 @@ from rich.text import Text
 
 from thought_kernels.cli import options, scoring
 from thought_kernels.demo.tasks import TASKS, held_out, split_by_symbols
+from thought_kernels.evaluate.files import write_csv, write_json
 from thought_kernels.evaluate.knowledge import FACTS, QUESTIONS, KnowledgeReport, run_knowledge
 from thought_kernels.evaluate.pairs import Pair, read_pairs, split_pairs
 
@@ -42,10 +42,6 @@ def knowledge(
     in its prompt, the figures say so. The shipped model reads no prose: without facts of your own it is also asked for
     the facts it does hold, its lexicon, by a patch of "Translate to French" that has seen half of the words.
     """
-    from thought_kernels.cli.demo import write_json
-    from thought_kernels.evaluate.experiments import write_csv
-    from thought_kernels.evaluate.journal import replace_file
-
     scoring.check_folder(output)
     told = read_facts(facts) if demonstrations is None else options.read_instruction(facts, demonstrations)
     if questions is None and (facts is not None or demonstrations is not None):
@@ -69,7 +65,7 @@ def knowledge(
         {name: {**asdict(one), "verdict": one.verdict} for name, one in reports.items()}, output / "results.json"
     )
     rows = [{"part": name, **row} for name, one in reports.items() for row in one.rows]
-    replace_file(output / "answers.csv", partial(write_csv, rows))
+    write_csv(rows, output / "answers.csv")
     for name, one in reports.items():
         show(name, one)
     options.out.print(f"results in {output}", markup=False, soft_wrap=True)

@@ -1,13 +1,16 @@
-"""What the commands share: options, the two consoles, and loading a model."""
+"""What the commands share: options, the two consoles, progress, and loading a model."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
 from thought_kernels.demo import CHECKPOINT
@@ -69,6 +72,20 @@ def load_tokenizer(model: str, offline: bool = False) -> Any:
     from thought_kernels.models.load import load_tokenizer as load
 
     return load(model, offline=offline)
+
+
+@contextmanager
+def progress(name: str) -> Iterator[Callable[[int, int, str], None]]:
+    """A callback for (done, total, what comes next): a bar on stderr, or a line each time where it is no terminal."""
+    if not err.is_terminal:
+        yield lambda done, total, what: print(
+            f"{name}: {done} of {total}. {what}".rstrip(), file=sys.stderr, flush=True
+        )
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=err, transient=True) as bar:
+        task = bar.add_task(name, total=None)
+        yield lambda done, total, what: bar.update(task, completed=done, total=total, description=what)
 
 
 def unescaped(separator: str) -> str:

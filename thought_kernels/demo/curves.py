@@ -7,20 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from thought_kernels.demo.tasks import TASKS, Task
-from thought_kernels.evaluate.curves import (
-    PAPER_DIVISOR,
-    Point,
-    Sample,
-    best_c1,
-    default_line,
-    default_steps,
-    effective_c1,
-    paper_layers,
-    paper_line,
-    paper_patch,
-    paper_steps,
-)
-from thought_kernels.evaluate.curves import sweep_c1 as sweep
+from thought_kernels.evaluate import curves
+from thought_kernels.evaluate.curves import Point, Sample
 from thought_kernels.evaluate.trial import Trial, prompted_texts
 from thought_kernels.models import describe
 
@@ -74,7 +62,7 @@ class Sweep:
 
 def curve_points(steps: int) -> list[int]:
     """The examples of every point that draw_curve measures, the paper's and ours, in order."""
-    return [*paper_steps(steps), *default_steps(steps)]
+    return [*curves.paper_steps(steps), *curves.default_steps(steps)]
 
 
 def sweep_c1(
@@ -86,11 +74,11 @@ def sweep_c1(
     That is with as many examples as the constant divisor (half of the curve's). The matrices are linear in c1, so one
     patch is fitted and scaled.
     """
-    task, count = TASKS[VALIDATION], max(1, min(PAPER_DIVISOR, steps // 2))
+    task, count = TASKS[VALIDATION], max(1, min(curves.PAPER_DIVISOR, steps // 2))
     fresh = fresh[:CURVE_INPUTS]
     trial = Trial(model, tokenizer, task.instruction, fresh, [task.answer(x) for x in fresh], known=known, **options)
-    tried = sweep(model, paper_patch(model, tokenizer, task.instruction, fit[:count], 1.0), trial)
-    return Sweep(VALIDATION, count, tried, best_c1(tried))
+    tried = curves.sweep_c1(model, curves.paper_patch(model, tokenizer, task.instruction, fit[:count], 1.0), trial)
+    return Sweep(VALIDATION, count, tried, curves.best_c1(tried))
 
 
 def draw_curve(
@@ -121,36 +109,24 @@ def draw_curve(
     # The prompted model's own answers, written once and shared by all points and both recipes.
     generation = {name: value for name, value in options.items() if name != "match"}
     written = prompted_texts(model, tokenizer, task.instruction, fit[:steps], **generation)
-    examples = [
-        {"prompt": question, "completion": answer or None} for question, answer in zip(fit, written, strict=False)
-    ]
-    sampled = _sampled_steps(steps)
-    paper, samples = (
-        [Point(0, trial.base, 0.0)],
-        [Sample(0, 0.0, fresh[0], trial.prompted_texts[0], trial.base_texts[0])],
-    )
-    ticker(f"{task.instruction}: paper's recipe")
-    for count, patch in paper_line(model, tokenizer, task.instruction, examples, paper_steps(steps), c1):
-        with patch.applied(model):
-            accuracy, texts = trial.answer(model)
-        paper.append(Point(count, accuracy, effective_c1(c1, count)))
-        if count in sampled:
-            query = len(samples) % len(fresh)
-            samples.append(
-                Sample(count, effective_c1(c1, count), fresh[query], trial.prompted_texts[query], texts[query])
-            )
-        ticker(f"{task.instruction}: paper's recipe, {count} examples")
-    default = [Point(0, trial.base)]
-    for count, patch in default_line(model, tokenizer, task.instruction, examples, default_steps(steps)):
-        with patch.applied(model):
-            default.append(Point(count, trial.answer(model)[0]))
-        if count < steps:
-            ticker(f"{task.instruction}: default recipe, {count} examples")
-    layers = paper_layers(len(describe(model).blocks))
+    arguments = (model, tokenizer, task.instruction, curves.own_examples(fit[:steps], written))
+    found = []
+    for name, patches, used in (
+        ("paper's recipe", curves.paper_line(*arguments, curves.paper_steps(steps), c1), c1),
+        ("default recipe", curves.default_line(*arguments, curves.default_steps(steps)), None),
+    ):
+        rows = [(0, trial.base, trial.base_texts)]
+        for row in curves.answered(model, trial, patches):
+            ticker(f"{task.instruction}: {name}, {row[0]} examples read")
+            rows.append(row)
+        found.append(curves.curve(rows, fresh, trial.prompted_texts, used))
+    (paper, answers), (default, _) = found
+    samples = [sample for sample in answers if sample.steps in _sampled_steps(steps)]
+    layers = curves.paper_layers(len(describe(model).blocks))
     return Curve(task.name, trial.prompted, trial.base, paper, default, samples, c1, layers, len(fresh))
 
 
 def _sampled_steps(steps: int) -> set[int]:
-    """Where TP Table 1 shows answers: 280 of 600, and at the end."""
-    middle = min(paper_steps(steps), key=lambda count: abs(count - steps * 280 / 600))
-    return {middle, paper_steps(steps)[-1]}
+    """Where TP Table 1 shows answers: without any example, at 280 of 600, and at the end."""
+    every = curves.paper_steps(steps)
+    return {0, min(every, key=lambda count: abs(count - steps * 280 / 600)), every[-1]}

@@ -11,7 +11,7 @@ from thought_kernels.demo.demo import DemoReport, Row
 from thought_kernels.demo.tasks import RESERVED_FOR_FINAL_STUDY, TASKS
 from thought_kernels.evaluate.curve_picture import STYLE, curve_axes, percent_axis
 from thought_kernels.evaluate.drawing import BLUE, GREY, INK, ORANGE
-from thought_kernels.evaluate.journal import replace_file
+from thought_kernels.evaluate.files import replace_file
 
 _BARS: tuple[tuple[str, str, Callable[[Row], float]], ...] = (
     ("bare", GREY, lambda row: row.base),

@@ -8,7 +8,7 @@ from typing import Any
 
 from thought_kernels.evaluate.curves import PAPER_DIVISOR, Point
 from thought_kernels.evaluate.drawing import BLUE, GREEN, GREY, INK, ORANGE
-from thought_kernels.evaluate.journal import replace_file
+from thought_kernels.evaluate.files import replace_file
 
 STYLE = {
     "font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": INK,

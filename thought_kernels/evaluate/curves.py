@@ -101,6 +101,40 @@ def default_line(
         yield count, transmute(model, tokenizer, instruction, examples[:count], **{"batch_size": 128, **options})
 
 
+def own_examples(questions: Sequence[str], written: Sequence[str]) -> list[dict[str, Any]]:
+    """Questions with what the prompted model wrote to them, as transmute takes examples."""
+    return [{"prompt": q, "completion": answer or None} for q, answer in zip(questions, written, strict=True)]
+
+
+def answered(
+    model: Any, trial: Trial, patches: Iterable[tuple[int, ThoughtPatch]]
+) -> Iterator[tuple[int, float, list[str]]]:
+    """What each patch of a line makes of the trial's questions: (steps, accuracy, answers)."""
+    for count, patch in patches:
+        with patch.applied(model):
+            accuracy, texts = trial.answer(model)
+        yield count, accuracy, texts
+
+
+def curve(
+    rows: Iterable[tuple[int, float, Sequence[str]]], questions: Sequence[str], prompted: Sequence[str],
+    c1: float | None = None,
+) -> tuple[list[Point], list[Sample]]:  # fmt: skip
+    """A line's points, and one question answered at each, the questions in turn.
+
+    Args:
+        rows: (steps, accuracy, answers), the bare model's first, at 0 steps.
+        questions, prompted: what was asked, and the prompted model's answers.
+        c1: of the paper's recipe, None for the default one.
+    """
+    points, samples = [], []
+    for index, (steps, accuracy, texts) in enumerate(rows):
+        effective, query = None if c1 is None else effective_c1(c1, steps), index % len(questions)
+        points.append(Point(steps, accuracy, effective))
+        samples.append(Sample(steps, effective, questions[query], prompted[query], texts[query]))
+    return points, samples
+
+
 def sweep_c1(
     model: Any, unit: ThoughtPatch, trial: Trial, c1: float = PAPER_C1, factors: Sequence[float] = C1_FACTORS
 ) -> list[tuple[float, float, float]]:

@@ -13,9 +13,7 @@ example, as in Algorithm 1. Every point is measured on the same inputs, where th
 
 from __future__ import annotations
 
-import csv
 import inspect
-import json
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -31,17 +29,20 @@ from thought_kernels.evaluate.curves import (
     PAPER_DIVISOR,
     Point,
     Sample,
+    answered,
     best_c1,
+    curve,
     default_line,
     default_steps,
-    effective_c1,
+    own_examples,
     paper_layers,
     paper_line,
     paper_patch,
     paper_steps,
     sweep_c1,
 )
-from thought_kernels.evaluate.journal import Journal, data_hash, fingerprint, replace_file
+from thought_kernels.evaluate.files import write_csv, write_json
+from thought_kernels.evaluate.journal import Journal, data_hash, fingerprint
 from thought_kernels.evaluate.pairs import Pair, Split, check_context
 from thought_kernels.evaluate.scorers import as_scorer
 from thought_kernels.evaluate.trial import Trial, prompted_texts
@@ -225,28 +226,19 @@ def default_recipe() -> dict[str, Any]:
 
 def write_report(report: ExperimentReport, output: Path) -> None:
     """Writes results.json, points.csv, samples.csv and figure.png, each replaced in one step."""
-    content = json.dumps(asdict(report), indent=1, ensure_ascii=False, allow_nan=False)
-    replace_file(output / "results.json", lambda path: path.write_text(content + "\n", encoding="utf-8"))
+    write_json(asdict(report), output / "results.json")
     points = [
         {"experiment": report.name, "line": line.name, "c1": line.c1, "c2": line.c2, **asdict(point)}
         for line in report.lines
         for point in line.points
     ]
     samples = [{"line": line.name, **asdict(sample)} for line in report.lines for sample in line.samples]
-    replace_file(output / "points.csv", partial(write_csv, points))
-    replace_file(output / "samples.csv", partial(write_csv, samples))
+    write_csv(points, output / "points.csv")
+    write_csv(samples, output / "samples.csv")
     paper = next((line for line in report.lines if line.name == "paper"), None)
     title = f"{report.settings['instruction']}, {report.inputs} inputs"
     curves = [(line.label, line.points) for line in report.lines]
     draw_experiment(title, curves, report.prompted, report.base, output / "figure.png", c1=paper.c1 if paper else None)
-
-
-def write_csv(rows: Sequence[dict[str, Any]], path: Path) -> None:
-    """Dicts of the same keys, one a line."""
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
 
 
 def _steps(line: str, count: int) -> list[int]:
@@ -290,7 +282,7 @@ class _Run:
             "completions",
             lambda: prompted_texts(self._model, self._tokenizer, self._instruction, questions, **generation),
         )
-        return [{"prompt": q, "completion": answer or None} for q, answer in zip(questions, written, strict=True)]
+        return own_examples(questions, written)
 
     @property
     def _dataset(self) -> list[dict[str, str]]:
@@ -336,27 +328,15 @@ class _Run:
             )  # fmt: skip
         elif missing:
             patches = default_line(self._model, self._tokenizer, self._instruction, self._own_examples, missing)
-        for count, patch in patches:
-            self._journal.once(f"{name} {count}", partial(self._measured, patch))
+        for count, accuracy, texts in answered(self._model, self._trial, patches) if missing else ():
+            self._journal.once(f"{name} {count}", partial(dict, accuracy=accuracy, texts=texts))
             self._bar.update()
         levels = self.levels
-        points = [Point(0, levels["base"], 0.0 if paper else None)]
-        texts = [levels["base_texts"]]
+        rows = [(0, levels["base"], levels["base_texts"])]
         for count in steps:
             row: dict[str, Any] = self._journal.once(f"{name} {count}", dict)  # measured above
-            points.append(Point(count, row["accuracy"], effective_c1(c1, count) if paper else None))
-            texts.append(row["texts"])
-        samples = []
-        for index, point in enumerate(points):
-            query = index % len(self._data.fresh)
-            samples.append(Sample(
-                point.steps, point.effective_c1, self._data.fresh[query].question, levels["prompted_texts"][query],
-                texts[index][query],
-            ))  # fmt: skip
+            rows.append((count, row["accuracy"], row["texts"]))
+        questions = [pair.question for pair in self._data.fresh]
+        points, samples = curve(rows, questions, levels["prompted_texts"], c1 if paper else None)
         layers = list(self._settings["layers"]) if paper else None
         return Line(name, c1 if paper else None, c2 if paper else None, layers, points, samples)
-
-    def _measured(self, patch: ThoughtPatch) -> dict[str, Any]:
-        with patch.applied(self._model):
-            accuracy, texts = self._trial.answer(self._model)
-        return {"accuracy": accuracy, "texts": texts}

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
+
+from thought_kernels.evaluate.files import write_text
 
 T = TypeVar("T")
 
@@ -72,9 +73,7 @@ class Journal:
         self._write(rows)  # without a last line that was cut, which the next result would be appended to
 
     def _write(self, rows: list[dict[str, Any]]) -> None:
-        temporary = self._path.with_name(f".{self._path.name}.{os.getpid()}")
-        temporary.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-        os.replace(temporary, self._path)
+        write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), self._path)
 
 
 def fingerprint(model: Any) -> str:
@@ -89,13 +88,3 @@ def fingerprint(model: Any) -> str:
 def data_hash(value: Any) -> str:
     """A short hash of JSON values."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def replace_file(path: Path, write: Callable[[Path], object]) -> None:
-    """Lets `write` write to a temporary name and renames it, so that a reader never sees half a file."""
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
-    try:
-        write(temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

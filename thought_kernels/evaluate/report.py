@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import math
 import os
 from collections.abc import Iterator, Mapping
@@ -12,6 +11,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from thought_kernels.evaluate.files import write_json, write_text
 from thought_kernels.evaluate.intervals import Interval
 
 FORMAT = 1
@@ -192,9 +192,9 @@ class Evaluation:
             ValueError: a path that is not a folder.
         """
         folder = output_folder(directory)
-        write_json(folder / "evaluation.json", self.to_dict())
-        write_text(folder / "evaluation.csv", self.to_csv())
-        write_text(folder / "evaluation.html", self.to_html())
+        write_json(self.to_dict(), folder / "evaluation.json")
+        write_text(self.to_csv(), folder / "evaluation.csv")
+        write_text(self.to_html(), folder / "evaluation.html")
         return folder / "evaluation.html"
 
 
@@ -205,21 +205,6 @@ def output_folder(directory: str | os.PathLike[str]) -> Path:
         raise ValueError(f"evaluate: output must be a folder, got the file {str(folder)!r}")
     folder.mkdir(parents=True, exist_ok=True)
     return folder
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Writes JSON in one step."""
-    write_text(path, json.dumps(content, indent=1, allow_nan=False, ensure_ascii=False) + "\n")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Writes a file under a temporary name and renames it, so that a reader never sees half of it."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def jsonable(value: Any) -> Any:

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import thought_kernels
-from thought_kernels.evaluate.report import FORMAT, Section, write_json
+from thought_kernels.evaluate.files import write_json
+from thought_kernels.evaluate.report import FORMAT, Section
 from thought_kernels.evaluate.subject import Subject
 from thought_kernels.transmute.patch import ThoughtPatch
 
@@ -58,7 +59,7 @@ class Progress:
         if section.name == "patch" and section.error is None:
             subject.patch.save_pretrained(self._folder / "patch")
         key = self._key if section.error is None else "failed"
-        write_json(path, {"key": key, "section": section.to_dict()})
+        write_json({"key": key, "section": section.to_dict()}, path)
 
     def _path(self, name: str) -> Path:
         assert self._folder is not None
