@@ -108,6 +108,18 @@ def test_leverage_sums_to_the_rank_and_bounds_dimensionality(name: str) -> None:
     assert spectral.saturation(W) <= 1 + 1e-12
 
 
+@pytest.mark.parametrize("m, n", [(12, 60), (60, 12)])
+def test_leverage_sums_to_the_rank_whatever_the_condition(m: int, n: int) -> None:
+    size = min(m, n)
+    mixed = random_matrix(size, size, seed=1) * torch.logspace(0, -10, size, dtype=torch.float64)
+    W = mixed @ random_matrix(size, n) if m <= n else (mixed @ random_matrix(size, m)).T
+    measures = spectral.measure_features(W)
+    assert abs(float(spectral.leverage(W).sum()) - size) <= 1e-9
+    assert float((measures.dimensionality - measures.leverage).max()) <= 1e-12
+    classes = spectral.classify_features(W)
+    assert abs(size - float(measures.dimensionality.sum()) - classes.defect) <= 1e-9  # Theorem 8
+
+
 @everything
 def test_the_measure_is_a_probability_with_the_moments_of_the_frame_operator(name: str) -> None:
     W = MATRICES[name]
@@ -275,6 +287,7 @@ OF_A_MATRIX: dict[str, Callable] = {
         "identify_components",
         "classify_features",
         "empirical_spectral_density",
+        "inspect_matrix",
     )
 }
 OF_RANK_ZERO = {
@@ -289,7 +302,10 @@ def test_bad_matrices_raise(name: str) -> None:
     good = random_matrix(3, 4)
     for bad, error, words in (
         (good.numpy(), TypeError, "dense tensor"),
+        (good.tolist(), TypeError, "dense tensor"),
+        (None, TypeError, "dense tensor"),
         (good.to_sparse(), TypeError, "dense tensor"),
+        (good.to("meta"), ValueError, "have values"),
         (good.int(), TypeError, "float64, float32, bfloat16 or float16, got torch.int32"),
         (good[0], ValueError, "matrix"),
         (good[None], ValueError, "matrix"),

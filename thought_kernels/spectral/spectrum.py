@@ -93,13 +93,7 @@ class FrameSpectrum:
 
         Exactly zero for a feature outside the range, of which a product with the basis leaves rounding only.
         """
-        for block in column_blocks(self.columns):
-            vectors = self.columns[:, block].double()
-            coefficients = vectors.T @ self.basis
-            outside = torch.linalg.vector_norm(coefficients, dim=1) <= _OUTSIDE * torch.linalg.vector_norm(
-                vectors, dim=0
-            )
-            yield block, coefficients.masked_fill_(outside[:, None], 0)
+        return _coefficients(self.columns, self.basis)
 
     def sum_groups(self, values: Tensor) -> Tensor:
         """``[..., r]`` summed over each eigenspace: ``[..., E]``."""
@@ -159,17 +153,23 @@ def decompose(function: str, W: Tensor, rtol: float = RTOL, rank_rtol: float | N
         basis, singular, right = torch.linalg.svd(columns)
     kept = (singular > rank_rtol * singular[0]) if largest else torch.zeros_like(singular, dtype=torch.bool)
     eigenvalues = singular[kept].square()
+    basis, right = basis[:, kept], None if right is None else right.T[:, kept]
+    if len(eigenvalues) and eigenvalues[-1] <= _WELL_CONDITIONED * eigenvalues[0]:
+        # Rounding of W's largest part is in u_e too: λ_e = ‖Wᵀu_e‖² knows of it, so that Σ_i ℓ_i is still the rank.
+        energies = [block.square().sum(0) for _, block in _coefficients(columns, basis)]
+        eigenvalues, order = torch.stack(energies).sum(0).sort(descending=True)
+        basis, right = basis[:, order], None if right is None else right[:, order]
     groups = group_values(eigenvalues, rtol * float(eigenvalues[0])) if len(eigenvalues) else kept[:0].long()
-    return FrameSpectrum(
-        matrix,
-        exponent,
-        columns,
-        eigenvalues,
-        groups,
-        basis[:, kept],
-        None if right is None else right.T[:, kept],
-        rtol,
-    )
+    return FrameSpectrum(matrix, exponent, columns, eigenvalues, groups, basis, right, rtol)
+
+
+def _coefficients(columns: Tensor, basis: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    for block in column_blocks(columns):
+        vectors = columns[:, block].double()
+        coefficients = vectors.T @ basis
+        norms = torch.linalg.vector_norm(vectors, dim=0)
+        outside = torch.linalg.vector_norm(coefficients, dim=1) <= _OUTSIDE * norms
+        yield block, coefficients.masked_fill_(outside[:, None], 0)
 
 
 def group_values(values: Tensor, tolerance: float) -> Tensor:
