@@ -180,12 +180,15 @@ def test_another_runs_folder_is_refused(tmp_path: Path) -> None:
         ({"importance": -1.0}, "toy_models: importance must be finite and at least 0"),
         ({"seeds": ()}, "toy_models: seeds must name at least one model"),
         ({"streams": (1,)}, "toy_models: streams must be one for each of 2 models"),
-        ({"features": 0}, "toy_models: features and dimensions must be positive"),
+        ({"features": 0}, "toy_models: features must be at least 1, got 0"),
+        ({"dimensions": 2.5}, "toy_models: dimensions must be an integer, got 2.5"),
+        ({"sparsity": "much"}, "toy_models: sparsity must be numbers, got 'much'"),
+        ({"seeds": ("a", 1)}, "toy_models: seeds must be an integer, got 'a'"),
     ],
 )
 def test_bad_models_are_refused(arguments: dict[str, object], sentence: str) -> None:
     options = {"features": 4, "dimensions": 2, "sparsity": 0.5, "seeds": (0, 1)} | arguments
-    with pytest.raises(ValueError, match=sentence):
+    with pytest.raises((ValueError, TypeError), match=sentence):
         toy_models(**options)
 
 
@@ -194,9 +197,12 @@ def test_bad_schedules_are_refused() -> None:
         {"steps": -1},
         {"steps": 1, "batch": 0},
         {"steps": 1, "learning_rate": 0.0},
+        {"steps": 1, "learning_rate": "fast"},
         {"steps": 1, "shape": "x"},
+        {"steps": 2.5},
+        {"steps": "many"},
     ):
-        with pytest.raises(ValueError, match="Schedule: "):
+        with pytest.raises((ValueError, TypeError), match="Schedule: .* must .*, got "):
             Schedule(**arguments)
 
 

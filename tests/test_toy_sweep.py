@@ -77,6 +77,28 @@ def test_a_sweep_that_stops_ends_the_same(tmp_path: Path) -> None:
         sweep(changed(TINY, steps=13), tmp_path / "cut", progress=False)
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"features": 0}, {"dimensions": ()}, {"dimensions": (2, 0)}, {"sparsities": (0.5, 1.0)}, {"seeds": 0},
+        {"sparsities": ("half",)}, {"checkpoints": -1}, {"spread": 0.5}, {"spread": float("nan")},
+    ],
+)  # fmt: skip
+def test_bad_plans_are_refused(change: dict[str, object]) -> None:
+    with pytest.raises((ValueError, TypeError), match=f"^Plan: {next(iter(change))} must .*, got "):
+        changed(TINY, **change)
+
+
+def test_damaged_records_are_named(tmp_path: Path) -> None:
+    small = changed(TINY, dimensions=(2,), sparsities=(0.5,), seeds=1, steps=1, checkpoints=0)
+    sweep(small, tmp_path, progress=False)
+    for path in (tmp_path / "m0002-000" / "rows.json", tmp_path / "plan.json"):
+        for text in ('{"models": [', "[]"):
+            path.write_text(text)
+            with pytest.raises(ValueError, match=f"^sweep: {path} must be a whole record of a sweep, got another file"):
+                sweep(small, tmp_path, progress=False)
+
+
 def test_nonuniform_sparsity_spreads_around_the_mean() -> None:
     plan = changed(TINY, spread=9.0)
     models = build(plan, groups(plan, 6)[0])
@@ -197,6 +219,13 @@ def test_the_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert sorted(path.name for path in pictures.iterdir()) == [
         "dimensionality.png", "evolution.png", "linearity.png", "saturation.png",
     ]  # fmt: skip
+    for arguments, sentence in (
+        (("sweep", "--output", tmp_path / "other", "--device", "nowhere"), "sweep: device must be one that torch can"),
+        (("geometries", "--output", tmp_path / "none" / "found.csv"), "geometries: output must be a file in a folder"),
+    ):
+        with pytest.raises(SystemExit, match=sentence):
+            main([str(argument) for argument in arguments])
+    assert not (tmp_path / "other").exists()
     with pytest.raises(SystemExit, match="draw: dimensions must be one of"):
         main(["figures", str(folder), "--output", str(pictures), "--dimensions", "5"])
     with open(folder / "models.csv", newline="") as file:

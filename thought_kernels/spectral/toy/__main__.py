@@ -64,7 +64,7 @@ def _sweep(options: argparse.Namespace) -> None:
     torch.set_float32_matmul_precision(options.matmul_precision)
     given = {name: getattr(options, name) for name in ("steps", "batch", "checkpoints")}
     plan = changed(PRESETS[options.preset], **{name: value for name, value in given.items() if value is not None})
-    device = torch.device(options.device)
+    device = _device(options.device)
     at_once = options.models_at_once or models_that_fit(plan, device)
     need = estimate(plan, at_once)
     print(
@@ -80,6 +80,16 @@ def _sweep(options: argparse.Namespace) -> None:
     print(models, clusters, sep="\n")
 
 
+def _device(name: str) -> torch.device:
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"sweep: device must be one that torch can use here, got {name!r}; {reason}") from error
+    return device
+
+
 def _figures(options: argparse.Namespace) -> None:
     from thought_kernels.spectral.toy.figures import by_sparsity, draw
 
@@ -89,6 +99,8 @@ def _figures(options: argparse.Namespace) -> None:
 
 
 def _geometries(options: argparse.Namespace) -> None:
+    if options.output.is_dir() or not options.output.parent.is_dir():
+        raise ValueError(f"geometries: output must be a file in a folder that exists, got {str(options.output)!r}")
     rows = []
     for setting in SETTINGS:
         found = find_geometries(setting, seeds=options.seeds)

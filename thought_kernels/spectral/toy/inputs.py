@@ -8,6 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from thought_kernels.ops.library import message
+
 _MASK = (1 << 64) - 1
 
 
@@ -20,6 +22,14 @@ def mixed(*numbers: int) -> int:
         state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & _MASK
         state ^= state >> 31
     return state >> 1
+
+
+def check_count(function: str, name: str, number: object, least: int) -> None:
+    """Raises unless the number is an integer of at least ``least``."""
+    if isinstance(number, bool) or not isinstance(number, int):
+        raise TypeError(message(function, name, "be an integer", repr(number)))
+    if number < least:
+        raise ValueError(message(function, name, f"be at least {least}", number))
 
 
 class SparseInputs:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from thought_kernels.ops.library import message
-from thought_kernels.spectral.toy.inputs import SparseInputs, mixed
+from thought_kernels.spectral.toy.inputs import SparseInputs, check_count, mixed
 
 _INITIAL = 1  # the second word of a seed: what is drawn from it
 
@@ -71,18 +71,21 @@ def toy_models(
     Raises:
         ValueError: no features, dimensions or seeds, a sparsity outside [0, 1), a negative importance, or lengths that
             do not agree.
-        TypeError: another dtype.
+        TypeError: another dtype, or what is no number.
 
     Source: SS §4 and Elhage et al. (2022); the paper leaves the initialisation open, which is theirs here.
     """
-    if features < 1 or dimensions < 1:
-        raise ValueError(message("toy_models", "features and dimensions", "be positive", (features, dimensions)))
+    check_count("toy_models", "features", features, 1)
+    check_count("toy_models", "dimensions", dimensions, 1)
     if dtype not in (torch.float32, torch.float64):
         raise TypeError(message("toy_models", "dtype", "be float32 or float64", dtype))
     count = len(seeds)
     if count == 0:
         raise ValueError(message("toy_models", "seeds", "name at least one model", "none"))
     streams = tuple(seeds if streams is None else streams)
+    for name, numbers in (("seeds", seeds), ("streams", streams)):
+        for number in numbers:
+            check_count("toy_models", name, number, 0)
     if len(streams) != count:
         raise ValueError(message("toy_models", "streams", f"be one for each of {count} models", len(streams)))
     chosen = _per_model("sparsity", sparsity, count, features, device, dtype)
@@ -109,7 +112,10 @@ def _per_model(
     dtype: torch.dtype,
 ) -> Tensor:
     """The value as [B, n] or [B, 1]."""
-    tensor = torch.as_tensor(value, dtype=dtype, device=device)
+    try:
+        tensor = torch.as_tensor(value, dtype=dtype, device=device)
+    except (TypeError, ValueError) as error:
+        raise TypeError(message("toy_models", name, "be numbers", repr(value)[:80], str(error))) from error
     if tensor.dim() == 0:
         tensor = tensor.reshape(1, 1)
     elif tensor.dim() == 1:

@@ -26,8 +26,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from thought_kernels.ops.checks import check_number
 from thought_kernels.ops.library import message
-from thought_kernels.spectral.toy.inputs import mixed
+from thought_kernels.spectral.toy.inputs import check_count, mixed
 from thought_kernels.spectral.toy.models import ToyModels, toy_models
 from thought_kernels.spectral.toy.summary import RTOL, as_row, rounded, summarize
 from thought_kernels.spectral.toy.training import Schedule, checkpoint_steps, history, train
@@ -62,9 +63,20 @@ class Plan:
     rtol: float = RTOL
 
     def __post_init__(self) -> None:
-        if not self.dimensions or not self.sparsities or self.seeds < 1:
-            raise ValueError(message("Plan", "dimensions, sparsities and seeds", "not be empty", "none"))
-        if not self.spread >= 1:
+        for name in ("dimensions", "sparsities"):
+            if not getattr(self, name):
+                raise ValueError(message("Plan", name, "name at least one", "none"))
+        check_count("Plan", "features", self.features, 1)
+        check_count("Plan", "seeds", self.seeds, 1)
+        check_count("Plan", "checkpoints", self.checkpoints, 0)
+        for m in self.dimensions:
+            check_count("Plan", "dimensions", m, 1)
+        for sparsity in self.sparsities:
+            check_number("Plan", "sparsities", sparsity, or_zero=True)
+            if sparsity >= 1:
+                raise ValueError(message("Plan", "sparsities", "be less than 1", sparsity))
+        check_number("Plan", "spread", self.spread)
+        if self.spread < 1:
             raise ValueError(message("Plan", "spread", "be at least 1", self.spread))
 
     def __len__(self) -> int:
@@ -171,7 +183,7 @@ def sweep(
         The paths of models.csv and clusters.csv.
 
     Raises:
-        ValueError: a folder that holds another plan's sweep, or fewer than one model at once.
+        ValueError: a folder that holds another plan's sweep or damaged records, or fewer than one model at once.
 
     Source: SS §4, "Experimental Setup".
     """
@@ -182,7 +194,7 @@ def sweep(
     described = json.loads(json.dumps(asdict(plan)))
     path = folder / PLAN
     if path.exists():
-        record = json.loads(path.read_text())
+        record = _read("sweep", path, ("plan", "models_at_once"))
         if record["plan"] != described:
             wrong = sorted(name for name in described if record["plan"].get(name) != described[name])
             fix = "choose another folder or the same plan"
@@ -233,7 +245,7 @@ def _tables(folder: Path, todo: Sequence[Group]) -> tuple[Path, Path]:
     models: list[dict[str, Any]] = []
     clusters: list[dict[str, Any]] = []
     for group in todo:
-        record = json.loads((folder / group.name / ROWS).read_text())
+        record = _read("sweep", folder / group.name / ROWS, ("models", "clusters"))
         models += record["models"]
         clusters += record["clusters"]
     write_table(folder / MODELS, models)
@@ -248,6 +260,15 @@ def write_table(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     writer.writeheader()
     writer.writerows(rows)
     _write(path, text.getvalue())
+
+
+def _read(function: str, path: Path, names: Sequence[str]) -> dict[str, Any]:
+    try:
+        record = json.loads(path.read_text())
+        return {name: record[name] for name in names}
+    except (ValueError, KeyError, TypeError) as error:
+        fix = f"{error}; remove it to run its part again"
+        raise ValueError(message(function, str(path), "be a whole record of a sweep", "another file", fix)) from error
 
 
 def _write(path: Path, text: str) -> None:
@@ -265,7 +286,7 @@ def read_plan(folder: str | os.PathLike[str]) -> tuple[Plan, list[Group]]:
     path = Path(folder) / PLAN
     if not path.exists():
         raise ValueError(message("read_plan", "folder", f"hold {PLAN}", "none", str(folder)))
-    record = json.loads(path.read_text())
+    record = _read("read_plan", path, ("plan", "models_at_once"))
     fields = dict(record["plan"])
     fields["schedule"] = Schedule(**fields["schedule"])
     fields["dimensions"], fields["sparsities"] = tuple(fields["dimensions"]), tuple(fields["sparsities"])

@@ -16,7 +16,9 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from thought_kernels.ops.checks import check_number
 from thought_kernels.ops.library import message
+from thought_kernels.spectral.toy.inputs import check_count
 from thought_kernels.spectral.toy.models import Gradients, ToyModels, reconstruction_loss
 
 STATE = "state.safetensors"
@@ -43,10 +45,9 @@ class Schedule:
     shape: str = "cosine"
 
     def __post_init__(self) -> None:
-        if self.steps < 0 or self.batch < 1:
-            raise ValueError(message("Schedule", "steps and batch", "be at least 0 and 1", (self.steps, self.batch)))
-        if not (math.isfinite(self.learning_rate) and self.learning_rate > 0):
-            raise ValueError(message("Schedule", "learning_rate", "be finite and positive", self.learning_rate))
+        check_count("Schedule", "steps", self.steps, 0)
+        check_count("Schedule", "batch", self.batch, 1)
+        check_number("Schedule", "learning_rate", self.learning_rate, positive=True)
         if self.shape not in SCHEDULES:
             raise ValueError(message("Schedule", "shape", f"be one of {SCHEDULES}", repr(self.shape)))
 
