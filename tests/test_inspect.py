@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from models import tiny_gemma3, tiny_multimodal_gemma3
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from typer.testing import CliRunner
 
@@ -191,11 +191,56 @@ def test_an_interrupted_run_goes_on_from_its_rows(
     assert not list(tmp_path.glob("*.partial"))
 
 
+def test_rows_of_another_model_and_damaged_ones_are_not_taken(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = tmp_path / "other"  # of the same shapes and names
+    other.mkdir()
+    (file,) = folder.glob("*.safetensors")
+    save_file({name: 0.5 + tensor for name, tensor in load_file(file).items()}, other / file.name)
+    alone, mixed, partial = tmp_path / "alone.csv", tmp_path / "mixed.csv", tmp_path / "mixed.csv.partial"
+    assert run("inspect", other, "--csv", alone).exit_code == 0
+
+    def interrupted(path: Path, after: int) -> None:
+        read, count = StoredMatrix.read, 0
+
+        def failing(matrix: StoredMatrix) -> Tensor:
+            nonlocal count
+            count += 1
+            if count > after:
+                raise KeyboardInterrupt
+            return read(matrix)
+
+        with monkeypatch.context() as context:
+            context.setattr(StoredMatrix, "read", failing)
+            assert run("inspect", path, "--csv", mixed).exit_code != 0
+
+    interrupted(folder, 4)
+    assert run("inspect", other, "--csv", mixed).exit_code == 0
+    assert mixed.read_text() == alone.read_text()
+    interrupted(other, 4)
+    head, first, second, *rest = partial.read_text().splitlines(keepends=True)
+    damaged = first.replace(",", ",x", 2)
+    partial.write_bytes("".join([head, damaged, second, *rest]).encode()[:-40] + b"\xff")
+    assert run("inspect", other, "--csv", mixed).exit_code == 0
+    assert mixed.read_text() == alone.read_text()
+
+
+def test_what_cannot_be_measured_takes_no_columns_place(tmp_path: Path) -> None:
+    tensors = {"good.weight": normal(60, 80), "zero.weight": torch.zeros(60, 80)}
+    save_file(tensors, tmp_path / "model.safetensors")
+    result = run("inspect", tmp_path)
+    assert result.exit_code == 0, result.output
+    assert "60x80 c" in result.stdout and "…" not in result.stdout
+    assert "zero.weight: rank 0; without a nonzero feature there is no spectrum" in result.stdout
+
+
 def test_the_command_refuses_in_a_sentence(folder: Path, tmp_path: Path) -> None:
     for arguments, sentence, code in (
         ((tmp_path,), "must hold .safetensors files", 1),
         ((folder, "--filter", "nothing"), "--filter must match a matrix of", 1),
         ((folder, "--csv", tmp_path), "--csv must be a file", 2),
+        ((folder, "--plot", tmp_path / "picture.docx"), "--plot must end in one of", 2),
         (("nobody/nothing", "--offline"), "inspect: model must be a folder or a hub id, got 'nobody/nothing'", 1),
     ):
         result = run("inspect", *arguments)

@@ -48,12 +48,21 @@ def inspect(
     for option, path in (("--csv", csv_file), ("--plot", plot)):
         if path is not None and (path.is_dir() or not path.parent.is_dir()):
             raise typer.BadParameter(f"{option} must be a file in a folder that exists, got {path}")
+    if plot is not None:
+        from matplotlib.backend_bases import FigureCanvasBase
+
+        endings = FigureCanvasBase.get_supported_filetypes()
+        if plot.suffix[1:].lower() not in endings:
+            raise typer.BadParameter(f"--plot must end in one of .{', .'.join(sorted(endings))}, got {plot}")
     place = _place(options.DEFAULT_MODEL if model is None else model, offline)
     matrices = [matrix for matrix in stored_matrices(place) if _wanted(matrix.name, filters)][:limit]
     if not matrices:
         raise ValueError(f"inspect: --filter must match a matrix of {place}, got none")
     rows = list(_kept(matrices, features, csv_file))
     options.out.print(_table(rows))
+    for row in rows:
+        if row.rank is None:
+            options.out.print(Text(f"{row.name}: {row.note}", style="yellow"), soft_wrap=True)
     options.out.print(_LEGEND, style="dim", markup=False)
     if csv_file is not None:
         options.out.print(f"rows in {csv_file}", markup=False, soft_wrap=True)
@@ -91,22 +100,24 @@ def _kept(matrices: list[StoredMatrix], features: str, path: Path | None) -> Ite
         yield from inspect_model(matrices, features=features, progress=shown)
         return
     partial = path.with_name(f"{path.name}.partial")
-    newest = max(matrix.file.stat().st_mtime for matrix in matrices)
-    done = _read(partial) if partial.is_file() and partial.stat().st_mtime > newest else {}
-    known = [done.get((matrix.name, *matrix.shape, matrix.dtype, features)) for matrix in matrices]
+    done = _read(partial) if partial.is_file() else {}
+    sources = {matrix.file: _source(matrix.file, features) for matrix in matrices}
+    known = [done.get((matrix.name, sources[matrix.file])) for matrix in matrices]
     fresh = inspect_model(
         [matrix for matrix, row in zip(matrices, known, strict=True) if row is None], features=features, progress=shown
     )
     with partial.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, [*_COLUMNS, "wanted"], lineterminator="\n")
+        writer = csv.DictWriter(file, [*_COLUMNS, "source"], lineterminator="\n")
         writer.writeheader()
         ordered = []
-        for kept in filter(None, known):  # first of all, or a second interruption would lose them
-            writer.writerow({**asdict(kept), "wanted": features})
-        for old in known:
+        for matrix, kept in zip(matrices, known, strict=True):  # at once, or a second interruption would lose them
+            if kept is not None:
+                writer.writerow({**asdict(kept), "source": sources[matrix.file]})
+        file.flush()
+        for matrix, old in zip(matrices, known, strict=True):
             row = old or next(fresh)
             if old is None:
-                writer.writerow({**asdict(row), "wanted": features})
+                writer.writerow({**asdict(row), "source": sources[matrix.file]})
                 file.flush()
             ordered.append(row)
             yield row
@@ -122,21 +133,29 @@ def _kept(matrices: list[StoredMatrix], features: str, path: Path | None) -> Ite
     partial.unlink()
 
 
-def _read(path: Path) -> dict[tuple[Any, ...], MatrixRow]:
-    """Rows of an interrupted run by what they are about; a last line that was cut short is left out."""
+def _source(file: Path, features: str) -> str:
+    """What a row was measured on, so that it is not taken for one of another model of the same shapes."""
+    state = file.stat()
+    return f"{features} {state.st_size} {state.st_mtime_ns} {file.resolve()}"
+
+
+def _read(path: Path) -> dict[tuple[str, str], MatrixRow]:
+    """Rows of an interrupted run by what they are about; a line that is not whole is left out."""
     kinds = {field.name: str(field.type).split(" ")[0] for field in fields(MatrixRow)}
     convert = {"int": int, "float": float, "str": str}
-    found: dict[tuple[Any, ...], MatrixRow] = {}
-    with path.open(newline="", encoding="utf-8") as file:
+    found: dict[tuple[str, str], MatrixRow] = {}
+    with path.open(newline="", encoding="utf-8", errors="replace") as file:
         for line in csv.DictReader(file):
-            if list(line) != [*_COLUMNS, "wanted"] or line["wanted"] is None:
+            if list(line) != [*_COLUMNS, "source"] or line["source"] is None:
                 continue
-            values: dict[str, Any] = {
-                name: None if line[name] == "" and name != "note" else convert[kinds[name]](line[name])
-                for name in _COLUMNS
-            }
-            row = MatrixRow(**values)
-            found[row.name, row.rows, row.columns, row.dtype, line["wanted"]] = row
+            try:
+                values: dict[str, Any] = {
+                    name: None if line[name] == "" and name != "note" else convert[kinds[name]](line[name])
+                    for name in _COLUMNS
+                }
+            except ValueError:
+                continue
+            found[line["name"], line["source"]] = MatrixRow(**values)
     return found
 
 
@@ -155,10 +174,9 @@ def _table(rows: list[MatrixRow]) -> Table:
     for name in ("shape", "", "rank", "stable", "eff.", "satur.", "kinds", "alpha", "KS"):
         table.add_column(name, justify="right", no_wrap=True)
     for row in rows:
-        cells: list[Any] = [Text(row.name.removesuffix(".weight")), f"{row.rows}x{row.columns}", row.features[0]]
         if row.rank is None or row.localized is None or row.band_localized is None or row.broadband is None:
-            table.add_row(*cells, Text(row.note, style="yellow"))
-            continue
+            continue  # nothing was measured: its note stands below the table, where it takes no column's place
+        cells: list[Any] = [Text(row.name.removesuffix(".weight")), f"{row.rows}x{row.columns}", row.features[0]]
         shares = "/".join(f"{100 * share:.0f}" for share in (row.localized, row.band_localized, row.broadband))
         alpha, distance = "-", "-"
         if row.alpha is not None and row.alpha_high is not None and row.distance is not None:

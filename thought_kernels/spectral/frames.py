@@ -139,6 +139,8 @@ def check_matrix(function: str, W: object, name: str = "W") -> float:
     if not isinstance(W, Tensor) or W.layout != torch.strided:
         actual = W.layout if isinstance(W, Tensor) else type(W).__name__
         raise TypeError(message(function, name, "be a dense tensor [m, n]", actual))
+    if W.is_meta:
+        raise ValueError(message(function, name, "have values", "a tensor on the meta device", "load the weights"))
     if W.dtype not in FLOATS:
         raise TypeError(message(function, name, "be float64, float32, bfloat16 or float16", W.dtype))
     if W.dim() != 2:

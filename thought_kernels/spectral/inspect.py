@@ -21,6 +21,7 @@ from tqdm import tqdm
 from thought_kernels.ops.checks import FLOATS
 from thought_kernels.ops.library import message
 from thought_kernels.spectral.density import SpectralDensity
+from thought_kernels.spectral.frames import check_matrix
 from thought_kernels.spectral.measure import nonzero_spectrum
 from thought_kernels.spectral.spectrum import RTOL
 from thought_kernels.spectral.tails import power_law_tail
@@ -175,6 +176,7 @@ def inspect_matrix(W: Tensor, *, features: str = "longer") -> dict[str, Any]:
 
     Source: Spectral superposition, §3 and Theorem 12; for the tail, see power_law_tail.
     """
+    check_matrix("inspect_matrix", W)
     if features_side(W.shape, features) == "rows":
         W = W.T
     spectrum = nonzero_spectrum("inspect_matrix", W, RTOL, None)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import secrets
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -56,4 +58,9 @@ def draw(rows: Sequence[MatrixRow], path: Path, title: str = "") -> None:
     if handles:
         figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize="small")
     figure.suptitle(title)
-    figure.savefig(path, dpi=150)
+    temporary = path.with_name(f".{secrets.token_hex(4)}.{path.name}")
+    try:
+        figure.savefig(temporary, dpi=150)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
