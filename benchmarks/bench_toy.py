@@ -5,7 +5,7 @@ python benchmarks/bench_toy.py [--device cuda] [--sweep paper]
 The rivals train the same models on the same inputs: the usual loop (autograd, Adam), and this package's closed-form
 gradients and fused Adam one model at a time. Every provider's gradients and final losses are held to float64 first.
 ``--sweep`` takes a few steps of every m of a preset and says what its whole sweep would take; what it does take is
-printed by `python -m thought_kernels.spectral.toy sweep`.
+printed by `thought-kernels toy sweep`.
 """
 
 from __future__ import annotations

@@ -9,11 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
+from typer.testing import CliRunner
 
-from thought_kernels.spectral.toy import Schedule, spectral_evolution, sweep, toy_models, train
-from thought_kernels.spectral.toy.__main__ import main
+from thought_kernels.cli import app
+from thought_kernels.spectral.toy import Schedule, geometries, spectral_evolution, sweep, toy_models, train
 from thought_kernels.spectral.toy.evolution import wasserstein
-from thought_kernels.spectral.toy.geometries import Setting, figure, find_geometries
+from thought_kernels.spectral.toy.geometries import Found, Setting, figure, find_geometries
 from thought_kernels.spectral.toy.summary import summarize
 from thought_kernels.spectral.toy.sweeps import (
     PRESETS,
@@ -207,26 +208,52 @@ def test_trained_models_saturate() -> None:
     assert max(before) < 0.97
 
 
-def test_the_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(*arguments: object) -> tuple[int, str]:
+        found = CliRunner().invoke(app, ["toy", *map(str, arguments)])
+        return found.exit_code, found.output
+
     folder, pictures = tmp_path / "sweep", tmp_path / "pictures"
-    main(["sweep", "--preset", "paper", "--output", str(folder), "--dry-run", "--device", "cpu"])
-    assert "3200 models" in capsys.readouterr().out
-    assert not folder.exists()
-    with pytest.raises(SystemExit, match="draw: folder must hold a finished sweep"):
-        main(["figures", str(folder), "--output", str(pictures)])
-    sweep(TINY, folder, progress=False)
-    main(["figures", str(folder), "--output", str(pictures)])
+    code, said = run("sweep", "--preset", "paper", "--output", folder, "--dry-run", "--device", "cpu")
+    assert code == 0 and "3200 models" in said and not folder.exists()
+    code, said = run("figures", folder, "--output", pictures)
+    assert code == 1 and "draw: folder must hold a finished sweep" in said
+    monkeypatch.setitem(PRESETS, "reduced", TINY)
+    code, said = run("sweep", "--output", folder, "--device", "cpu")
+    assert code == 0 and "12 models" in said and str(folder / "models.csv") in said
+    code, said = run("sweep", "--output", folder, "--steps", 13, "--device", "cpu")
+    assert code == 1 and "sweep: output must hold this plan's sweep, got another schedule" in said
+    code, said = run("figures", folder, "--output", pictures)
+    assert code == 0 and "| S | Σ D / m |" in said
     assert sorted(path.name for path in pictures.iterdir()) == [
         "dimensionality.png", "evolution.png", "linearity.png", "saturation.png",
     ]  # fmt: skip
-    for arguments, sentence in (
-        (("sweep", "--output", tmp_path / "other", "--device", "nowhere"), "sweep: device must be one that torch can"),
-        (("geometries", "--output", tmp_path / "none" / "found.csv"), "geometries: output must be a file in a folder"),
-    ):
-        with pytest.raises(SystemExit, match=sentence):
-            main([str(argument) for argument in arguments])
+    code, said = run("figures", folder, "--output", pictures, "--dimensions", "5")
+    assert code == 1 and "draw: dimensions must be one of" in said
+    code, said = run("sweep", "--output", tmp_path / "other", "--device", "nowhere")
+    assert code == 1 and "sweep: device must be one that torch can use here, got 'nowhere'" in said
     assert not (tmp_path / "other").exists()
-    with pytest.raises(SystemExit, match="draw: dimensions must be one of"):
-        main(["figures", str(folder), "--output", str(pictures), "--dimensions", "5"])
+    code, said = run("geometries", "--output", tmp_path / "none" / "found.csv")
+    assert code == 2 and "must be a file in a folder" in said
     with open(folder / "models.csv", newline="") as file:
         assert len(list(csv.DictReader(file))) == len(TINY)
+
+
+def test_geometries_are_taken_up_where_they_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trained: list[Setting] = []
+    short = Schedule(40, batch=32, learning_rate=2e-2)
+
+    def counted(setting: Setting, *, seeds: int) -> Found:
+        trained.append(setting)
+        return find_geometries(setting, seeds=seeds, schedule=short)
+
+    monkeypatch.setattr(geometries, "find_geometries", counted)
+    path = tmp_path / "geometries.csv"
+    first = CliRunner().invoke(app, ["toy", "geometries", "-o", str(path), "--seeds", "2"])
+    assert first.exit_code == 0 and len(trained) == len(geometries.SETTINGS)
+    whole = path.read_text()
+    lines = whole.splitlines(keepends=True)
+    path.write_text("".join(line for line in lines if not line.startswith("8,")))  # the last setting is n = 8
+    again = CliRunner().invoke(app, ["toy", "geometries", "-o", str(path), "--seeds", "2"])
+    assert again.exit_code == 0 and trained[len(geometries.SETTINGS) :] == [geometries.SETTINGS[-1]]
+    assert path.read_text() == whole

@@ -27,6 +27,7 @@ from thought_kernels.cli import (
     inspect,
     options,
     tokens,
+    toy,
     transmute,
     verify,
 )
@@ -88,6 +89,7 @@ app.command("inspect")(inspect.inspect)
 app.command("export")(export.export)
 app.command("bench")(bench.bench)
 app.add_typer(experiment.app, name="experiment")
+app.add_typer(toy.app, name="toy")
 
 
 def main() -> None:

@@ -9,7 +9,7 @@
     geometries  small models that settle in digons, triangles, tetrahedra, pentagons, square antiprisms
     figures     pictures of saved runs
 
-`python -m thought_kernels.spectral.toy --help` lists the commands.
+`thought-kernels toy --help` lists the commands.
 """
 
 from thought_kernels.spectral.toy.evolution import Evolution, spectral_evolution

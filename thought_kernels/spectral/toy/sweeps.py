@@ -17,6 +17,7 @@ import io
 import json
 import os
 import secrets
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -206,7 +207,8 @@ def sweep(
         _write(path, json.dumps({"plan": described, "models_at_once": models_at_once}, indent=1))
     todo = groups(plan, models_at_once)
     total = len(plan) * plan.schedule.steps
-    with tqdm(total=total, unit=" model steps", unit_scale=True, disable=not progress, mininterval=1) as bar:
+    pause = 1 if sys.stderr.isatty() else 30  # seconds: a log is not to be filled with the bar
+    with tqdm(total=total, unit=" model steps", unit_scale=True, disable=not progress, mininterval=pause) as bar:
         for group in todo:
             bar.set_postfix_str(group.name)
             _run(plan, group, folder / group.name, device, bar)

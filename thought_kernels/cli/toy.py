@@ -1,0 +1,125 @@
+"""`thought-kernels toy sweep | figures | geometries`: toy models of superposition, trained and drawn."""
+
+from __future__ import annotations
+
+import csv
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from thought_kernels.cli import options
+from thought_kernels.spectral.toy.sweeps import PRESETS
+
+app = typer.Typer(no_args_is_help=True, help="Toy models of superposition: the paper's sweep, its figures, geometries.")
+
+
+@app.command()
+def sweep(
+    output: Annotated[Path, typer.Option("--output", "-o", help="The sweep's folder.")],
+    preset: Annotated[str, typer.Option(help=f"Which models: {', '.join(PRESETS)}.")] = "reduced",
+    device: Annotated[
+        str | None, typer.Option(help="cpu, cuda, cuda:1, ... (default a GPU where there is one)", show_default=False)
+    ] = None,
+    models_at_once: Annotated[
+        int | None, typer.Option(min=1, help="Of one m (default what fits).", show_default=False)
+    ] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Of training; the preset's if not given.")] = None,
+    batch: Annotated[int | None, typer.Option(min=1, help="Samples a step; the preset's if not given.")] = None,
+    checkpoints: Annotated[
+        int | None, typer.Option(min=0, help="Kept along each run; the preset's if not given.")
+    ] = None,
+    matmul_precision: Annotated[str, typer.Option(help="highest, or high, which is TF32 on a GPU.")] = "highest",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what it would need.")] = False,
+) -> None:
+    """Train every model of a plan, and write models.csv and clusters.csv; goes on where it stopped."""
+    import torch
+
+    from thought_kernels.spectral.toy.sweeps import changed, estimate, models_that_fit
+    from thought_kernels.spectral.toy.sweeps import sweep as run_sweep
+
+    if preset not in PRESETS:
+        raise typer.BadParameter(f"--preset must be one of {', '.join(PRESETS)}, got {preset!r}")
+    if matmul_precision not in ("highest", "high"):
+        raise typer.BadParameter(f"--matmul-precision must be highest or high, got {matmul_precision!r}")
+    if output.exists() and not output.is_dir():
+        raise typer.BadParameter(f"--output must be a folder, got the file {output}")
+    torch.set_float32_matmul_precision(matmul_precision)
+    given = options.pairs({"steps": steps, "batch": batch, "checkpoints": checkpoints})
+    plan = changed(PRESETS[preset], **given)
+    place = _device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    at_once = models_at_once or models_that_fit(plan, place)
+    need = estimate(plan, at_once)
+    options.out.print(
+        f"{len(plan)} models, up to {at_once} at once on {place}: about {need.memory / 2**30:.2f} GiB of memory, "
+        f"{need.disk / 2**30:.2f} GiB on disk, {need.operations:.2g} floating-point operations",
+        soft_wrap=True,
+    )
+    if dry_run:
+        return
+    start = time.monotonic()
+    tables = run_sweep(plan, output, device=place, models_at_once=models_at_once)
+    seconds = time.monotonic() - start
+    options.out.print(f"{seconds:.0f} s, {len(plan) / seconds:.3g} models a second (of a run that was not resumed)")
+    _print_paths(tables)
+
+
+@app.command()
+def figures(
+    folder: Annotated[Path, typer.Argument(help="A finished sweep's.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the pictures.")],
+    dimensions: Annotated[int | None, typer.Option(min=1, help="m of the models whose training is drawn.")] = None,
+    sparsity: Annotated[float, typer.Option(min=0, max=1, help="The nearest one is drawn.")] = 0.9,
+) -> None:
+    """Draw a sweep, and print its table by sparsity."""
+    from thought_kernels.spectral.toy.figures import by_sparsity, draw
+    from thought_kernels.spectral.toy.sweeps import MODELS, read_rows
+
+    _print_paths(draw(folder, output, dimensions=dimensions, sparsity=sparsity))
+    options.out.print(by_sparsity(read_rows(folder / MODELS)), markup=False, soft_wrap=True)
+
+
+@app.command()
+def geometries(
+    output: Annotated[Path, typer.Option("--output", "-o", help="A CSV; settings that it holds are not run again.")],
+    seeds: Annotated[int, typer.Option(min=1, help="Models of each setting.")] = 64,
+) -> None:
+    """Train small models from many seeds, and count the figures that they settle in."""
+    from thought_kernels.spectral.toy.geometries import SETTINGS, as_rows, find_geometries
+    from thought_kernels.spectral.toy.sweeps import write_table
+
+    if output.is_dir() or not output.parent.is_dir():
+        raise typer.BadParameter(f"--output must be a file in a folder that exists, got {output}")
+    kept = list(csv.DictReader(output.open(newline="", encoding="utf-8"))) if output.is_file() else []
+    rows: list[dict[str, Any]] = []
+    with options.progress("geometries") as progress:
+        for index, setting in enumerate(SETTINGS):
+            n, m, S = setting.features, setting.dimensions, setting.sparsity
+            progress(index, len(SETTINGS), f"n = {n}, m = {m}, S = {S}")
+            wanted = {"features": str(n), "dimensions": str(m), "sparsity": str(S), "seeds": str(seeds)}
+            known = [row for row in kept if wanted.items() <= row.items()]
+            found = known or as_rows(find_geometries(setting, seeds=seeds))
+            rows += found
+            write_table(output, rows)
+            counts = ", ".join(f"{row['figure']} {row['models']}" for row in found)
+            options.out.print(f"n = {n}, m = {m}, S = {S}: {counts}", soft_wrap=True)
+        progress(len(SETTINGS), len(SETTINGS), "")
+    _print_paths([output])
+
+
+def _device(name: str) -> Any:
+    import torch
+
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"sweep: device must be one that torch can use here, got {name!r}; {reason}") from error
+    return device
+
+
+def _print_paths(paths: Any) -> None:
+    for path in paths:
+        options.out.print(str(path), markup=False, soft_wrap=True)
