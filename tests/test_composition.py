@@ -185,6 +185,9 @@ def test_the_composition_command(model: Any, tmp_path: Path) -> None:
         ("commas", "reverse"),
     ]
     assert (tmp_path / "out" / "interference.csv").is_file() and "Spearman" in first.stdout
+    from matplotlib.image import imread
+
+    assert imread(tmp_path / "out" / "figure.png").shape[1] >= 1000
     again = CliRunner().invoke(app, list(map(str, arguments)))
     assert again.stdout == first.stdout
 

@@ -198,6 +198,7 @@ def test_the_command(model: Any, tmp_path: Path) -> None:
     result = CliRunner().invoke(app, list(map(str, arguments)))
     assert result.exit_code == 0, result.output
     assert "contains match" in result.stdout and picture.stat().st_size > 0
+    assert result.stderr.splitlines()[-1] == "demo: 2 of 2."  # no terminal, so a line for each step and no bar
     assert [entry["name"] for entry in json.loads(figures.read_text())] == ["first", "last"]
     refused = CliRunner().invoke(app, ["demo", "-m", str(tmp_path / "model"), "--instructions", "frist"])
     assert refused.exit_code == 1 and "instructions must be among" in refused.stderr

@@ -145,6 +145,8 @@ def test_low_rank_one_block_one_site_and_vectors() -> None:
     assert {found.rank for found in diagnose(low, model).sites.values()} == {3}
     agree(model, patch_for(model, 3, layers=[2], sites=["mlp"], vectors=False))
     agree(model, patch_for(model, 3, layers=[2], sites=["attention", "residual"]))
+    whole = patch_for(model, 3, layers=[0, 2], dtype=torch.bfloat16)
+    agree(model, ThoughtPatch({key: whole.entries[key] for key in ((0, "attention"), (2, "mlp"))}))
 
 
 def test_the_rank_of_a_rounded_matrix_is_not_its_rounding() -> None:
@@ -169,6 +171,17 @@ def test_the_scale_of_weights_and_patch_changes_no_ratio(scale: float) -> None:
     small = diagnose(1e-12 * patch, model).sites[1, "mlp"]
     assert small.write_gain == pytest.approx(wanted.write_gain, rel=DIRECT)
     assert small.strength == pytest.approx(1e-12 * wanted.strength, rel=DIRECT)
+
+
+def test_shares_of_leading_directions_are_asked_for_in_words_it_knows() -> None:
+    model = tiny_gemma3(7, **SHAPES["square"])
+    found = diagnose(patch_for(model, 1, layers=[0], sites=["mlp"]), model).sites[0, "mlp"]
+    assert found.top_share("read", 1) == pytest.approx(1 - found.read_kernel)
+    with pytest.raises(ValueError, match="top_share: part must be 'write' or 'read', got 'wrote'"):
+        found.top_share("wrote")
+    for dimensions in (0, 1.5, float("nan")):
+        with pytest.raises(ValueError, match=r"top_share: dimensions must be in \(0, 1\], got"):
+            found.top_share("read", dimensions)
 
 
 def test_an_edit_that_erases_what_it_edits() -> None:

@@ -41,6 +41,7 @@ def composition(
 ) -> None:
     """Add and negate patches of two instructions on numbers, and see whether overlap foretells the damage."""
     import thought_kernels
+    from thought_kernels.evaluate.curve_picture import draw_composition
     from thought_kernels.evaluate.experiments import default_recipe
     from thought_kernels.evaluate.journal import Journal, fingerprint
 
@@ -95,6 +96,7 @@ def composition(
     ]
     write_csv(flat, output / "interference.csv")
     write_csv([asdict(row) for row in alone], output / "alone.csv")
+    draw_composition(together, output / "figure.png")
     _show(alone, together, both, correlations)
     options.out.print(f"results in {output}", markup=False, soft_wrap=True)
 

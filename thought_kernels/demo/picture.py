@@ -10,8 +10,7 @@ from thought_kernels.demo.curves import Curve
 from thought_kernels.demo.demo import DemoReport, Row
 from thought_kernels.demo.tasks import RESERVED_FOR_FINAL_STUDY, TASKS
 from thought_kernels.evaluate.curve_picture import STYLE, curve_axes, percent_axis
-from thought_kernels.evaluate.drawing import BLUE, GREY, INK, ORANGE
-from thought_kernels.evaluate.files import replace_file
+from thought_kernels.evaluate.drawing import BLUE, GREY, INK, ORANGE, save_picture
 
 _BARS: tuple[tuple[str, str, Callable[[Row], float]], ...] = (
     ("bare", GREY, lambda row: row.base),
@@ -41,10 +40,7 @@ def draw(report: DemoReport, path: Path) -> None:
         _bars(figure.add_subplot(grid[0, :]), report)
         for index, curve in enumerate(report.curves):
             _curve(figure.add_subplot(grid[1, index]), curve)
-        try:
-            replace_file(path, lambda temporary: figure.savefig(temporary, format="png", dpi=150))
-        finally:
-            pyplot.close(figure)
+        save_picture(figure, path)
 
 
 def _bars(axes: Any, report: DemoReport) -> None:

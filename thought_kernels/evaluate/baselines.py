@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
-from thought_kernels.evaluate.curves import paper_layers
+from thought_kernels.evaluate.curves import C1_FACTORS, PAPER_C1, paper_layers
 from thought_kernels.evaluate.lora import BATCH, RANK, RATES, TrainedLora, train_lora
 from thought_kernels.evaluate.refit import rank_one, refit
 from thought_kernels.evaluate.report import Section
@@ -28,8 +28,6 @@ MAX_LAYERS = 8  # tried by the baselines that act on one block
 VECTOR_SCALES = (0.5, 1.0, 2.0, 4.0, 8.0)
 LORA_SHORT = 4  # rates are compared after this fraction of the steps
 EDIT_SCALES = (0.5, 1.0, 2.0, 4.0)
-PAPER_C1 = 0.015
-C1_FACTORS = (1, 2, 4, 8, 16, 32, 64, 128)
 
 Baseline = Callable[[Subject, Section], tuple[str, Intervention]]
 

@@ -1,4 +1,4 @@
-"""Accuracy against steps as a picture: TP Figures 1 and 2, with further lines on the same axes."""
+"""The experiments' pictures: accuracy against steps as in TP Figures 1 and 2, and patches added to each other."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from thought_kernels.evaluate.composition import Together
 from thought_kernels.evaluate.curves import PAPER_DIVISOR, Point
-from thought_kernels.evaluate.drawing import BLUE, GREEN, GREY, INK, ORANGE
-from thought_kernels.evaluate.files import replace_file
+from thought_kernels.evaluate.drawing import BLUE, GREEN, GREY, INK, ORANGE, lattice, name_rows, percent, save_picture
 
 STYLE = {
     "font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": INK,
@@ -46,10 +46,40 @@ def draw_experiment(
             above.tick_params(labelsize=9)
         axes.set_title(title)
         figure.legend(loc="outside lower left", fontsize=9)
-        try:
-            replace_file(path, lambda temporary: figure.savefig(temporary, format="png", dpi=150))
-        finally:
-            pyplot.close(figure)
+        save_picture(figure, path)
+
+
+def draw_composition(rows: Sequence[Together], path: Path) -> None:
+    """Writes what becomes of each instruction when another's patch is added, and what was predicted, as a PNG.
+
+    Args:
+        rows: one for each ordered pair of instructions.
+        path: of the PNG; its folder must exist.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    names = [f"{row.name}, {row.other} added".replace("_", " ") for row in rows]
+    with pyplot.rc_context(STYLE):
+        figure, (left, right) = pyplot.subplots(
+            1, 2, figsize=(9.6, 1.4 + 0.25 * len(rows)), width_ratios=(1.3, 1), layout="constrained"
+        )
+        for label, colour in (("patched", INK), ("in_turn", ORANGE), ("added", BLUE)):
+            shown = {"patched": "own patch", "in_turn": "both in turn", "added": "sum"}[label]
+            left.plot([getattr(row, label) for row in rows], range(len(rows)), "o", color=colour, label=shown)
+        name_rows(left, names)
+        left.set_xlim(-0.03, 1.03)
+        percent(left.xaxis)
+        left.set_title("accuracy")
+        right.plot([row.predicted["disturbance"] for row in rows], [row.kl_lost for row in rows], "o", color=BLUE)
+        right.set_xlabel("predicted disturbance")
+        right.set_ylabel("KL lost, nats a token")
+        right.set_title("measured against predicted")
+        lattice(right, axis="both")
+        figure.legend(loc="outside lower left", ncols=3)
+        save_picture(figure, path)
 
 
 def curve_axes(

@@ -15,7 +15,7 @@ from thought_kernels.transmute.recipe import paper_recipe
 from thought_kernels.transmute.transmute import transmute
 
 PAPER_C1, PAPER_DIVISOR = 0.015, 300
-C1_FACTORS = (0.5, 1, 2, 4, 8, 16, 32, 64)
+C1_FACTORS = (0.5, 1, 2, 4, 8, 16, 32, 64, 128)
 PAPER_BLOCKS, PAPER_FIRST, PAPER_STOP = 26, 10, 20
 
 

@@ -197,7 +197,7 @@ def run_experiment(
         "c2": published.c2 if c2 is None else c2, "divisor": PAPER_DIVISOR, "layers": chosen, "blocks": blocks,
         "steps": len(data.fit), "validation": len(data.validation), "inputs": len(data.fresh),
         "data": data_hash(data), "match": as_scorer(match).name, "max_new_tokens": max_new_tokens,
-        "model": getattr(model.config, "_name_or_path", ""), "weights": fingerprint(model),
+        "model": _model_name(model), "weights": fingerprint(model),
         "default_recipe": default_recipe(), "version": thought_kernels.__version__,
     }  # fmt: skip
     journal = Journal(output / "journal.jsonl", settings)
@@ -213,6 +213,12 @@ def run_experiment(
         )  # fmt: skip
     write_report(report, output)
     return report
+
+
+def _model_name(model: Any) -> str:
+    """A hub id, or the name of a folder without where it lies, so that results can be handed on."""
+    name = str(getattr(model.config, "_name_or_path", ""))
+    return Path(name).name if Path(name).is_dir() else name
 
 
 def default_recipe() -> dict[str, Any]:

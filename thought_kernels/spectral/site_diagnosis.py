@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from thought_kernels.ops.library import message
 from thought_kernels.spectral.density import SpectralDensity
 from thought_kernels.spectral.measure import FeatureMeasures, features_of, shares
 from thought_kernels.spectral.overlap import Overlap
@@ -101,7 +102,14 @@ class SiteDiagnosis:
         Args:
             part: "write" or "read".
             dimensions: of how much of the space, in (0, 1]; the last eigenspace counts in proportion.
+
+        Raises:
+            ValueError: another part or a number outside.
         """
+        if part not in ("write", "read"):
+            raise ValueError(message("top_share", "part", "be 'write' or 'read'", repr(part)))
+        if not 0 < dimensions <= 1:
+            raise ValueError(message("top_share", "dimensions", "be in (0, 1]", dimensions))
         profile, wanted = getattr(self, part), dimensions * len(self.singular_values)
         filled = self.multiplicities.cumsum(0).double()
         used = ((wanted - (filled - self.multiplicities)) / self.multiplicities).clamp(0, 1)
@@ -136,7 +144,7 @@ def diagnose_site(
     """
     spectrum = decompose("diagnose", X)
     u, s, vh = torch.linalg.svd(delta)
-    density = SpectralDensity(s.square(), int((s > resolution * s[0]).sum()))
+    density = SpectralDensity(s.square(), int((s > 0).sum()))
     basis = spectrum.frame_basis
     total = s.square().sum()
     write, read = ((basis.T @ side).square() @ s.square() / total for side in (u, vh.T))
@@ -144,7 +152,7 @@ def diagnose_site(
     mean = float(spectrum.all_eigenvalues.sum()) / len(s)
     gains = [float(profile @ spectrum.all_eigenvalues) / mean for profile in (write, read)]
     return SiteDiagnosis(
-        layer, site, s, density.rank, density.stable_rank, density.effective_rank,
+        layer, site, s, int((s > resolution * s[0]).sum()), density.stable_rank, density.effective_rank,
         strength=(gains[0] * float(total) / len(s)) ** 0.5,
         eigenvalues=spectrum.eigenvalues, multiplicities=spectrum.multiplicities,
         write=spectrum.sum_groups(write), read=spectrum.sum_groups(read),
