@@ -138,6 +138,14 @@ def test_delta_is_exactly_zero_where_the_window_hides_both_prefixes(backend: str
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_a_window_of_any_length_is_no_limit(backend: str) -> None:
+    unlimited = tk.paired_attention(**inputs(header=3), backend=backend)
+    for window in (2**62, 2**63, 2**100):
+        limited = tk.paired_attention(**inputs(header=3), window=window, backend=backend)
+        torch.testing.assert_close(limited, unlimited)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_an_absent_prefix_equals_one_without_keys(backend: str) -> None:
     arguments = inputs(prefix=4)
     empty = tuple(part[:, :0] for part in arguments["with_prefix"])
@@ -287,6 +295,17 @@ BAD = {
     "no key heads": ({"key": torch.zeros(2, 0, 6, 16)}, ValueError, "divides query's 4, got 0"),
     "value heads": ({"value": torch.zeros(2, 4, 6, 16)}, ValueError, "value must have key's shape"),
     "not a tensor": ({"value": [1.0]}, TypeError, "value must be a tensor, got list"),
+    "sparse": (
+        {"key": torch.zeros(2, 2, 6, 16).to_sparse()},
+        TypeError,
+        "key must be a tensor that is dense, got torch",
+    ),
+    "sparse query": (
+        {"query": torch.zeros(2, 4, 6, 16).to_sparse()},
+        TypeError,
+        "query must be a tensor that is dense",
+    ),
+    "nothing": ({"without_prefix": (None, None)}, TypeError, "without_prefix key must be a tensor, got NoneType"),
     "prefix tensor": ({"with_prefix": torch.zeros(2, 3, 16)}, TypeError, "with_prefix must be a .* pair"),
     "prefix batch": ({"with_prefix": (torch.zeros(2, 2, 3, 16),) * 2}, ValueError, "has no batch dimension"),
     "prefix heads": ({"with_prefix": (torch.zeros(4, 3, 16),) * 2}, ValueError, "with_prefix key must be"),

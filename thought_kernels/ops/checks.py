@@ -13,18 +13,24 @@ FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
-def check_float_tensor(function: str, name: str, tensor: object) -> None:
-    """A tensor of one of the four floating dtypes that kernels take."""
+def _dense(function: str, name: str, rule: str, tensor: object) -> Tensor:
     if not isinstance(tensor, Tensor):
-        raise TypeError(message(function, name, "be a tensor", type(tensor).__name__))
+        raise TypeError(message(function, name, f"be {rule}", type(tensor).__name__))
+    if tensor.layout != torch.strided:
+        raise TypeError(message(function, name, f"be {rule} that is dense", tensor.layout))
+    return tensor
+
+
+def check_float_tensor(function: str, name: str, tensor: object) -> None:
+    """A dense tensor of one of the four floating dtypes that kernels take."""
+    tensor = _dense(function, name, "a tensor", tensor)
     if tensor.dtype not in FLOATS:
         raise TypeError(message(function, name, "be float64, float32, bfloat16 or float16", tensor.dtype))
 
 
 def check_like(function: str, name: str, tensor: object, other_name: str, other: Tensor) -> None:
-    """A tensor of another's dtype, on its device."""
-    if not isinstance(tensor, Tensor):
-        raise TypeError(message(function, name, "be a tensor", type(tensor).__name__))
+    """A dense tensor of another's dtype, on its device."""
+    tensor = _dense(function, name, "a tensor", tensor)
     if tensor.dtype != other.dtype:
         raise TypeError(message(function, name, f"have {other_name}'s dtype {other.dtype}", tensor.dtype))
     check_device(function, name, tensor, other_name, other)
@@ -38,8 +44,7 @@ def check_device(function: str, name: str, tensor: Tensor, other_name: str, othe
 
 def check_row_integers(function: str, name: str, tensor: object, query: Tensor) -> None:
     """An integer for each row of query's batch, on its device."""
-    if not isinstance(tensor, Tensor):
-        raise TypeError(message(function, name, "be an integer tensor", type(tensor).__name__))
+    tensor = _dense(function, name, "an integer tensor", tensor)
     if tensor.dtype not in _INTEGERS:
         raise TypeError(message(function, name, "be an integer tensor", tensor.dtype))
     if tensor.dim() != 1 or tensor.shape[0] != query.shape[0]:

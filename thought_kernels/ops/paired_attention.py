@@ -68,7 +68,7 @@ def paired_attention(
     run = torch.ops.thought_kernels.paired_attention if library.traced(query) else _run
     return run(
         query, key, value, with_key, with_value, without_key, without_value,
-        lengths=lengths, window=window, scale=scale, softcap=softcap, backend=backend,
+        lengths=lengths, window=bounded(window), scale=scale, softcap=softcap, backend=backend,
     )  # fmt: skip
 
 
@@ -142,6 +142,11 @@ def _check(
         raise TypeError(message(function, f"without_prefix {missing}", "be a tensor", "NoneType"))
     if without_key is not None and without_value is not None:
         check_prefix(function, "without_prefix", without_key, without_value, key)
+
+
+def bounded(window: int | None) -> int | None:
+    """A window that operators can be given, whose integers have 64 bits: no sequence is as long as the largest."""
+    return min(window, 2**62) if type(window) is int else window
 
 
 def empty_output(query: Tensor, dtype: torch.dtype | None = None) -> Tensor:
@@ -221,6 +226,9 @@ def unpack_prefix(function: str, name: str, prefix: object) -> Prefix:
             f" of length {len(prefix)}" if isinstance(prefix, (tuple, list)) else ""
         )
         raise TypeError(message(function, name, "be a (key, value) pair", actual))
+    for part, tensor in zip(("key", "value"), prefix, strict=True):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(message(function, f"{name} {part}", "be a tensor", type(tensor).__name__))
     return prefix[0], prefix[1]
 
 

@@ -14,6 +14,7 @@ from thought_kernels.ops.library import message
 from thought_kernels.ops.paired_attention import (
     Prefix,
     attention_unsupported,
+    bounded,
     check_attention,
     check_prefix,
     empty_output,
@@ -71,7 +72,8 @@ def shared_prefix_attention(
     run = torch.ops.thought_kernels.shared_prefix_attention if library.traced(query) else _run
     return run(
         query, key, value, keys, values, prefix_index,
-        lengths=lengths, window=window, scale=scale, softcap=softcap, output_dtype=output_dtype, backend=backend,
+        lengths=lengths, window=bounded(window), scale=scale, softcap=softcap, output_dtype=output_dtype,
+        backend=backend,
     )  # fmt: skip
 
 
