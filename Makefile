@@ -27,7 +27,7 @@ PYTEST_FLAGS ?= --durations=5
 
 CSRC := $(shell find csrc -type f)
 CXX_SOURCES := $(filter %.cpp %.h %.cu %.cuh,$(CSRC))
-CODE := thought_kernels tests benchmarks setup.py .ci
+CODE := thought_kernels tests benchmarks examples setup.py .ci
 
 .PHONY: setup demo test test-slow test-all lint format types cuda-check wheel bench clean
 .DELETE_ON_ERROR:

@@ -30,7 +30,7 @@ import torch
 from shapes import GEMMA3
 from torch import Tensor
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig
-from two_forwards_peers import naive, naive_layerwise, one_forward, strong
+from two_forwards_peers import naive, naive_layerwise, one_forward, strong, with_context
 
 from thought_kernels.models import describe
 from thought_kernels.models.linear import OneDNNLinear
@@ -126,8 +126,17 @@ class Task:
     def naive_layerwise(self) -> ThoughtAccumulator:
         return naive_layerwise(self.model, self.header, self.instruction, self.tokens)
 
-    def one_forward(self) -> None:
-        one_forward(self.decoder, self.prefixes, self.tokens, self.batch)
+    def cached(self) -> ThoughtAccumulator:
+        """The layerwise run that `ready` has prepared, once."""
+        assert self.ready is not None
+        PAIRINGS["layerwise"](self.ready)
+        return self.ready.accumulator
+
+    def one_forward(self) -> Tensor:
+        return one_forward(self.decoder, self.prefixes, self.tokens, self.batch)
+
+    def with_context(self) -> Tensor:
+        return with_context(self.model, self.header, self.instruction, self.tokens)
 
 
 def sums(accumulator: ThoughtAccumulator) -> dict[str, Tensor]:
@@ -151,13 +160,18 @@ def check(case: harness.Case, task: Task, examples: int = 4) -> None:
     providers = {
         "naive, batches": lambda: small.naive(task.batch, examples),
         "strong": small.strong,
+        "strong, oneDNN": small.onednn,
         "two_pass": lambda: small.run("two_pass"),
         "sequential": lambda: small.run("sequential"),  # with patches of zero it is two_pass
     }
     checked = [harness.Provider(name, run, lambda run=run: sums(run())) for name, run in providers.items()]
     harness.check(case, checked, sums(wide.naive(1, examples)), sums(small.naive(1, examples)))
     layerwise = harness.Provider("layerwise", lambda: None, lambda: sums(small.run("layerwise")))
-    harness.check(case, [layerwise], sums(wide.naive_layerwise()), sums(small.naive_layerwise()))
+    small.ready = small.prepared()
+    cached = harness.Provider("layerwise, cached prefix", lambda: None, lambda: sums(small.cached()))
+    harness.check(case, [layerwise, cached], sums(wide.naive_layerwise()), sums(small.naive_layerwise()))
+    floor = harness.Provider("one forward", lambda: None, lambda: {"last attention": small.one_forward()})
+    harness.check(case, [floor], {"last attention": wide.with_context()}, {"last attention": small.with_context()})
 
 
 def bench_time(name: str, prefix: int, length: int, options: argparse.Namespace) -> None:
@@ -170,7 +184,7 @@ def bench_time(name: str, prefix: int, length: int, options: argparse.Namespace)
     task.run("layerwise")  # leaves the prefixes that one_forward reads
     providers: dict[str, tuple[str, Callable[[Task, int], object], int]] = {
         "layerwise": ("layerwise", lambda task, _: task.run("layerwise"), count),
-        "cached": ("layerwise, cached prefix", lambda task, _: PAIRINGS["layerwise"](task.ready), count),
+        "cached": ("layerwise, cached prefix", lambda task, _: task.cached(), count),
         "floor": ("one forward of e with context, cached prefix", lambda task, _: task.one_forward(), count),
         "strong": ("prefix cached and repeated, no head, hooks", lambda task, _: task.strong(), count),
         "onednn": ("prefix cached and repeated, no head, hooks, oneDNN", lambda task, _: task.onednn(), count),

@@ -36,5 +36,14 @@ ACCUMULATE_GPU = [
     (16384, GEMMA3["27b"].hidden),
 ]
 
-ATTENTION = [(32, 32), (32, 256), (32, 512), (128, 128), (512, 512)]  # (tokens, prefix keys)
+ATTENTION = [
+    (32, 32),
+    (32, 256),
+    (32, 512),
+    (128, 32),
+    (128, 128),
+    (128, 512),
+    (512, 32),
+    (512, 512),
+]  # (tokens, prefix keys)
 ATTENTION_HEAD_DIMS = (64, 128, 256)

@@ -99,12 +99,22 @@ def naive_layerwise(model: Any, header: Tensor, instruction: Tensor, tokens: Ten
 
 
 @torch.no_grad()
-def one_forward(decoder: Decoder, prefixes: list[tuple[Tensor, Tensor]], tokens: Tensor, batch: int) -> None:
-    """The with-context stream alone over cached prefixes, up to the last block's attention; nothing is recorded.
+def with_context(model: Any, header: Tensor, instruction: Tensor, tokens: Tensor) -> Tensor:
+    """The last block's attention output at e with context, by hooks, [examples, n, Hq·D]: as `one_forward`'s."""
+    with recorded(model) as seen:
+        model.base_model(
+            torch.cat([torch.cat([header, instruction]).expand(len(tokens), -1), tokens], 1), use_cache=False
+        )
+    return seen[-1][:, -tokens.shape[1] :]
+
+
+@torch.no_grad()
+def one_forward(decoder: Decoder, prefixes: list[tuple[Tensor, Tensor]], tokens: Tensor, batch: int) -> Tensor:
+    """The with-context stream alone over cached prefixes, up to the last block's attention, whose output it returns.
 
     It is the floor: this project's own path, since it is faster than transformers' with a cache.
     """
-    start = prefixes[0][0].shape[1]
+    start, outputs = prefixes[0][0].shape[1], []
     for rows in tokens.split(batch):
         x, index = decoder.embed(rows), torch.zeros(len(rows), dtype=torch.long, device=rows.device)
         for block, prefix in zip(decoder.blocks, prefixes, strict=True):
@@ -114,6 +124,9 @@ def one_forward(decoder: Decoder, prefixes: list[tuple[Tensor, Tensor]], tokens:
                 block.rotate(q, cos, sin), block.rotate(k, cos, sin), v, [prefix], index,
                 window=block.window, scale=block.scale, softcap=block.softcap,
             )  # fmt: skip
+            o = o.transpose(1, 2).flatten(2)
             if block is not decoder.blocks[-1]:
-                h = block.attention_residual(x, o.transpose(1, 2).flatten(2))
+                h = block.attention_residual(x, o)
                 x = block.mlp_output(h, block.mlp_input(h))
+        outputs.append(o)
+    return torch.cat(outputs)
