@@ -125,6 +125,26 @@ def test_autocast_does_not_narrow_the_patch() -> None:
     assert torch.equal(seen[0], x * (1 + 2**-10))
 
 
+@pytest.mark.parametrize("in_place", [True, False])
+def test_a_compiled_model_notices_a_patch_that_comes_and_goes(in_place: bool) -> None:
+    """torch.compile's graphs have no guard on hooks: without further ado the patch would do nothing."""
+    patch, ids = random_patch(), token_ids()
+    model = tiny_gemma3()
+    compiled = model if in_place else torch.compile(model, backend="eager")
+    if in_place:
+        model.compile(backend="eager")
+    with torch.no_grad():
+        bare = compiled(ids).logits
+        with patch.applied(tiny := tiny_gemma3()):
+            expected = tiny(ids).logits
+        for named in (model, compiled):
+            with patch.applied(named):
+                assert largest(compiled(ids).logits - expected) <= 1e-5 * largest(expected)
+            assert largest(compiled(ids).logits - bare) <= 1e-5 * largest(bare)
+    assert largest(expected - bare) > 1e-2 * largest(bare)
+    torch.compiler.reset()
+
+
 def test_a_failing_run_leaves_the_model_as_it_was() -> None:
     model, ids = tiny_gemma3(), token_ids()
     before, bare = weights(model), model(ids).logits

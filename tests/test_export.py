@@ -147,6 +147,12 @@ def test_each_module_has_its_own_rank_unless_padded(pad: bool, tmp_path: Path) -
     assert close(through_peft(model, tmp_path, ids), applied_logits(patch, model, ids), torch.float64)
 
 
+def test_a_compiled_model_s_modules_have_their_own_names(tmp_path: Path) -> None:
+    model = tiny_gemma3()
+    patch = matrix_patch()
+    assert patch.export_peft(tmp_path, torch.compile(model)).ranks == patch.export_peft(tmp_path, model).ranks
+
+
 def test_gate_and_up_share_their_input_side(tmp_path: Path) -> None:
     matrix_patch().export_peft(tmp_path, tiny_gemma3())
     tensors = load_file(tmp_path / WEIGHT_FILE)

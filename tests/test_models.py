@@ -279,6 +279,20 @@ def test_unsupported_models_are_refused_with_a_sentence() -> None:
         describe(SimpleNamespace(config=tiny_text_config()))  # type: ignore[arg-type]
 
 
+def test_the_model_inside_a_wrapper_is_described() -> None:
+    model, ids = tiny_gemma3(), token_ids(1, 6)
+    assert describe(torch.compile(model)).model is model
+    peft = pytest.importorskip("peft", reason="wraps models; pip install 'thought_kernels[peft]'")
+    lora = peft.LoraConfig(r=2, target_modules=["q_proj", "o_proj", "down_proj"], init_lora_weights=False)
+    wrapped = peft.get_peft_model(model, lora).eval()
+    expected = hf_logits(wrapped, ids)
+    assert relative_error(describe(torch.compile(wrapped)).forward(ids), expected) <= FORWARD
+    assert relative_error(hf_logits(tiny_gemma3(), ids), expected) > 1e-2  # the adapter takes part
+    learned = peft.get_peft_model(tiny_gemma3(), peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
+    with pytest.raises(ValueError, match="describe: model must read its prompt only, got PeftModelForCausalLM"):
+        describe(learned)
+
+
 def test_bidirectional_attention_and_length_dependent_rotary_are_refused() -> None:
     with pytest.raises(ValueError, match="must use causal attention, got use_bidirectional_attention=True"):
         describe(tiny_gemma3(use_bidirectional_attention=True))

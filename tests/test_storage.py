@@ -151,6 +151,7 @@ def _tensor(name: str, value: torch.Tensor, index: int = 0) -> Change:
         ),
         (_set("0.mlp.vector", torch.full((3,), torch.inf)), TENSOR_FILE, "got NaN or an infinity"),
         (_set("0.mlp.matrix", torch.ones(3, 3).int()), TENSOR_FILE, "got torch.int32"),
+        (_set("0.mlp.matrix", torch.ones(3, 3).to(torch.float8_e4m3fn)), TENSOR_FILE, "got torch.float8_e4m3fn"),
         (_set("0.mlp.matrix", torch.ones(3, 4)), TENSOR_FILE, r"block 0, site 'mlp', got .* must have shape \[3, 3\]"),
         (_set("0.mlp.matrix", torch.ones(5, 5)), TENSOR_FILE, r"vector must have shape \[5\], got \[3\]"),
         (_set("0.mlp.extra", torch.ones(3)), TENSOR_FILE, r"others: \['0.mlp.extra'\]"),

@@ -155,6 +155,38 @@ def test_the_model_is_only_read() -> None:
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 
 
+@pytest.mark.filterwarnings("ignore:transmute. .* completions did not end")
+@pytest.mark.parametrize("pairing", ["sequential", "layerwise"])
+def test_the_mode_a_model_is_in_does_not_matter(pairing: str) -> None:
+    """Dropout in attention, which writes the completions, and in an adapter; autocast; training with checkpoints."""
+    peft = pytest.importorskip("peft", reason="puts dropout into a model; pip install 'thought_kernels[peft]'")
+    lora = peft.LoraConfig(r=2, target_modules=["k_proj", "gate_proj"], lora_dropout=0.5, init_lora_weights=False)
+    torch.manual_seed(0)
+    wrapped = peft.get_peft_model(model_of(3, torch.float32, attention_dropout=0.5), lora).eval()
+    inner = wrapped.base_model.model
+
+    def patch_of(model: object) -> tk.ThoughtPatch:
+        return tk.transmute(
+            model, TOKENIZER, "Sum now", ["8 76", "abc"], estimator="affine", pairing=pairing, max_new_tokens=9
+        )
+
+    def tensors(patch: tk.ThoughtPatch) -> list[torch.Tensor]:
+        return [tensor for entry in patch.entries.values() for tensor in entry.tensors().values()]
+
+    ids = torch.arange(6, 15)
+    expected, report = tensors(patch_of(inner)), tk.replay(inner, ids, (2, 5))
+    wrapped.train()
+    inner.model.layers[1].eval()
+    modes = [module.training for module in wrapped.modules()]
+    for model in (wrapped, inner):
+        with torch.autocast("cpu", torch.bfloat16):
+            found = tensors(patch_of(model))
+            again = tk.replay(model, ids, (2, 5))
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+        assert again.logit_error == report.logit_error and again.control_error == report.control_error
+    assert [module.training for module in wrapped.modules()] == modes
+
+
 def test_a_multimodal_model_is_transmuted_by_its_text_blocks() -> None:
     model = tiny_multimodal_gemma3(0, vocab_size=len(TOKENIZER))
     patch = tk.transmute(model, TOKENIZER, "Sum now", [EXAMPLE])

@@ -3,6 +3,7 @@
     decoder    Block and Decoder, the description, and the arithmetic of a block (no architecture named)
     linear     which library forms the float32 products of linear modules on a CPU
     gemma3     where Gemma 3 keeps its parts, for every class and size that transformers has
+    undisturbed  dropout and autocast off while activations are compared
 
 A further architecture is one more file with a `describe` function and one more line in `ADAPTERS`.
 """
@@ -10,6 +11,7 @@ A further architecture is one more file with a `describe` function and one more 
 from __future__ import annotations
 
 from importlib import import_module
+from typing import Any
 
 from torch import nn
 
@@ -27,7 +29,8 @@ def describe(model: nn.Module | Decoder) -> Decoder:
     """The blocks of a transformers model, described in the terms of theory §1.
 
     Nothing is copied: the description reads the model's own modules each time, so patches, hooks, dtype changes and
-    moves to another device made later are seen. A Decoder is returned as it is.
+    moves to another device made later are seen. A Decoder is returned as it is; of a model wrapped by torch.compile or
+    peft it is the model inside that is described, adapters included.
 
     Args:
         model: a transformers model whose `config.model_type` is in `ADAPTERS`, such as Gemma3ForCausalLM or
@@ -39,10 +42,11 @@ def describe(model: nn.Module | Decoder) -> Decoder:
     Raises:
         TypeError: if no adapter serves the model.
         ValueError: if the model is of a supported kind with a feature that the mathematics does not cover, such as
-            bidirectional attention.
+            bidirectional attention, or peft puts tokens of its own before the prompt.
     """
     if isinstance(model, Decoder):
         return model
+    model = _unwrapped(model)
     model_type = getattr(getattr(model, "config", None), "model_type", None)
     if model_type not in ADAPTERS:
         raise TypeError(
@@ -51,3 +55,19 @@ def describe(model: nn.Module | Decoder) -> Decoder:
         )
     adapter: Decoder = import_module(ADAPTERS[model_type]).describe(model)
     return adapter
+
+
+def _unwrapped(model: Any) -> Any:
+    """The transformers model inside torch.compile's and peft's wrappers."""
+    while True:
+        if hasattr(model, "_orig_mod"):
+            model = model._orig_mod
+        elif type(model).__module__.startswith("peft."):
+            if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
+                raise ValueError(
+                    f"describe: model must read its prompt only, got {type(model).__name__} with learned tokens before "
+                    "it; an instruction cannot be told from those"
+                )
+            model = model.get_base_model()
+        else:
+            return model

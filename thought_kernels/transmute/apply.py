@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Mapping
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -38,6 +39,7 @@ class AppliedPatch:
                     module = block.o_proj if site == "attention" else block.mlp
                     handle = module.register_forward_pre_hook(change.input_hook, prepend=True, with_kwargs=True)
                 self._handles.append(handle)
+            _forget_compiled()
         except BaseException:
             self.remove()
             raise
@@ -46,8 +48,11 @@ class AppliedPatch:
     def remove(self) -> None:
         """Ends the patch; calling it again does nothing. The weights were never touched."""
         self._active = False
+        had_hooks = bool(self._handles)
         while self._handles:
             self._handles.pop().remove()
+        if had_hooks:
+            _forget_compiled()
 
     def __enter__(self) -> AppliedPatch:
         if not self._active:
@@ -58,6 +63,15 @@ class AppliedPatch:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.remove()
+
+
+def _forget_compiled() -> None:
+    """Makes torch.compile look at modules again: its graphs do not notice that hooks came or went.
+
+    Nothing says which compiled functions hold a module, so all of them are compiled anew at their next call.
+    """
+    if "torch._dynamo" in sys.modules:  # else nothing was compiled, and importing it takes seconds
+        torch.compiler.reset()
 
 
 class _Change:

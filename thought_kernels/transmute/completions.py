@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from thought_kernels.models.undisturbed import undisturbed
 from thought_kernels.transmute.logprobs import equal_lengths, may_pad
 from thought_kernels.transmute.prompt import EncodedExample, Example, Instruction, encode
 
@@ -48,7 +49,7 @@ def complete(
             ids[index, longest - len(row) :] = torch.as_tensor(row)
             mask[index, longest - len(row) :] = 1
         device = model.get_input_embeddings().weight.device
-        with _generating_by(model, greedy):
+        with undisturbed(model), _generating_by(model, greedy):
             out = model.generate(input_ids=ids.to(device), attention_mask=mask.to(device))
         yield [_until_stop(row, stops) for row in out[:, longest:].tolist()]
 

@@ -11,6 +11,7 @@ import torch
 from tqdm import tqdm
 
 from thought_kernels.models.decoder import Decoder
+from thought_kernels.models.undisturbed import undisturbed
 from thought_kernels.transmute.accumulator import ThoughtAccumulator
 from thought_kernels.transmute.batches import group_examples
 from thought_kernels.transmute.pairing import MEMORY_BUDGET, PAIRINGS, Run, passes
@@ -128,7 +129,10 @@ class _Fitting:
         log.info("%s", _memory(self._decoder, recipe, self._dtype))
         blocks = max(recipe.layers) + 1
         total = sum(len(group.batches) for group in groups) * blocks * passes(recipe.pairing, recipe.sites)
-        with tqdm(total=total, desc="transmute", unit="block", disable=not progress, leave=False) as bar:
+        with (
+            undisturbed(self._decoder.model),
+            tqdm(total=total, desc="transmute", unit="block", disable=not progress, leave=False) as bar,
+        ):
             run = Run(
                 decoder=self._decoder, groups=groups, layers=recipe.layers, sites=recipe.sites,
                 accumulator=self.accumulator, solve=self._solve, header_weight=recipe.header_weight, tick=bar.update,

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from thought_kernels.models.undisturbed import undisturbed
+
 Ids = Sequence[Sequence[int]]
 
 # Logits held at once, [rows, tokens, vocabulary] in float32: 256 MiB. Gemma's vocabulary has 262,144 entries.
@@ -51,10 +53,11 @@ def completion_logprobs(model: Any, prompts: Ids, answers: Ids, *, batch_size: i
             ids[index, longest - len(row) :] = torch.tensor(row)
             mask[index, longest - len(row) :] = 1
         keep = max(counts) + 1
-        logits = model(
-            input_ids=ids.to(embedding.device), attention_mask=mask.to(embedding.device), logits_to_keep=keep,
-            use_cache=False,
-        ).logits  # fmt: skip
+        with undisturbed(model):
+            logits = model(
+                input_ids=ids.to(embedding.device), attention_mask=mask.to(embedding.device), logits_to_keep=keep,
+                use_cache=False,
+            ).logits  # fmt: skip
         wide = torch.promote_types(logits.dtype, torch.float32)
         for index, count in enumerate(counts):
             # The token before the answer predicts its first; what the last one predicts is not asked.

@@ -13,12 +13,11 @@ from torch import Tensor, nn
 from thought_kernels.models import describe
 from thought_kernels.ops.checks import addresses
 from thought_kernels.transmute.apply import targets
-from thought_kernels.transmute.site import SitePatch, is_finite
+from thought_kernels.transmute.site import DTYPES, SitePatch, is_finite
 
 if TYPE_CHECKING:
     from thought_kernels.transmute.patch import ThoughtPatch
 
-_WEIGHT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _ROWS_PER_CHUNK = 4096
 _logger = logging.getLogger(__name__)
 
@@ -182,7 +181,7 @@ def _plain_linear(module: Any, name: str, width: int, where: str) -> nn.Linear:
             continue
         # Quantised and sharded weights are integers, 8-bit floats, tensor subclasses, or elsewhere (meta, offloaded).
         plain = type(parameter) is nn.Parameter and type(parameter.data) is Tensor
-        if not plain or parameter.dtype not in _WEIGHT_DTYPES or parameter.is_meta:
+        if not plain or parameter.dtype not in DTYPES or parameter.is_meta:
             raise ValueError(
                 f"merge_: {name} must have plain floating weights, got {type(parameter.data).__name__} of "
                 f"{parameter.dtype} on {parameter.device}; {where}: quantised weights are never written, use applied"

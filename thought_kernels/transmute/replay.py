@@ -10,6 +10,7 @@ from torch import Tensor
 
 from thought_kernels.models import describe
 from thought_kernels.models.decoder import Decoder
+from thought_kernels.models.undisturbed import undisturbed
 from thought_kernels.ops.paired_attention import paired_attention
 from thought_kernels.transmute.batches import Group, heads_last, own_attention, prefix_blocks
 
@@ -95,17 +96,18 @@ def replay(model: Any, with_ids: Tensor, span: tuple[int, int]) -> ReplayReport:
     tokens = [int(token) for token in ids]
     group = Group(tuple(tokens[:start]), tuple(tokens[start:stop]), ())
     e = torch.tensor([tokens[stop:]])
-    patches, blocks, final = token_patches(decoder, group, e)
     without = torch.tensor([tokens[:start] + tokens[stop:]])
-    replayed, replayed_final = run_patched(decoder, without, patches)
-    _, control_final = run_patched(decoder, without, None)
-    logits = decoder.logits(final)
-    errors = [relative_error(x[:, start:], y) for x, y in zip(replayed, blocks, strict=True)]
-    return ReplayReport(
-        block_error=torch.tensor(errors, dtype=torch.float64),
-        logit_error=relative_error(decoder.logits(replayed_final[:, start:]), logits),
-        control_error=relative_error(decoder.logits(control_final[:, start:]), logits),
-    )
+    with undisturbed(decoder.model):
+        patches, blocks, final = token_patches(decoder, group, e)
+        replayed, replayed_final = run_patched(decoder, without, patches)
+        _, control_final = run_patched(decoder, without, None)
+        logits = decoder.logits(final)
+        errors = [relative_error(x[:, start:], y) for x, y in zip(replayed, blocks, strict=True)]
+        return ReplayReport(
+            block_error=torch.tensor(errors, dtype=torch.float64),
+            logit_error=relative_error(decoder.logits(replayed_final[:, start:]), logits),
+            control_error=relative_error(decoder.logits(control_final[:, start:]), logits),
+        )
 
 
 def token_patches(decoder: Decoder, group: Group, e: Tensor) -> tuple[list[TokenPatches], list[Tensor], Tensor]:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 SITES = ("attention", "mlp", "residual")
 MATRIX_SITES = ("attention", "mlp")
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # that arithmetic on CPUs is made for
 
 
 @dataclass(frozen=True)
@@ -55,8 +56,8 @@ class SitePatch:
         width = self.width
         expected = {"matrix": (width, width), "vector": (width,), "activation_mean": (width,)}
         for name, tensor in self.tensors().items():
-            if not tensor.is_floating_point():
-                raise TypeError(f"SitePatch: {name} must be floating point, got {tensor.dtype}")
+            if tensor.dtype not in DTYPES:
+                raise TypeError(f"SitePatch: {name} must be float16, bfloat16, float32 or float64, got {tensor.dtype}")
             shape = expected.get(name) or (width, self.factors[0].shape[-1] if self.factors else 0)
             if tuple(tensor.shape) != shape:
                 raise ValueError(f"SitePatch: {name} must have shape {list(shape)}, got {list(tensor.shape)}")

@@ -21,7 +21,7 @@ import safetensors
 import safetensors.torch
 from torch import Tensor
 
-from thought_kernels.transmute.site import SITES, Fit, SitePatch, is_finite
+from thought_kernels.transmute.site import DTYPES, SITES, Fit, SitePatch, is_finite
 
 FORMAT = "thought_kernels patch, version 1"
 TENSOR_FILE = "thought_patch.safetensors"
@@ -126,8 +126,9 @@ def load(directory: str | os.PathLike[str]) -> tuple[dict[tuple[int, str], SiteP
         different = sorted(set(expected) ^ set(tensors)) or sorted(expected)
         raise damaged(tensor_path, f"hold exactly the tensors that {RECORD_FILE} lists", f"others: {different[:3]}")
     for name, tensor in tensors.items():
-        if not tensor.is_floating_point() or not is_finite(tensor):
-            actual = "NaN or an infinity" if tensor.is_floating_point() else str(tensor.dtype)
+        known = tensor.dtype in DTYPES
+        if not known or not is_finite(tensor):
+            actual = "NaN or an infinity" if known else str(tensor.dtype)
             raise damaged(tensor_path, f"hold finite floating numbers in {name}", actual)
     entries = {}
     for listed in record["entries"]:

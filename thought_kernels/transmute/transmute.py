@@ -150,7 +150,7 @@ def transmute(
     if generated:
         end_of_turn = end_of_turn_id(tokenizer, instruction, loaded[0], separator)
         encoded = with_completions(
-            model, encoded, end_of_turn=end_of_turn, max_new_tokens=max_new_tokens, batch_size=batch_size
+            decoder.model, encoded, end_of_turn=end_of_turn, max_new_tokens=max_new_tokens, batch_size=batch_size
         )
     _check_lengths(decoder, encoded)
 
@@ -168,7 +168,7 @@ def transmute(
     }
     if scales is None or epsilon is None:
         choice = choose(
-            model, decoder, recipe, encoded, scale=scales, ridge=epsilon, usual_ridge=usual_ridge, seed=seed,
+            decoder.model, decoder, recipe, encoded, scale=scales, ridge=epsilon, usual_ridge=usual_ridge, seed=seed,
             progress=progress,
         )  # fmt: skip
         setting = choice.setting
