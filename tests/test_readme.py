@@ -1,10 +1,12 @@
-"""Every Python example of the README and of the docstrings runs as printed."""
+"""Every Python example of the README and of the docstrings runs as printed, and tables show the committed results."""
 
 from __future__ import annotations
 
 import doctest
 import importlib
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -76,3 +78,9 @@ def test_named_make_targets_exist() -> None:
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     named = {t for document in DOCUMENTS for t in re.findall(r"\bmake ([a-z-]+)", (ROOT / document).read_text())}
     assert named and named <= targets, f"no such targets: {sorted(named - targets)}"
+
+
+def test_tables_show_the_committed_results() -> None:
+    command = [sys.executable, str(ROOT / "benchmarks" / "tables.py"), "--check"]
+    run = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert run.returncode == 0, f"python benchmarks/tables.py must change nothing, got\n{run.stdout}{run.stderr}"
