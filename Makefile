@@ -1,5 +1,5 @@
 # Set-up is done once, in .venv, and again when pyproject.toml, setup.py or csrc/ change.
-#   make demo | test | test-all | lint | types | cuda-check | wheel | bench | clean
+#   make demo | test | test-all | lint | types | cuda-check | wheel | bench | experiments | clean
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -29,7 +29,7 @@ CSRC := $(shell find csrc -type f)
 CXX_SOURCES := $(filter %.cpp %.h %.cu %.cuh,$(CSRC))
 CODE := thought_kernels tests benchmarks examples setup.py .ci
 
-.PHONY: setup demo test test-slow test-all lint format types cuda-check wheel bench clean
+.PHONY: setup demo test test-slow test-all lint format types cuda-check wheel bench experiments clean
 .DELETE_ON_ERROR:
 
 demo: setup
@@ -71,6 +71,10 @@ wheel: setup
 
 bench: setup
 	@set -e; for script in benchmarks/bench_*.py; do echo "== $$script"; $(PY) $$script; done
+
+# Every experiment of docs/experiments.md, whose tables and figures are made anew.
+experiments: setup
+	$(PY) benchmarks/experiments.py
 
 clean:
 	rm -rf build dist *.egg-info thought_kernels/*.so

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import csv
+import importlib.util
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,7 @@ from thought_kernels.cli import app, scoring
 from thought_kernels.cli.experiment import task_split
 from thought_kernels.demo.tasks import held_out
 from thought_kernels.evaluate import experiments
-from thought_kernels.evaluate.curves import default_steps, paper_steps, sweep_c1
+from thought_kernels.evaluate.curves import C1_FACTORS, default_steps, paper_steps, sweep_c1
 from thought_kernels.evaluate.experiments import run_experiment
 from thought_kernels.evaluate.journal import Journal, fingerprint
 from thought_kernels.evaluate.pairs import Pair, Split, read_pairs, split_pairs, usable
@@ -67,7 +69,7 @@ def test_the_lines_are_what_their_recipes_give(model: Any, data: Split, ran: tup
     assert [point.steps for point in default.points] == [0, *default_steps(5)] == [0, 4, 5]
     assert (paper.c1, paper.c2, paper.layers) == (0.015, 0.0, [1])
     assert paper.points[-1].effective_c1 == pytest.approx(0.015 * 5 / 300)
-    assert tuned.c1 in [c1 for c1, _, _ in report.sweep] and len(report.sweep) == 8
+    assert tuned.c1 in [c1 for c1, _, _ in report.sweep] and len(report.sweep) == len(C1_FACTORS)
     assert default.points[0].accuracy == paper.points[0].accuracy == report.base
 
     questions, answers = zip(*data.fresh, strict=True)
@@ -302,3 +304,18 @@ def test_an_example_longer_than_the_context_is_a_sentence(tmp_path: Path) -> Non
         result = CliRunner().invoke(app, list(map(str, told)))
         shown = " ".join(result.stderr.split())
         assert result.exit_code == 1 and "must fit the model's context of 40 tokens, got" in shown, result.output
+
+
+def test_the_page_shows_the_results_that_are_kept() -> None:
+    root = Path(__file__).parents[1]
+    spec = importlib.util.spec_from_file_location("experiments_page", root / "benchmarks" / "experiments.py")
+    assert spec is not None and spec.loader is not None
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    page = (root / "docs" / "experiments.md").read_text(encoding="utf-8")
+    assert all((script.RESULTS / name / "results.json").is_file() for name in script.NAMES)
+    assert script.rewrite(page) == page
+    emptied = re.sub(r"(<!-- addition -->\n).*?(<!-- end of addition -->)", r"\1\2", page, flags=re.DOTALL)
+    assert emptied != page and script.rewrite(emptied) == page
+    with pytest.raises(ValueError, match="must hold the two markers of addition"):
+        script.rewrite(page.replace("<!-- end of addition -->", ""))

@@ -14,6 +14,7 @@ STYLE = {
     "font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": INK,
     "axes.labelcolor": INK, "text.color": INK, "xtick.color": INK, "ytick.color": INK, "axes.titlelocation": "left",
     "axes.titleweight": "bold", "axes.titlesize": 11, "legend.frameon": False, "figure.facecolor": "white",
+    "grid.color": "#e3e6ea",
 }  # fmt: skip
 _LOOKS = ((BLUE, "o"), (GREEN, "s"), (ORANGE, "^"))
 
@@ -108,5 +109,4 @@ def percent_axis(axes: Any, top: float) -> None:
     """A vertical axis from 0 to 100 %, with light lines."""
     axes.set_ylim(0, top)
     axes.set_yticks([0, 0.25, 0.5, 0.75, 1], ["0", "25 %", "50 %", "75 %", "100 %"])
-    axes.grid(axis="y", color="#e6e8eb", linewidth=0.8)
-    axes.set_axisbelow(True)
+    lattice(axes)
