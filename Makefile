@@ -72,9 +72,11 @@ wheel: setup
 bench: setup
 	@set -e; for script in benchmarks/bench_*.py; do echo "== $$script"; $(PY) $$script; done
 
-# Every experiment of docs/experiments.md, whose tables and figures are made anew.
+# Every experiment of docs/experiments.md, and how interference is foretold; then their tables and figures.
 experiments: setup
 	$(PY) benchmarks/experiments.py
+	$(PY) benchmarks/interference.py
+	$(PY) benchmarks/tables.py
 
 clean:
 	rm -rf build dist *.egg-info thought_kernels/*.so

@@ -27,6 +27,8 @@ from tqdm import tqdm
 import thought_kernels as tk
 from thought_kernels.demo import CHECKPOINT
 from thought_kernels.demo.tasks import TASKS, held_out, inputs
+from thought_kernels.evaluate.experiments import default_recipe
+from thought_kernels.evaluate.journal import data_hash
 from thought_kernels.evaluate.overlap import rank_correlation
 from thought_kernels.evaluate.trial import Trial
 from thought_kernels.models.load import load
@@ -38,7 +40,8 @@ TASK_NAMES = ("sum", "largest", "sort", "reverse", "first", "parity")
 PREDICTIONS = ("felt", "felt_largest", "read", "write", "alignment", "norm")
 MEASURES = ("divergence", "accuracy_lost")
 COLUMNS = ("task", "other", "strength", *PREDICTIONS, "divergence_alone", "divergence_both", "divergence",
-           "accuracy_alone", "accuracy_both", "accuracy_lost", "examples", "inputs", "seed", "weights")  # fmt: skip
+           "accuracy_alone", "accuracy_both", "accuracy_lost", "examples", "inputs", "seed", "weights",
+           "recipe")  # fmt: skip
 
 
 def predictions(found: Interference, other: Any) -> dict[str, float]:
@@ -114,11 +117,11 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=RESULTS / "interference.csv")
     settings = parser.parse_args()
     model, tokenizer = load(settings.model)
-    # Rows of another model are not gone on from.
+    # Rows of another model or recipe are not gone on from.
     weights = f"{sum(float(p.double().abs().sum()) for p in model.parameters()):.9g}"
     names, strengths = settings.tasks.split(","), [float(part) for part in settings.strengths.split(",")]
     key = {"examples": str(settings.examples), "inputs": str(settings.inputs), "seed": str(settings.seed),
-           "weights": weights}  # fmt: skip
+           "weights": weights, "recipe": data_hash(default_recipe())}  # fmt: skip
     rows = []
     if settings.output.exists():
         with settings.output.open(newline="") as file:

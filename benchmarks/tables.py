@@ -19,19 +19,17 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from experiment_tables import EXPERIMENTS
+from markdown_table import markdown
+
 from thought_kernels.evaluate.files import write_text
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 CPU = "amd-epyc-2-cores.csv"
-DOCUMENTS = ("README.md", "docs/toy_models.md")
+DOCUMENTS = ("README.md", "docs/toy_models.md", "docs/experiments.md", "docs/spectral_models.md")
 
 Row = dict[str, str]
-
-
-def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def results(name: str) -> list[Row]:
@@ -191,7 +189,13 @@ def toy_speed() -> str:
     return markdown(head, lines)
 
 
-TABLES: dict[str, Callable[[], str]] = {"demo": demo, "speed": speed, "runs": runs, "toy speed": toy_speed}
+TABLES: dict[str, Callable[[], str]] = {
+    "demo": demo,
+    "speed": speed,
+    "runs": runs,
+    "toy speed": toy_speed,
+    **EXPERIMENTS,
+}
 
 
 def with_tables(text: str) -> str:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import csv
-import importlib.util
 import json
-import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -304,18 +302,3 @@ def test_an_example_longer_than_the_context_is_a_sentence(tmp_path: Path) -> Non
         result = CliRunner().invoke(app, list(map(str, told)))
         shown = " ".join(result.stderr.split())
         assert result.exit_code == 1 and "must fit the model's context of 40 tokens, got" in shown, result.output
-
-
-def test_the_page_shows_the_results_that_are_kept() -> None:
-    root = Path(__file__).parents[1]
-    spec = importlib.util.spec_from_file_location("experiments_page", root / "benchmarks" / "experiments.py")
-    assert spec is not None and spec.loader is not None
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
-    page = (root / "docs" / "experiments.md").read_text(encoding="utf-8")
-    assert all((script.RESULTS / name / "results.json").is_file() for name in script.NAMES)
-    assert script.rewrite(page) == page
-    emptied = re.sub(r"(<!-- addition -->\n).*?(<!-- end of addition -->)", r"\1\2", page, flags=re.DOTALL)
-    assert emptied != page and script.rewrite(emptied) == page
-    with pytest.raises(ValueError, match="must hold the two markers of addition"):
-        script.rewrite(page.replace("<!-- end of addition -->", ""))
