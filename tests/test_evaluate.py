@@ -238,6 +238,12 @@ def test_a_scorer_that_raises_costs_accuracies_only(model: Any) -> None:
         ({"examples": ["1 2"]}, "examples must hold at least 2, got 1"),
         ({"examples": None}, "examples must be given to transmute an instruction on, got none"),
         ({"held_out": ["1 2", "3 " * 400]}, r"held_out\[1\] must fit the model's context of 512 tokens, got \d+"),
+        ({"longer": ["1 2", "3 " * 400]}, r"longer\[1\] must fit the model's context of 512 tokens, got \d+"),
+        ({"outside": ["1 2", "3 " * 400]}, r"outside\[1\] must fit the model's context of 512 tokens"),
+        ({"outside": {"held_out": ["1", "2"], "examples": ["3 " * 400]}}, r"outside's examples\[0\] must fit"),
+        ({"pool": ["3 " * 400]}, r"pool\[0\] must fit the model's context of 512 tokens"),
+        ({"unrelated": ["3 " * 400]}, r"unrelated\[0\] must fit the model's context of 512 tokens"),
+        ({"others": {"x": {"instruction": "Add", "held_out": ["1", "3 " * 400]}}}, r"others\['x'\]\[1\] must fit"),
         ({"held_out": ["1", {"prompt": "2", "completion": "2"}]}, "completion or none, got 1 of 2 with one"),
         ({"answers": ["1"]}, "answers must be one per input of held_out, got 1 for 5"),
         ({"sections": ["efect"]}, "sections must be 'all' or among patch, effect.*got .'efect'"),
@@ -257,6 +263,14 @@ def test_bad_input_is_refused_with_a_sentence(
     with pytest.raises(ValueError, match=sentence):
         tk.evaluate(model, TOKENIZER, "Sum them", examples, **arguments)
     assert not (tmp_path / "new").exists()
+
+
+def test_an_output_that_cannot_be_made_and_a_recipe_that_is_none_are_refused(model: Any, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match="evaluate: output must be a folder that can be made, got '.*file/new'; "):
+        tk.evaluate(model, TOKENIZER, "Sum them", EXAMPLES, held_out=HELD_OUT, output=tmp_path / "file" / "new")
+    with pytest.raises(TypeError, match="evaluate: recipe must be a dict of transmute's options, got int"):
+        tk.evaluate(model, TOKENIZER, "Sum them", EXAMPLES, held_out=HELD_OUT, recipe=3)
 
 
 def test_a_tokenizer_without_a_chat_template_is_refused(model: Any) -> None:

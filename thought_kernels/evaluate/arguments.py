@@ -61,7 +61,7 @@ def read_subject(
         scorer=Tolerant(as_scorer(scorer)), separator=separator, seed=seed, sweep_inputs=sweep_inputs,
         lora_steps=lora_steps, batch_size=batch_size, max_new_tokens=max_new_tokens,
     )  # fmt: skip
-    _check_fits(found)
+    _check_fits(found, also_unrelated=unrelated is not None)
     settings = {
         "instruction": told if isinstance(told, str) else [dict(turn) for turn in told],
         "patch": "given" if patch is not None else "transmuted from the examples",
@@ -140,6 +140,8 @@ def _pool(examples: list[Example], given: Any) -> list[Example]:
 
 
 def _recipe(given: Mapping[str, Any] | None, patch: ThoughtPatch | None) -> dict[str, Any]:
+    if given is not None and not isinstance(given, Mapping):
+        raise TypeError(f"evaluate: recipe must be a dict of transmute's options, got {type(given).__name__}")
     recipe = dict(given) if given is not None else recipe_of(patch) if patch is not None else {}
     known = set(inspect.signature(transmute).parameters) - NOT_RECIPE
     unknown = sorted(set(recipe) - known)
@@ -184,15 +186,26 @@ def _outside(given: Any, most: int) -> Outside | None:
     return Outside(_inputs(given, None, "outside", most), None)
 
 
-def _check_fits(subject: Subject) -> None:
-    """All held-out inputs and examples align, and fit the model's context with their answers' room."""
+def _check_fits(subject: Subject, *, also_unrelated: bool) -> None:
+    """All inputs and examples align, and fit the model's context with their answers' room."""
     limit = getattr(subject.decoder.config, "max_position_embeddings", None)
-    for name, rows, room in (
-        ("examples", subject.examples, 0),
-        ("held_out", subject.held_out.questions, 1),
-    ):
+    told, outside = subject.instruction, subject.outside
+    given: list[tuple[str, Instruction, Sequence[Example], int]] = [
+        ("examples", told, subject.examples, 0),
+        ("pool", told, subject.pool[len(subject.examples) :], 0),
+        ("held_out", told, subject.held_out.questions, 1),
+        ("outside", told, [] if outside is None else outside.inputs.questions, 1),
+        ("outside's examples", told, [] if outside is None else outside.examples or [], 0),
+        ("longer", told, [] if subject.longer is None else subject.longer.questions, 1),
+        ("unrelated", told, subject.unrelated if also_unrelated else [], 1),
+    ]
+    for name, other in subject.others.items():
+        given.append(
+            (f"others[{name!r}]", other.instruction, [] if other.inputs is None else other.inputs.questions, 1)
+        )
+    for name, instruction, rows, room in given:
         for index, example in enumerate(rows):
-            row = encode(subject.tokenizer, subject.instruction, example, separator=subject.separator)
+            row = encode(subject.tokenizer, instruction, example, separator=subject.separator)
             length = len(row.header) + len(row.instruction) + len(row.tokens) + room
             if limit is not None and length > limit:
                 raise ValueError(

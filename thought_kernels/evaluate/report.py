@@ -203,7 +203,10 @@ def output_folder(directory: str | os.PathLike[str]) -> Path:
     folder = Path(directory)
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"evaluate: output must be a folder, got the file {str(folder)!r}")
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"evaluate: output must be a folder that can be made, got {str(folder)!r}; {error}") from error
     return folder
 
 
