@@ -204,6 +204,7 @@ def test_weights_must_be_plain() -> None:
     model = tiny_gemma3()
     model.model.layers[2].self_attn.o_proj = Packed()
     with pytest.raises(
-        ValueError, match="diagnose: model must have plain floating weights, got Packed at o_proj; block 2"
+        ValueError,
+        match="model must have plain floating weights, got test_diagnose.Packed with no weight at o_proj; block 2",
     ):
         diagnose(random_patch(), model)

@@ -196,7 +196,11 @@ def _weights_at(name: str, decoder: Any, key: Key) -> list[Tensor]:
         weight = getattr(module, "weight", None)
         plain = isinstance(module, nn.Linear) and weight is not None and type(weight.data) is Tensor
         if weight is None or not plain or not weight.is_floating_point() or weight.is_meta:
-            actual = f"{type(module).__name__} at {module_name}"
+            kind = type(module)  # with its module, since packed and wrapped ones are called Linear too
+            holds = (
+                "no weight" if weight is None else f"{type(weight.data).__name__} of {weight.dtype}, {weight.device}"
+            )
+            actual = f"{kind.__module__}.{kind.__qualname__} with {holds} at {module_name}"
             raise ValueError(message("diagnose", "model", "have plain floating weights", actual, _where(key)))
         check_matrix("diagnose", weight)
         found.append(weight.detach())
