@@ -58,6 +58,10 @@ def test_help_names_every_command_and_option() -> None:
         assert command in shown
         assert "--model" in printed(run(command, "--help"))
     assert tk.__version__ in printed(run("--version"))
+    for command in ("tokens", "transmute", "verify"):
+        assert "(required, or --demonstrations in its place)" in " ".join(
+            printed(run(command, "--help")).replace("│", " ").split()
+        )
 
 
 def test_transmute_offers_every_option_of_the_library() -> None:
@@ -230,7 +234,9 @@ def test_load_refuses(folder: str, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text((Path(folder) / "config.json").read_text())
     with pytest.raises(ValueError, match="must have weights of this architecture"):
         load(tmp_path)
-    with pytest.raises(ValueError, match="got none from 'nobody/nothing-of-the-kind'"):
+    with pytest.raises(
+        ValueError, match="got none from 'nobody/nothing-of-the-kind', where no folder is; as a hub id: "
+    ):
         load("nobody/nothing-of-the-kind", offline=True)
 
 

@@ -241,7 +241,11 @@ def test_the_command_refuses_in_a_sentence(folder: Path, tmp_path: Path) -> None
         ((folder, "--filter", "nothing"), "--filter must match a matrix of", 1),
         ((folder, "--csv", tmp_path), "--csv must be a file", 2),
         ((folder, "--plot", tmp_path / "picture.docx"), "--plot must end in one of", 2),
-        (("nobody/nothing", "--offline"), "inspect: model must be a folder or a hub id, got 'nobody/nothing'", 1),
+        (
+            ("nobody/nothing", "--offline"),
+            "inspect: model must be a folder or a hub id, got 'nobody/nothing', where no folder is; ",
+            1,
+        ),
     ):
         result = run("inspect", *arguments)
         assert result.exit_code == code, result.output

@@ -86,7 +86,9 @@ def _place(model: str, offline: bool) -> Path:
         )  # fmt: skip
     except Exception as error:  # the hub's client raises types of its own, which differ between versions
         reason = str(error).strip().split("\n")[0]
-        raise ValueError(f"inspect: model must be a folder or a hub id, got {model!r}; {reason}") from error
+        raise ValueError(
+            f"inspect: model must be a folder or a hub id, got {model!r}, where no folder is; as a hub id: {reason}"
+        ) from error
 
 
 def _wanted(name: str, filters: list[str] | None) -> bool:

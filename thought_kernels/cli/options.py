@@ -29,6 +29,10 @@ Dtype = Annotated[str, typer.Option(help="auto (as stored), float64, float32, bf
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")]
 Offline = Annotated[bool, typer.Option("--offline", help="Never ask the hub; use its local cache.")]
 InstructionText = Annotated[str | None, typer.Option("--instruction", "-i", help="What the model is told.")]
+RequiredInstruction = Annotated[
+    str | None,
+    typer.Option("--instruction", "-i", help="What the model is told (required, or --demonstrations in its place)."),
+]
 Demonstrations = Annotated[
     Path | None,
     typer.Option(

@@ -20,7 +20,7 @@ _MEANING = {
 
 def tokens(
     example: Annotated[str, typer.Option("--example", "-e", help="The user's text.")],
-    instruction: options.InstructionText = None,
+    instruction: options.RequiredInstruction = None,
     completion: Annotated[
         str | None, typer.Option(help="The answer; without it e ends where the model would write.")
     ] = None,

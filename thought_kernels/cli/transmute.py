@@ -23,9 +23,10 @@ def _help(name: str, text: str, none: str = "all") -> str:
 
 def transmute(
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the patch.")],
-    instruction: options.InstructionText = None,
+    instruction: options.RequiredInstruction = None,
     examples: Annotated[
-        Path | None, typer.Option(help="jsonl, a line each: a text, prompt and completion, or messages.")
+        Path | None,
+        typer.Option(help="jsonl, a line each: a text, prompt and completion, or messages (required, or --example)."),
     ] = None,
     example: Annotated[list[str] | None, typer.Option("--example", "-e", help="A user text; may be repeated.")] = None,
     demonstrations: options.Demonstrations = None,

@@ -15,7 +15,7 @@ TOLERANCES = {"float64": 1e-9, "float32": 1e-4, "bfloat16": 0.1, "float16": 0.02
 
 
 def verify(
-    instruction: options.InstructionText = None,
+    instruction: options.RequiredInstruction = None,
     example: Annotated[str, typer.Option("--example", "-e", help="The user's text.")] = "3 1 4",
     completion: Annotated[str | None, typer.Option(help="The answer, compared too.")] = None,
     demonstrations: options.Demonstrations = None,

@@ -98,7 +98,8 @@ def _read(wanted: str, name: str, kind: Any, **options: Any) -> Any:
         return kind.from_pretrained(name, **options)
     except Exception as error:  # transformers, safetensors, tokenizers and the hub each raise types of their own
         reason = str(error).strip().split("\n")[0]
-        raise ValueError(f"load: model must have {wanted}, got none from {name!r}; {reason}") from error
+        where = "" if os.path.isdir(name) else ", where no folder is; as a hub id:"
+        raise ValueError(f"load: model must have {wanted}, got none from {name!r}{where or ';'} {reason}") from error
 
 
 def load_tokenizer(model: str | os.PathLike[str], *, offline: bool = False) -> Any:
