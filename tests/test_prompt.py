@@ -202,6 +202,15 @@ def test_a_straddling_token_is_shown(merge: tuple[str, str], instruction: str, e
         align(tiny_tokenizer((merge,)), instruction, example)
 
 
+def test_a_straddling_token_s_message_shows_both_id_lists() -> None:
+    tokenizer = tiny_tokenizer((("m", "x"),))
+    plain = [tokenizer.convert_tokens_to_ids(token) for token in ("x", "4", "<end_of_turn>")]
+    with pytest.raises(ValueError, match="straddles it, 'm' before and 'x' after") as error:
+        align(tokenizer, "sum", "x4", separator="")
+    assert f"without it, {plain}"[:-1] in str(error.value)
+    assert f"with it, [{tokenizer.convert_tokens_to_ids('mx')}, {plain[1]}, {plain[2]}" in str(error.value)
+
+
 def test_ids_that_differ_without_the_instruction_are_both_shown() -> None:
     tokenizer = tiny_tokenizer((("\n", "1"),))
     with pytest.raises(ValueError) as error:

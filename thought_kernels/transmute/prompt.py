@@ -137,9 +137,9 @@ def encode(tokenizer: Any, instruction: Instruction, example: Any, *, separator:
 
     with_ids, with_offsets = _tokenize(tokenizer, text)
     plain_ids, plain_offsets = _tokenize(tokenizer, plain)
-    first = _cut(tokenizer, with_ids, with_offsets, start, text, "start")
-    after = _cut(tokenizer, with_ids, with_offsets, start + inserted, text, "end")
     plain_first = _ending_by(plain_offsets, start)
+    first = _cut(tokenizer, with_ids, with_offsets, start, text, "start", plain_ids[:plain_first])
+    after = _cut(tokenizer, with_ids, with_offsets, start + inserted, text, "end", plain_ids[plain_first:])
     with_end, plain_end, answer = len(with_ids), len(plain_ids), len(with_ids)
     if chat.completion is not None:
         answer_start, answer_stop = _completion_span(tokenizer, chat, plain, placeholder)
@@ -304,16 +304,26 @@ def _ending_by(offsets: Offsets, character: int) -> int:
     return next((index for index, (_, stop) in enumerate(offsets) if stop > character), len(offsets))
 
 
-def _cut(tokenizer: Any, ids: list[int], offsets: Offsets, character: int, text: str, edge: str) -> int:
-    """The index of the first token at or after a character, which must be a token's edge."""
+def _cut(
+    tokenizer: Any, ids: list[int], offsets: Offsets, character: int, text: str, edge: str, plain: Sequence[int] = ()
+) -> int:  # fmt: skip
+    """The index of the first token at or after a character, which must be a token's edge.
+
+    `plain` holds the ids on the same side of it without the instruction: those before its start, or after its end.
+    """
     index = _ending_by(offsets, character)
     if index < len(offsets) and offsets[index][0] < character:
         token_start, token_stop = offsets[index]
         subject, rule = ("completion", "start") if edge == "completion" else ("instruction", edge)
+        both = ""
+        if edge != "completion":
+            part, prompted = ("H", ids[: index + 1]) if edge == "start" else ("e", ids[index:])
+            shown = _both(tokenizer, prompted, list(plain))
+            both = f": {part} would be, with it, {shown[0]} and, without it, {shown[1]}"
         raise ValueError(
             f"align: {subject} must {rule} at the edge of a token, got token "
             f"{tokenizer.convert_ids_to_tokens(ids[index])!r} (id {ids[index]}) that straddles it, "
-            f"{text[token_start:character]!r} before and {text[character:token_stop]!r} after; "
+            f"{text[token_start:character]!r} before and {text[character:token_stop]!r} after{both}; "
             "change the separator or the whitespace there"
         )
     return index
@@ -334,14 +344,24 @@ def _turn_end(tokenizer: Any, ids: list[int], offsets: Offsets, character: int, 
 def _check_equal(tokenizer: Any, part: str, prompted: list[int], plain: list[int]) -> None:
     if prompted == plain:
         return
-    pairs = zip(prompted, plain, strict=False)
-    difference = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(prompted), len(plain)))
-    window = slice(max(0, difference - _SHOWN_TOKENS // 2), difference + _SHOWN_TOKENS // 2)
-    if max(len(prompted), len(plain)) <= _SHOWN_TOKENS:
-        window = slice(0, _SHOWN_TOKENS)
-    shown = [f"{ids[window]} {tokenizer.convert_ids_to_tokens(ids[window])}" for ids in (prompted, plain)]
+    shown = _both(tokenizer, prompted, plain)
+    difference = _difference(prompted, plain)
     raise ValueError(
         f"align: example must give {part} the same token ids with and without the instruction, "
         f"got, with it, {shown[0]} and, without it, {shown[1]}; they differ from token {difference} of {part} on: "
         "change the separator or the whitespace at the instruction's edges"
     )
+
+
+def _difference(prompted: list[int], plain: list[int]) -> int:
+    pairs = zip(prompted, plain, strict=False)
+    return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(prompted), len(plain)))
+
+
+def _both(tokenizer: Any, prompted: list[int], plain: list[int]) -> list[str]:
+    """Both id lists with their tokens, as far as they are near their first difference."""
+    difference = _difference(prompted, plain)
+    window = slice(max(0, difference - _SHOWN_TOKENS // 2), difference + _SHOWN_TOKENS // 2)
+    if max(len(prompted), len(plain)) <= _SHOWN_TOKENS:
+        window = slice(0, _SHOWN_TOKENS)
+    return [f"{ids[window]} {tokenizer.convert_ids_to_tokens(ids[window])}" for ids in (prompted, plain)]
