@@ -147,6 +147,28 @@ def test_overlap_is_refused(through_torch_ops):
         accumulate(columns[:, :3], rows, rows, gram=columns[:, 2:5])
 
 
+def test_elements_of_one_buffer_in_turn_do_not_overlap():
+    rows = torch.randint(-9, 9, (4, 3)).float()  # products exact in any order
+    in_turn, vectors = torch.zeros(3, 3, 2), torch.zeros(3, 2)
+    sums = {"delta_sum": vectors[:, 0], "activation_sum": vectors[:, 1]}
+    tk.accumulate(in_turn[..., 0], rows, 2 * rows, gram=in_turn[..., 1], **sums)
+    product = rows.T @ rows
+    assert torch.equal(in_turn[..., 0], 2 * product) and torch.equal(in_turn[..., 1], 4 * product)
+    assert torch.equal(vectors, torch.stack([rows.sum(0), 2 * rows.sum(0)], 1))
+    complex_sums = torch.zeros(3, 3, dtype=torch.complex64)
+    tk.accumulate(complex_sums.real, rows, rows, gram=complex_sums.imag)
+    assert torch.equal(complex_sums.real, complex_sums.imag)
+    for other in (in_turn[..., 0].T, torch.as_strided(in_turn, (3, 3), (3, 1), 1)):
+        with pytest.raises(ValueError, match="^accumulate: cross must not overlap gram"):
+            tk.accumulate(in_turn[..., 0], rows, rows, gram=other)
+    moments = torch.zeros(8, dtype=torch.float64)
+    halves = moments.view(torch.float32)
+    with pytest.raises(ValueError, match="^accumulate: delta_sum must not overlap moments"):
+        tk.accumulate(product, rows, rows, delta_sum=halves[1:12:4], moments=moments[::2])
+    tk.accumulate(product, rows, rows, delta_sum=halves[2:14:4], moments=moments[::2])
+    assert torch.equal(halves[2:14:4], rows.sum(0)) and moments[0] == 4
+
+
 @pytest.mark.parametrize(("function", "dtype"), [("accumulate", torch.float32), ("accumulate_pair", torch.bfloat16)])
 def test_opcheck(function, dtype):
     delta, activation = torch.randn(6, 3, dtype=dtype), torch.randn(6, 3, dtype=dtype)

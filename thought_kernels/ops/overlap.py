@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from torch import Tensor
 
 from thought_kernels.ops.checks import addresses
@@ -68,7 +70,14 @@ def _overlap(a: Tensor, b: Tensor) -> bool:
     if pitch and pitch == other_pitch:
         shift = (b_start - a_start) % pitch
         return shift < width or shift + other_width > pitch
-    return True
+    # Or elements of one buffer in turn, such as buffer[..., 0] and buffer[..., 1].
+    step = math.gcd(*(stride * x.element_size() for x in (a, b) for stride in _steps(x)))
+    shift = (b_start - a_start) % step if step else 0
+    return shift < a.element_size() or shift + b.element_size() > step
+
+
+def _steps(tensor: Tensor) -> list[int]:
+    return [stride for stride, size in zip(tensor.stride(), tensor.shape, strict=True) if size > 1]
 
 
 def _columns(tensor: Tensor) -> tuple[int, int]:
