@@ -74,6 +74,8 @@ def test_the_sections_hold_what_they_promise(whole: tuple[Evaluation, Path]) -> 
     wanted = ("random, equal norm and spectrum", "shuffled δ", "vector only", "patch of “Turn”", "attention site only")
     assert set(wanted) <= set(controls)
     rivals = found.sections["baselines"].subjects("recovered")
+    assert found.sections["baselines"].subjects("seconds to make") == rivals
+    assert found.sections["baselines"].subjects("peak memory while made") == rivals
     assert rivals[1:] == ["mean-difference vector", "function vector", "rank-one edit", "paper's recipe", "LoRA"]
     assert [figure.x for figure in found.sections["data"].series("patched", "recovered")] == [4]
     cases = found.sections["generalisation"].subjects("prompted")

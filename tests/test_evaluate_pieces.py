@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ import thought_kernels as tk
 from thought_kernels.evaluate.controls import randomised
 from thought_kernels.evaluate.intervals import mean_interval, recovered_interval
 from thought_kernels.evaluate.lora import train_lora
+from thought_kernels.evaluate.memory import MemoryPeak
 from thought_kernels.evaluate.refit import Shuffled, full_recipe, rank_one, refit, split, vector_of
 from thought_kernels.evaluate.scorers import Each, Judge, ScorerError, as_scorer
 from thought_kernels.evaluate.steering import (
@@ -301,3 +303,15 @@ def test_evaluate_is_callable_and_a_package() -> None:
 
     assert callable(tk.evaluate) and tk.evaluate.trial is module
     assert "Measures whether a thought patch can be trusted" in tk.evaluate.__doc__
+
+
+def test_a_span_knows_the_peaks_of_spans_within_it() -> None:
+    device = torch.device("cpu")
+    with MemoryPeak(device) as whole:
+        with MemoryPeak(device) as large:
+            torch.ones(64 << 18)  # 64 MiB, freed at once
+        with MemoryPeak(device) as small:
+            torch.ones(1)
+    assert whole.host_mib >= large.host_mib
+    if sys.platform == "linux":
+        assert small.host_mib < large.host_mib - 32

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
+from tolerances import allowed_error, largest
 from torch import nn
 
-from tests.tolerances import allowed_error, largest
 from thought_kernels.models import linear
 from thought_kernels.models.linear import FEWEST_PRODUCTS, OneDNNLinear
 

@@ -7,7 +7,6 @@ examples, the data that the patch itself was fitted on; no label and no held-out
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -37,26 +36,25 @@ def baselines(subject: Subject, section: Section) -> None:
     subject.need_examples("baselines")
     bystander = Bystander(subject)
     subject.report_references(section, subject.sweep)
-    _report(subject, section, bystander, "patched", subject.patch, None)
+    _report(subject, section, bystander, "patched", subject.patch)
+    with section.cost("patched", subject.decoder.device):  # the patch may have been given: it is made once more
+        subject.fit(subject.instruction, subject.examples)
     section.note("Unrelated KL: KL(bare ‖ changed) on the unrelated prompts, nats a token; smaller is gentler.")
+    section.note("Seconds and the process's peak memory are those of making each, its choice of settings included.")
     for name, baseline in BASELINES.items():
-        started = time.monotonic()
         try:
-            label, intervention = baseline(subject, section)
+            with section.cost(name, subject.decoder.device):
+                label, intervention = baseline(subject, section)
         except Exception as error:  # peft not installed, or weights it cannot read: the others go on
             section.note(f"{name} was left out: {error}")
             continue
-        _report(subject, section, bystander, name, intervention, time.monotonic() - started)
+        _report(subject, section, bystander, name, intervention)
         section.note(f"{name[0].upper()}{name[1:]}: {label}.")
 
 
-def _report(
-    subject: Subject, section: Section, bystander: Bystander, name: str, change: Intervention, seconds: float | None
-) -> None:
+def _report(subject: Subject, section: Section, bystander: Bystander, name: str, change: Intervention) -> None:
     subject.report(section, name, subject.measure(change))
     section.add(name, "unrelated KL", bystander.divergence(change), inputs=len(bystander))
-    if seconds is not None:
-        section.add(name, "seconds to make", seconds)
 
 
 def _layers(subject: Subject) -> list[int]:

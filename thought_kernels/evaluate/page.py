@@ -112,8 +112,8 @@ def _together(figures: list[Figure]) -> list[set[str]]:
 # What a column is called where its quantity's name would mislead, or is too long for a table.
 _HEADINGS = {
     "generalisation": {"accuracy": "patched"},
-    "baselines": {"seconds to make": "seconds"},
-    "data": {"seconds to make": "seconds"},
+    "baselines": {"seconds to make": "seconds", "peak memory while made": "peak MiB"},
+    "data": {"seconds to make": "seconds", "peak memory while made": "peak MiB"},
     "diagnosis": {
         "stable rank": "stable", "effective rank": "effective", "write gain": "write", "read gain": "read",
         "largest |ΔD|": "largest", "read overlap": "read", "write overlap": "write",

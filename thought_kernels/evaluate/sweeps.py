@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import time
-
 from thought_kernels.evaluate.report import Section
 from thought_kernels.evaluate.side_effects import Bystander
 from thought_kernels.evaluate.subject import Subject
@@ -33,8 +31,6 @@ def data(subject: Subject, section: Section) -> None:
             f"Measured to {counts[-1]} examples: {len(subject.pool)} were given, {COUNTS[-1]} would complete the curve."
         )
     for count in counts:
-        started = time.monotonic()
-        patch = subject.fit(subject.instruction, subject.pool[:count])
-        seconds = time.monotonic() - started
+        with section.cost("patched", subject.decoder.device, x=count):
+            patch = subject.fit(subject.instruction, subject.pool[:count])
         subject.report(section, "patched", subject.measure(patch), x=count)
-        section.add("patched", "seconds to make", seconds, x=count)
