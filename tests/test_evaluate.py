@@ -402,6 +402,11 @@ def test_the_command_writes_a_report_and_refuses_with_a_sentence(tmp_path: Path)
     settings = json.loads((tmp_path / "two" / "evaluation.json").read_text())["settings"]
     assert (settings["instruction"], settings["examples"], settings["held_out"]) == ("Turn round", 2, 2)
 
+    recipe = ["--recipe", '{"ridge": -1}']
+    done = run("--task", "reverse", "--sections", "effect", "--inputs", "2", *recipe, "--output", str(tmp_path / "bad"))
+    assert done.exit_code == 1 and "section effect did not finish: " in " ".join(done.stderr.split())
+    assert (tmp_path / "bad" / "evaluation.html").is_file()
+
     one, empty = tmp_path / "one.jsonl", tmp_path / "empty.jsonl"
     one.write_text('"1 2 3"\n')
     empty.write_text("\n")
