@@ -113,6 +113,26 @@ def test_fake_tensors_give_shapes_outside_their_mode_too(name):
     assert [(x.shape, x.dtype, x.stride()) for x in fakes] == [(x.shape, x.dtype, x.stride()) for x in outputs(name)]
 
 
+@pytest.mark.parametrize("backend", ["reference", "cpp", "triton"])
+def test_autocast_lowers_no_precision(backend):
+    reason = tk.available_backends("accumulate", "cpu")[backend]
+    if reason is not None:
+        pytest.skip(reason)
+    rows, heads, prefix = torch.randn(4, 3), torch.randn(2, 2, 5, 16), torch.randn(2, 3, 16)
+
+    def everything():
+        sums = {"cross": torch.zeros(3, 3), "gram": torch.zeros(3, 3), "delta_sum": torch.zeros(3)}
+        tk.accumulate(delta=rows, activation=rows, **sums, backend=backend)
+        pair = tk.paired_attention(heads, heads, heads, (prefix, prefix), backend=backend)
+        one = tk.shared_prefix_attention(heads, heads, heads, [(prefix, prefix)], INDEX, backend=backend)
+        return *sums.values(), *pair, one, *tk.rms_norm_pair(rows, rows, rows[0], eps=0.0, backend=backend)
+
+    expected = everything()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        lowered = everything()
+    assert all(torch.equal(a, b) and a.dtype == b.dtype for a, b in zip(lowered, expected, strict=True))
+
+
 def test_fake_accumulators_share_no_memory():
     mode = FakeTensorMode()
     cross, gram = (mode.from_tensor(torch.zeros(3, 3)) for _ in range(2))

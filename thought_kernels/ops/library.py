@@ -18,6 +18,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
+from typing import Any
 
 import torch
 
@@ -95,7 +96,16 @@ def kernel(name: str) -> Callable:
 @functools.cache
 def launcher(name: str, backend: str) -> Callable:
     """The function ``launch`` of the ``reference`` or ``triton`` module that serves operator ``name``."""
-    return importlib.import_module(f"thought_kernels.{backend}.{OPERATORS[name].stem}").launch
+    launch = importlib.import_module(f"thought_kernels.{backend}.{OPERATORS[name].stem}").launch
+
+    def without_autocast(tensor: torch.Tensor, *arguments: Any, **keywords: Any) -> Any:
+        if not torch.is_autocast_enabled(tensor.device.type):
+            return launch(tensor, *arguments, **keywords)
+        # Otherwise torch's own products would be in the lower precision, and so would what is returned.
+        with torch.autocast(tensor.device.type, enabled=False):
+            return launch(tensor, *arguments, **keywords)
+
+    return without_autocast
 
 
 def _compiled(stem: str, backend: str, device: torch.device) -> str | None:
