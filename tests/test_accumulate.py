@@ -192,10 +192,14 @@ def test_more_rows_than_a_block(cpu_place):
     assert_right(call._replace(weights=None, normalization="none"), cpu_place)
 
 
+def test_more_rows_than_a_block_and_sums_too_large_to_be_kept_aside(cpu_place):
+    assert_right(random_call(rows=(1000,), d_out=3, d_in=2600), cpu_place, dtype=FLOAT64)
+
+
 @pytest.mark.parametrize("dtype", [FLOAT32, FLOAT64], ids=str)
 @pytest.mark.parametrize("instructions", ["baseline", "avx2", "avx512"])
 def test_every_instruction_set(instructions, dtype):
-    # Several tiles in both directions, two steps of rows in one block and part of a second block.
+    # Several tiles in both directions, several blocks and part of another.
     call = random_call(rows=(600,), d_out=330, d_in=345, dtype=BFLOAT16)
     initial = accumulators(call, dtype)
     sums = {name: tensor.clone() for name, tensor in initial.items()}
@@ -319,6 +323,18 @@ def test_repeats_bit_for_bit_and_gram_stays_symmetric(place):
         runs.append(sums)
     assert all(torch.equal(runs[0][name], runs[1][name]) for name in NAMES)
     assert torch.equal(runs[0]["gram"], runs[0]["gram"].mT)
+
+
+def test_bits_do_not_depend_on_the_number_of_threads():
+    call, threads, runs = random_call(rows=(500,), d_out=350, d_in=330), torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            runs.append(accumulators(call))
+            run(call, runs[-1], Place("cpp", "cpu"))
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(runs[0][name], other[name]) for other in runs[1:] for name in NAMES)
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)

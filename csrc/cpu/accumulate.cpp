@@ -27,9 +27,10 @@ namespace accumulation {
 namespace {
 
 constexpr const char* kName = "accumulate_cpp";
-constexpr int64_t kDepth = 256;              // rows that are multiplied before sums leave the registers
-constexpr int64_t kMaxRows = 1024;           // per block: with more it leaves the cache
+constexpr int64_t kDepth = 192;              // rows that are multiplied before sums leave the registers
+constexpr int64_t kMaxRows = 960;            // per block: with more it leaves the cache
 constexpr int64_t kScratchBytes = 32 << 20;  // for all panels together, unless kDepth rows need more
+constexpr int64_t kSumBytes = 50 << 20;      // cross and gram up to here are summed over all blocks before they change
 constexpr int64_t kTile = 320;          // edge: a tile's sums and its panels of kDepth rows fit into a core's L2 cache
 constexpr int64_t kTasksPerThread = 5;  // enough that a thread which lost its processor holds up little
 
@@ -44,11 +45,12 @@ void for_each_task(int64_t count, const Task& task) {
     });
 }
 
-// A rectangle of cross, or one of gram that touches or lies below the diagonal, with all its sums over a block's rows.
-// It consists of whole panels: its last rows and columns may lie outside of the matrix.
+// A rectangle of cross, or one of gram that touches or lies below the diagonal, with all its sums over some rows. It
+// consists of whole panels: its last rows and columns may lie outside of the matrix.
 struct Tile {
     bool of_gram;
     int64_t row, height, column, width;
+    int64_t offset = 0;  // among the sums of all tiles
 };
 
 // About `edge` and a multiple of `unit`, such that equal steps of it cover n.
@@ -89,65 +91,108 @@ std::vector<Tile> plan_tiles(const Kernels<T>& kernels, int64_t d_out, int64_t d
     }
     std::stable_sort(tiles.begin(), tiles.end(),
                      [](const Tile& a, const Tile& b) { return a.height * a.width > b.height * b.width; });
+    int64_t offset = 0;
+    for (Tile& tile : tiles) {
+        tile.offset = offset;
+        offset += tile.height * tile.width;
+    }
     return tiles;
 }
 
+// A tile's sums, column panel by column panel as multiply_tile leaves them: neighbours of element (i, j) of the matrix
+// up to the panel's end.
+template <typename T>
+struct Product {
+    const T* data;
+    int64_t panel;
+    const Tile& tile;
+
+    const T* from(int64_t i, int64_t j) const {
+        const int64_t row = i - tile.row, column = j - tile.column;
+        return data + (column / panel * tile.height + row) * panel + column % panel;
+    }
+};
+
 // The tile's part of cross += coefficient · product.
 template <typename T>
-void add_product(const at::Tensor& cross, const T* product, T coefficient, const Tile& tile) {
+void add_product(const at::Tensor& cross, const Product<T>& product, T coefficient) {
+    constexpr int64_t kRows = 8;  // of each panel at a time: both sides are read in long pieces
+    const Tile& tile = product.tile;
     const int64_t row_stride = cross.stride(0), column_stride = cross.stride(1);
-    const int64_t height = std::min(tile.height, cross.size(0) - tile.row);
-    const int64_t width = std::min(tile.width, cross.size(1) - tile.column);
-    T* const out = cross.mutable_data_ptr<T>() + tile.row * row_stride + tile.column * column_stride;
-    for (int64_t i = 0; i < height; ++i) {
-        const T* const x = product + i * tile.width;
-        T* const y = out + i * row_stride;
-        if (column_stride == 1) {
-            for (int64_t j = 0; j < width; ++j) y[j] += coefficient * x[j];
-        } else {
-            for (int64_t j = 0; j < width; ++j) y[j * column_stride] += coefficient * x[j];
+    const int64_t row_end = std::min(cross.size(0), tile.row + tile.height);
+    const int64_t column_end = std::min(cross.size(1), tile.column + tile.width);
+    T* const out = cross.mutable_data_ptr<T>();
+    for (int64_t row = tile.row; row < row_end; row += kRows) {
+        for (int64_t j = tile.column; j < column_end; j += product.panel) {
+            const int64_t width = std::min(product.panel, column_end - j);
+            const T* x = product.from(row, j);
+            for (int64_t i = row; i < std::min(row + kRows, row_end); ++i, x += product.panel) {
+                T* const y = out + i * row_stride + j * column_stride;
+                if (column_stride == 1) {
+                    for (int64_t c = 0; c < width; ++c) y[c] += coefficient * x[c];
+                } else {
+                    for (int64_t c = 0; c < width; ++c) y[c * column_stride] += coefficient * x[c];
+                }
+            }
         }
     }
 }
 
 // The tile's part of gram += coefficient · product: what lies below the diagonal is added on both sides, so that both
-// halves receive the same numbers.
+// halves receive the same numbers. Square by square, since a whole column would meet a new cache line at every element.
 template <typename T>
-void add_symmetric(const at::Tensor& gram, const T* product, T coefficient, const Tile& tile) {
+void add_symmetric(const at::Tensor& gram, const Product<T>& product, T coefficient) {
+    constexpr int64_t kEdge = 16;  // divides every panel or is divided by it
+    const Tile& tile = product.tile;
     const int64_t row_stride = gram.stride(0), column_stride = gram.stride(1), n = gram.size(0);
     const int64_t row_end = std::min(n, tile.row + tile.height), column_end = std::min(n, tile.column + tile.width);
+    const int64_t edge = std::min(kEdge, product.panel);
     T* const out = gram.mutable_data_ptr<T>();
-    for (int64_t i = tile.row; i < row_end; ++i) {
-        const T* x = product + (i - tile.row) * tile.width;
-        for (int64_t j = tile.column; j < std::min(column_end, i + 1); ++j) {
-            out[i * row_stride + j * column_stride] += coefficient * x[j - tile.column];
-        }
-    }
-    for (int64_t j = tile.column; j < column_end; ++j) {
-        const T* x = product + j - tile.column;
-        for (int64_t i = std::max(tile.row, j + 1); i < row_end; ++i) {
-            out[j * row_stride + i * column_stride] += coefficient * x[(i - tile.row) * tile.width];
+    T transposed[kEdge][kEdge];
+    for (int64_t j = tile.column; j < column_end; j += edge) {
+        for (int64_t i = tile.row; i < row_end; i += edge) {
+            const int64_t rows = std::min(edge, row_end - i), columns = std::min(edge, column_end - j);
+            if (i + rows <= j) continue;
+            const T* x = product.from(i, j);
+            for (int64_t r = 0; r < rows; ++r, x += product.panel) {
+                T* const y = out + (i + r) * row_stride + j * column_stride;
+                for (int64_t c = 0; c < columns; ++c) transposed[c][r] = x[c];
+                for (int64_t c = 0; c < std::min(columns, i + r - j + 1); ++c) {
+                    y[c * column_stride] += coefficient * x[c];
+                }
+            }
+            for (int64_t c = 0; c < columns; ++c) {
+                T* const y = out + (j + c) * row_stride + i * column_stride;
+                for (int64_t r = std::max<int64_t>(0, j + c + 1 - i); r < rows; ++r) {
+                    y[r * column_stride] += coefficient * transposed[c][r];
+                }
+            }
         }
     }
 }
 
-// One tile's sums over the block's rows, added to cross or gram.
+// One tile's sums over the block's rows, on top of those of all blocks before it if they are `kept`; added to cross or
+// gram at once if they are not (null), else after the last block.
 template <typename T>
-void multiply(const Block<T>& block, const Tile& tile) {
+void multiply(const Block<T>& block, const Tile& tile, T* kept, bool first, bool last) {
     const Arguments& call = block.call;
     const Panels<T>&left = tile.of_gram ? block.a : block.d, &right = block.s;
-    const at::Tensor memory = at::empty({tile.height * tile.width}, call.cross.options());
-    T* const product = memory.mutable_data_ptr<T>();
+    at::Tensor memory;
+    if (kept == nullptr) memory = at::empty({tile.height * tile.width}, call.cross.options());
+    T* const sums = kept == nullptr ? memory.mutable_data_ptr<T>() : kept + tile.offset;
+    const bool resume = kept != nullptr && !first;
     const int64_t diagonal = tile.of_gram ? tile.column - tile.row : -tile.width;
     for (int64_t k = 0; k < block.n; k += right.depth) {
         const int64_t depth = std::min(right.depth, block.n - k);
         block.kernels.multiply_tile(left.step(k, tile.row), tile.height, right.step(k, tile.column), tile.width,
-                                    right.pitch, depth, diagonal, k > 0, product);
+                                    right.pitch, depth, diagonal, resume || k > 0, sums);
     }
+    if (kept != nullptr && !last) return;
+    const Product<T> product{sums, right.width, tile};
     if (tile.of_gram) {
-        add_symmetric<T>(*call.gram, product, static_cast<T>(call.coefficient), tile);
+        add_symmetric<T>(*call.gram, product, static_cast<T>(call.coefficient));
     } else {
-        add_product<T>(call.cross, product, static_cast<T>(call.coefficient), tile);
+        add_product<T>(call.cross, product, static_cast<T>(call.coefficient));
     }
 }
 
@@ -157,9 +202,17 @@ void run(Arguments& call, Instructions instructions) {
     const Rows<T> delta(call.delta, kernels, call.pair), activation(call.activation, kernels, call.pair);
     const int64_t rows = call.activation.size(0), d_out = delta.columns, d_in = activation.columns;
     const int64_t row_bytes = std::max<int64_t>(1, 2 * (2 * d_in + d_out) * sizeof(T));  // of both blocks
-    const int64_t most = std::clamp(kScratchBytes / row_bytes / kDepth * kDepth, kDepth, kMaxRows);
-    const int64_t size = std::min(rows, most), depth = std::min(kDepth, round_up(size, kRowsPerTask));
+    // Few rows are enough for a block, and stay in cache, where cross and gram need not change after each of them. Not
+    // a question of the tiles, which depend on the threads: the order of additions must not.
+    const int64_t sum_bytes = d_in * (d_out + (call.gram ? d_in : 0)) * static_cast<int64_t>(sizeof(T));
+    const bool keep = rows > kDepth && sum_bytes <= kSumBytes;
+    const int64_t affordable = std::clamp(kScratchBytes / row_bytes / kDepth * kDepth, kDepth, kMaxRows);
+    const int64_t size = std::min(rows, keep ? kDepth : affordable);
+    const int64_t depth = std::min(kDepth, round_up(size, kRowsPerTask));
     const std::vector<Tile> tiles = plan_tiles(kernels, d_out, d_in, call.gram.has_value());
+    const int64_t kept_size = keep ? tiles.back().offset + tiles.back().height * tiles.back().width : 0;
+    const at::Tensor kept_memory = at::empty({kept_size}, call.cross.options());
+    T* const kept = keep ? kept_memory.mutable_data_ptr<T>() : nullptr;
     std::vector<double> delta_sum(call.delta_sum ? d_out : 0), activation_sum(call.activation_sum ? d_in : 0);
     std::vector<double> moments(4);
 
@@ -170,12 +223,12 @@ void run(Arguments& call, Instructions instructions) {
     int64_t cursor = 0;
     block->take(cursor);
     for_each_task(block->tasks(block->n), [&](int64_t task) { block->prepare(task); });
-    for (; block->n > 0; std::swap(block, next)) {
+    for (bool started = false; block->n > 0; started = true, std::swap(block, next)) {
         next->take(cursor);
         const int64_t tile_count = tiles.size();
         for_each_task(tile_count + next->tasks(next->n), [&](int64_t task) {
             if (task < tile_count) {
-                multiply(*block, tiles[task]);
+                multiply(*block, tiles[task], kept, !started, next->n == 0);
             } else {
                 next->prepare(task - tile_count);
             }

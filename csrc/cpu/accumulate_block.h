@@ -17,14 +17,17 @@
 namespace thought_kernels {
 namespace accumulation {
 
+constexpr int kGroup = 4;  // rows that are summed and packed together
+
 // How rows of one dtype are read by the arithmetic that accumulate_tile.h compiles for each instruction set.
 template <typename T>
 struct Reader {
     void (*load)(const void* row, int64_t stride, int64_t n, T* out);
     double (*sum_of_squares)(const void* row, int64_t n);
     void (*add_weighted)(const void* const* rows, const double* weight, int64_t count, int64_t n, double* sum);
-    void (*pack_left)(const void* row, T factor, int64_t n, T* panels, int64_t stride);
-    void (*pack_right)(const void* row, T factor, int64_t n, T* panels, int64_t stride);
+    using Pack = void(const void* const* rows, const T* factors, int64_t count, int64_t n, T* panels, int64_t stride,
+                      int64_t ahead);
+    Pack *pack_left, *pack_right;
 };
 
 template <typename T>
@@ -51,7 +54,6 @@ const Kernels<T>& choose_kernels(Instructions instructions) {
 }
 
 constexpr int64_t kRowsPerTask = 32;
-constexpr int64_t kGroup = 4;  // rows summed together
 enum Normalization : int64_t { kNone = 0, kNorm = 1, kSquaredNorm = 2 };
 
 int64_t round_up(int64_t n, int64_t unit) {
@@ -200,7 +202,7 @@ struct Block {
         std::fill(sum, sum + sum_columns, 0.0);
         const int64_t end = std::min(n, (task + 1) * kRowsPerTask);
         for (int64_t k = task * kRowsPerTask; k < end; k += kGroup) {
-            const int64_t count = std::min(kGroup, end - k);
+            const int64_t count = std::min<int64_t>(kGroup, end - k);
             const void *d_rows[kGroup], *a_rows[kGroup];
             for (int64_t r = 0; r < count; ++r) {
                 T* const d_copy = copies.get() + r * d_out;
@@ -216,10 +218,8 @@ struct Block {
                 }
                 factor[k + r] = v;
                 if (call.moments) energy[k + r] = v == 0 ? 0 : v * delta.reader.sum_of_squares(d_rows[r], d_out);
-                delta.reader.pack_left(d_rows[r], 1, d_out, d.row(k + r), d.stride());
-                if (call.gram) activation.reader.pack_left(a_rows[r], 1, d_in, a.row(k + r), a.stride());
-                pack_scaled(index[k + r], a_rows[r], v, s.row(k + r));
             }
+            pack_group(k, count, d_rows, a_rows);
             double* next_sum = sum;
             if (call.delta_sum) {
                 delta.reader.add_weighted(d_rows, weight.data() + k, count, d_out, next_sum);
@@ -232,18 +232,32 @@ struct Block {
     }
 
   private:
-    void pack_scaled(int64_t index, const void* row, double v, T* panels) const {
-        const double size = std::abs(v);
-        if (size == 0 || (size >= std::numeric_limits<T>::min() && size <= std::numeric_limits<T>::max())) {
-            activation.reader.pack_right(row, static_cast<T>(v), activation.columns, panels, s.stride());
-            return;
+    // Rows k, k + 1, ... into all panels. The group after them is fetched meanwhile, supposing that no row is left out.
+    void pack_group(int64_t k, int64_t count, const void* const* d_rows, const void* const* a_rows) {
+        const T ones[kGroup] = {1, 1, 1, 1};
+        T factors[kGroup];
+        for (int64_t r = 0; r < count; ++r) factors[r] = static_cast<T>(factor[k + r]);
+        const int64_t d_ahead = kGroup * delta.row_bytes, a_ahead = kGroup * activation.row_bytes;
+        delta.reader.pack_left(d_rows, ones, count, delta.columns, d.row(k), d.stride(), d_ahead);
+        const int64_t d_in = activation.columns;
+        if (call.gram) activation.reader.pack_left(a_rows, ones, count, d_in, a.row(k), a.stride(), a_ahead);
+        activation.reader.pack_right(a_rows, factors, count, d_in, s.row(k), s.stride(), a_ahead);
+        for (int64_t r = 0; r < count; ++r) {
+            const double size = std::abs(factor[k + r]);
+            const bool normal = size >= std::numeric_limits<T>::min() && size <= std::numeric_limits<T>::max();
+            if (size != 0 && !normal) pack_scaled(index[k + r], factor[k + r], s.row(k + r));
         }
+    }
+
+    void pack_scaled(int64_t index, double v, T* panels) const {
         // The factor (1/‖a‖² of a tiny row) has no normal value in T, but its products may have.
         std::vector<T> scaled(activation.columns);
         activation.memory.load(activation.data + index * activation.row_bytes, activation.stride, activation.columns,
                                scaled.data());
         for (T& x : scaled) x = static_cast<T>(v * static_cast<double>(x));
-        activation.copies.pack_right(scaled.data(), 1, activation.columns, panels, s.stride());
+        const void* const row = scaled.data();
+        const T one = 1;
+        activation.copies.pack_right(&row, &one, 1, activation.columns, panels, s.stride(), 0);
     }
 };
 

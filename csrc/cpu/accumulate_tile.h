@@ -64,21 +64,35 @@ void add_weighted(const void* const* rows, const double* weight, int64_t count, 
     }
 }
 
-// factor · row into one row of the panels, which are `stride` elements apart; zeros beyond column n.
+// factor_r · row_r into neighbouring rows of the panels, which are `stride` elements apart; zeros beyond column n.
+// Panels lie too far apart for the processor to foresee what is written next, so their next rows are fetched meanwhile,
+// and so are the inputs `ahead` bytes further on (a fetch beyond their end does nothing).
 template <typename In, typename T, int W>
-void pack(const void* row, T factor, int64_t n, T* __restrict panels, int64_t stride) {
-    const In* x = static_cast<const In*>(row);
+void pack(const void* const* rows, const T* factors, int64_t count, int64_t n, T* __restrict panels, int64_t stride,
+          int64_t ahead) {
+    constexpr int kLine = 64;
     int64_t j = 0;
     for (; j + W <= n; j += W, panels += stride) {
-        for (int i = 0; i < W; ++i) panels[i] = factor * static_cast<T>(x[j + i]);
+        for (int i = 0; i < kGroup * W; i += kLine / sizeof(T)) __builtin_prefetch(panels + kGroup * W + i, 1);
+        for (int64_t r = 0; r < count; ++r) {
+            const In* x = static_cast<const In*>(rows[r]) + j;
+            const char* next = reinterpret_cast<const char*>(x) + ahead;
+            for (size_t byte = 0; byte < W * sizeof(In); byte += kLine) __builtin_prefetch(next + byte);
+            for (int i = 0; i < W; ++i) panels[r * W + i] = factors[r] * static_cast<T>(x[i]);
+        }
     }
-    for (int i = 0; i < W && j < n; ++i) panels[i] = j + i < n ? factor * static_cast<T>(x[j + i]) : 0;
+    for (int64_t r = 0; r < count && j < n; ++r) {
+        const In* x = static_cast<const In*>(rows[r]);
+        for (int i = 0; i < W; ++i) panels[r * W + i] = j + i < n ? factors[r] * static_cast<T>(x[j + i]) : 0;
+    }
 }
 
 // out [kHeight, kWidth] = (add ? out : 0) + leftᵀ right
 template <typename T>
-void multiply_panels(const T* left, const T* right, int64_t depth, bool add, T* out, int64_t stride) {
+void multiply_panels(const T* left, const T* right, int64_t depth, bool add, T* out) {
     using S = Simd<T>;
+    // Sums that stay from block to block leave the cache: fetched now, they are there when the last row is through.
+    for (int i = 0; add && i < kHeight * S::kWidth; i += 64 / sizeof(T)) __builtin_prefetch(out + i, 1);
     typename S::Vector sum[kHeight][kVectors] = {};
     for (int64_t k = 0; k < depth; ++k) {
         typename S::Vector row[kVectors];
@@ -95,21 +109,22 @@ void multiply_panels(const T* left, const T* right, int64_t depth, bool add, T* 
     for (int i = 0; i < kHeight; ++i) {
 #pragma GCC unroll 8
         for (int v = 0; v < kVectors; ++v) {
-            T* target = out + i * stride + v * S::kLanes;
+            T* target = out + i * S::kWidth + v * S::kLanes;
             S::store(target, add ? S::load(target) + sum[i][v] : sum[i][v]);
         }
     }
 }
 
-// The same for a tile of whole panels, `pitch` rows of memory each. Element (i, j) is wanted where i ≥ j + diagonal.
+// The same for a tile of whole panels, `pitch` rows of memory each, into panels [height, kWidth], one for each right
+// panel. Element (i, j) is wanted where i ≥ j + diagonal.
 template <typename T>
 void multiply_tile(const T* left, int64_t height, const T* right, int64_t width, int64_t pitch, int64_t depth,
                    int64_t diagonal, bool add, T* out) {
     constexpr int64_t kWidth = Simd<T>::kWidth;
-    for (int64_t j = 0; j < width; j += kWidth) {
+    for (int64_t j = 0; j < width; j += kWidth, out += height * kWidth) {
         const int64_t first = j + diagonal > 0 ? (j + diagonal) / kHeight * kHeight : 0;
         for (int64_t i = first; i < height; i += kHeight) {
-            multiply_panels(left + i * pitch, right + j * pitch, depth, add, out + i * width + j, width);
+            multiply_panels(left + i * pitch, right + j * pitch, depth, add, out + i * kWidth);
         }
     }
 }
