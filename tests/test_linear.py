@@ -37,6 +37,15 @@ def test_products_are_those_of_the_linear_module(bias, leading):
 
 
 @available
+def test_long_sums_err_no_more_than_one_chain_of_additions():
+    module, x = nn.Linear(2048, 64, bias=False), torch.randn(64, 2048)
+    with torch.no_grad(), OneDNNLinear():
+        out = module(x)
+    exact = x.double() @ module.weight.double().mT
+    assert (out - exact).norm() <= 2048**0.5 * torch.finfo(torch.float32).eps / 2 * exact.norm()
+
+
+@available
 def test_large_float32_products_are_onednns_and_others_torchs_own():
     def used(module, x):
         with OneDNNLinear():

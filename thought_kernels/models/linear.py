@@ -20,7 +20,8 @@ FEWEST_PRODUCTS = 1 << 20
 class OneDNNLinear(TorchFunctionMode):
     """Within it, large float32 products of ``torch.nn.functional.linear`` on CPUs are oneDNN's, without gradients.
 
-    x Wᵀ + b, x [..., d_in], W [d_out, d_in], in float32 as before; the order of additions differs. It acts on the
+    x Wᵀ + b, x [..., d_in], W [d_out, d_in], in float32 as before. Each output is one chain of additions, where MKL
+    has several: the rounding error, about √d_in eps / 4, is up to twice as large (benchmarks/bench_linear.py). It acts on the
     function, not on the module, so hooks, adapters and replaced modules take part as ever. Processors without AVX-512
     and builds of torch without oneDNN keep torch's own choice.
     """
