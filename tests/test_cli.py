@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -178,6 +179,23 @@ def test_verify_passes_and_fails(folder: str) -> None:
 )
 def test_refusals_are_sentences(arguments: list[str], sentence: str, code: int, tmp_path: Path) -> None:
     refused(run(*arguments), sentence, code)
+
+
+@pytest.mark.parametrize("command", ["transmute", "export", "evaluate"])
+def test_a_folder_that_cannot_be_made_is_refused_before_anything_is_loaded(command: str, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    given = {"transmute": ["-i", "x", "-e", "1"], "export": [tmp_path / "patch"], "evaluate": []}[command]
+    result = run(command, *given, "-m", "./nowhere", "-o", tmp_path / "file" / "new")
+    refused(result, "--output must be a folder, got the file", 2)
+
+
+def test_what_may_not_be_written_to_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    result = run("transmute", "-i", "x", "-e", "1", "-m", "./nowhere", "-o", tmp_path / "new" / "patch")
+    refused(result, "--output must be a folder that may be written to, got", 2)
+    result = run("inspect", "./nowhere", "--csv", tmp_path / "rows.csv")
+    refused(result, "--csv must be a file that may be written to, got", 2)
+    assert not list(tmp_path.iterdir())
 
 
 def test_an_unknown_option_value_leaves_no_folder(folder: str, tmp_path: Path) -> None:

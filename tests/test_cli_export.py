@@ -116,6 +116,10 @@ def test_bench_checks_and_times_what_there_is(tmp_path: Path) -> None:
         there = {name for name in ("reference", "cpp") if tk.available_backends(op, "cpu")[name] is None}
         timed = {row["backend"] for row in rows if row["op"] == op and "ms" in row}
         assert timed == {"torch", *there}
+        times = {row["backend"]: row["ms"] for row in rows if row["op"] == op and "ms" in row}
+        for row in rows:
+            if row["op"] == op and "ms" in row:  # the columns of the table agree with one another
+                assert row["speedup"] == pytest.approx(times["torch"] / row["ms"])
         assert all(row["error"] < 1e-4 for row in rows if row["op"] == op and row["backend"] in timed - {"torch"})
 
 
@@ -143,5 +147,6 @@ def test_a_wrong_kernel_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_bench_refuses_in_a_sentence(tmp_path: Path) -> None:
     assert "--dtype must be one of" in " ".join(run("bench", "--dtype", "int8").stderr.replace("│", " ").split())
-    nowhere = run("bench", "--device", "nowhere")
-    assert nowhere.exit_code == 1 and "bench: device must be one that torch can use here" in nowhere.stderr
+    for device in ("nowhere", "meta"):
+        refused = run("bench", "--device", device)
+        assert refused.exit_code == 1 and "bench: device must be one that torch can use here" in refused.stderr

@@ -60,12 +60,11 @@ def bench(
     """
     if dtype not in DTYPES:
         raise typer.BadParameter(f"--dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
-    if json_file is not None and (json_file.is_dir() or not json_file.parent.is_dir()):
-        raise typer.BadParameter(f"--json must be a file in a folder that exists, got {json_file}")
+    options.check_file("--json", json_file)
     if threads is not None:
         torch.set_num_threads(threads)
     try:
-        torch.empty(0, device=device)
+        torch.empty(1, device=device).item()  # on "meta" there is nothing to time
     except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
         reason = str(error).splitlines()[0]
         raise ValueError(f"bench: device must be one that torch can use here, got {device!r}; {reason}") from error

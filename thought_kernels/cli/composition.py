@@ -45,7 +45,7 @@ def composition(
     from thought_kernels.evaluate.experiments import default_recipe
     from thought_kernels.evaluate.journal import Journal, fingerprint
 
-    scoring.check_folder(output)
+    options.check_folder(output)
     pairs = [read_pair(text) for text in options.listed(pair or list(PAIRS))]
     names = list(dict.fromkeys(name for names in pairs for name in names))
     every = inputs(TASKS[names[0]])

@@ -42,8 +42,7 @@ def demo(
 ) -> None:
     """Transmute every instruction with default settings and show what the patched model does without it."""
     for option, path in (("--output", output), ("--json", json_file)):
-        if path is not None and (path.is_dir() or not path.parent.is_dir()):
-            raise typer.BadParameter(f"{option} must be a file in a folder that exists, got {path}")
+        options.check_file(option, path)
     found, tokenizer = options.load_model(model, dtype, device, offline)
     shipped = model == options.DEFAULT_MODEL
     with options.progress("demo") as progress:

@@ -81,8 +81,7 @@ def evaluate(
         raise typer.BadParameter(f"MODEL must be given once, got {model_name} and {model}")
     wanted = sections if sections == "all" else options.listed([sections])
     chosen_sections(wanted)
-    if output.exists() and not output.is_dir():
-        raise typer.BadParameter(f"--output must be a folder, got the file {output}")
+    options.check_folder(output)
     given: dict[str, Any] = options.pairs({
         "held_out": held_out, "outside": outside, "longer": longer, "unrelated": unrelated, "pool": pool,
         "paraphrases": paraphrase, "others": other,

@@ -95,7 +95,7 @@ def task_split(task_name: str, *, steps: int, inputs_count: int, seed: int) -> S
 
 def _run(name: str, given: dict[str, Any]) -> None:
     output = given["output"] if given["output"] is not None else Path(f"experiment-{name}")
-    scoring.check_folder(output)
+    options.check_folder(output)
     steps, count, seed = given["steps"], given["inputs"], given["seed"]
     source, told = given.get("data"), given.get("instruction") or PUBLISHED[name].instruction
     pairs: list[Pair] = []

@@ -48,8 +48,7 @@ def export(
 
     if format_name not in FORMATS:
         raise typer.BadParameter(f"--format must be {' or '.join(FORMATS)}, got {format_name!r}")
-    if output.exists() and not output.is_dir():
-        raise typer.BadParameter(f"--output must be a folder, got the file {output}")
+    options.check_folder(output)
     loaded = scale * ThoughtPatch.from_pretrained(patch)
     questions = list(example or [])
     if examples is not None:

@@ -46,8 +46,7 @@ def inspect(
     Ranks, saturation, kinds of features, and the power law of the largest eigenvalues where there are enough of them.
     """
     for option, path in (("--csv", csv_file), ("--plot", plot)):
-        if path is not None and (path.is_dir() or not path.parent.is_dir()):
-            raise typer.BadParameter(f"{option} must be a file in a folder that exists, got {path}")
+        options.check_file(option, path)
     if plot is not None:
         from matplotlib.backend_bases import FigureCanvasBase
 

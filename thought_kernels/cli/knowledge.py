@@ -42,7 +42,7 @@ def knowledge(
     in its prompt, the figures say so. The shipped model reads no prose: without facts of your own it is also asked for
     the facts it does hold, its lexicon, by a patch of "Translate to French" that has seen half of the words.
     """
-    scoring.check_folder(output)
+    options.check_folder(output)
     told = read_facts(facts) if demonstrations is None else options.read_instruction(facts, demonstrations)
     if questions is None and (facts is not None or demonstrations is not None):
         raise typer.BadParameter("give --questions FILE.jsonl with facts of your own")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -111,6 +112,23 @@ def read_instruction(text: str | None, demonstrations: Path | None) -> str | lis
             )
         turns += [*example.messages, {"role": "assistant", "content": example.completion}]
     return turns
+
+
+def check_folder(output: Path) -> None:
+    """Raises BadParameter unless --output is a folder or can be made one, before anything is computed for it."""
+    above = next(place for place in (output, *output.absolute().parents) if place.exists())
+    if not above.is_dir():
+        raise typer.BadParameter(f"--output must be a folder, got the file {above}")
+    if not os.access(above, os.W_OK):
+        raise typer.BadParameter(f"--output must be a folder that may be written to, got {above}")
+
+
+def check_file(option: str, path: Path | None) -> None:
+    """Raises BadParameter unless a file, where one is asked for, can be written."""
+    if path is not None and (path.is_dir() or not path.parent.is_dir()):
+        raise typer.BadParameter(f"{option} must be a file in a folder that exists, got {path}")
+    if path is not None and not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise typer.BadParameter(f"{option} must be a file that may be written to, got {path}")
 
 
 def with_completion(example: str, completion: str | None) -> str | dict[str, str]:

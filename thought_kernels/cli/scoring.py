@@ -51,12 +51,6 @@ def read_scorer(
     return Judge(judge.to(device).eval(), tokenizer, instruction, prompt=prompt)
 
 
-def check_folder(output: Path) -> None:
-    """Raises BadParameter unless a folder is there or can be made there."""
-    if output.exists() and not output.is_dir():
-        raise typer.BadParameter(f"--output must be a folder, got the file {output}")
-
-
 def answer_room(tokenizer: Any, answers: list[str], match: str) -> int:
     """How many tokens answers may have: a little more than the longest right one, 96 for a model that reasons first."""
     longest = max(map(len, tokenizer(answers, add_special_tokens=False).input_ids)) + 8

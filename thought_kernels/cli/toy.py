@@ -43,8 +43,7 @@ def sweep(
         raise typer.BadParameter(f"--preset must be one of {', '.join(PRESETS)}, got {preset!r}")
     if matmul_precision not in ("highest", "high"):
         raise typer.BadParameter(f"--matmul-precision must be highest or high, got {matmul_precision!r}")
-    if output.exists() and not output.is_dir():
-        raise typer.BadParameter(f"--output must be a folder, got the file {output}")
+    options.check_folder(output)
     torch.set_float32_matmul_precision(matmul_precision)
     given = options.pairs({"steps": steps, "batch": batch, "checkpoints": checkpoints})
     plan = changed(PRESETS[preset], **given)
@@ -89,8 +88,7 @@ def geometries(
     from thought_kernels.spectral.toy.geometries import SETTINGS, as_rows, find_geometries
     from thought_kernels.spectral.toy.sweeps import write_table
 
-    if output.is_dir() or not output.parent.is_dir():
-        raise typer.BadParameter(f"--output must be a file in a folder that exists, got {output}")
+    options.check_file("--output", output)
     kept = list(csv.DictReader(output.open(newline="", encoding="utf-8"))) if output.is_file() else []
     rows: list[dict[str, Any]] = []
     with options.progress("geometries") as progress:

@@ -97,8 +97,7 @@ def transmute(
     told = options.read_instruction(instruction, demonstrations)
     if examples is None and not example:
         raise typer.BadParameter("give --examples FILE.jsonl, or --example TEXT once or more, or both")
-    if output.exists() and not output.is_dir():
-        raise typer.BadParameter(f"--output must be a folder, got the file {output}")
+    options.check_folder(output)
     given = options.pairs({
         "layers": None if layers is None else read_layers(layers), "sites": site and tuple(options.listed(site)),
         "pairing": pairing, "estimator": estimator, "normalization": normalization,
