@@ -73,6 +73,20 @@ def test_a_small_pool_is_drawn_from_more_than_once_and_an_empty_one_not_at_all()
     assert with_substitutions(EXAMPLES, 1, [9, 10], 0) == EXAMPLES
 
 
+def test_what_opens_a_turn_is_not_drawn() -> None:
+    """H's words, such as "user", are words of the vocabulary; a copy that holds them would look like a turn."""
+    examples = [example._replace(header=[1, 100, 101]) for example in EXAMPLES]
+    free, protected = (with_substitutions(some, 8, POOL[:8], 0)[3:] for some in (EXAMPLES, examples))
+    assert any({100, 101} & set(copy.tokens) for copy in free)
+    assert not any({100, 101} & set(copy.tokens) for copy in protected)
+    for with_them, without in zip(free, protected, strict=True):
+        varying = {old: new for old, new in zip(with_them.tokens, without.tokens, strict=True) if old in POOL}
+        assert len(set(varying.values())) == len(varying)
+        if not {100, 101} & set(with_them.tokens):
+            assert with_them.tokens == without.tokens
+    assert with_substitutions(examples, 2, [100, 101], 0) == examples
+
+
 def test_many_examples_have_fewer_copies() -> None:
     assert [usual_copies(count) for count in (1, 8, 64, 65, 300, 512, 10_000)] == [8, 8, 8, 7, 1, 1, 1]
 

@@ -236,9 +236,12 @@ def test_options_of_another_type_are_refused(options: dict) -> None:
 
 
 def test_numpy_numbers_are_numbers() -> None:
-    arrays = {"layers": np.arange(2), "scale": np.float32(0.5), "batch_size": np.int64(2)}
-    patch = tk.transmute(model_of(0), TOKENIZER, "Sum now", [EXAMPLE], **arrays)
+    arrays = {"layers": np.arange(2), "scale": np.float32(0.5), "batch_size": np.int64(2), "seed": np.int64(3)}
+    patch = tk.transmute(model_of(0), TOKENIZER, "Sum now", [EXAMPLE], **arrays).truncate(np.int64(2))
     assert patch.layers == (0, 1)
+    json.dumps(patch.provenance)
+    by_numpy = tk.replay(model_of(0), torch.arange(6, 14), (np.int64(2), np.int64(4)))
+    assert by_numpy.logit_error == tk.replay(model_of(0), torch.arange(6, 14), (2, 4)).logit_error
 
 
 def test_unknown_options_are_errors() -> None:

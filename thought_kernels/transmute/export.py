@@ -12,6 +12,7 @@ import logging
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -103,7 +104,7 @@ def export_peft(
     folder = Path(directory)
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"export_peft: directory must be a folder, got the file {folder}")
-    if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
+    if rank is not None and (isinstance(rank, bool) or not isinstance(rank, Integral) or rank < 1):
         raise ValueError(f"export_peft: rank must be a positive integer or None, got {rank!r}")
     root: nn.Module = describe(model).model
     names = {id(module): name for name, module in root.named_modules()}

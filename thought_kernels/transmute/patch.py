@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterator, Mapping
-from numbers import Real
+from numbers import Integral, Real
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -196,8 +196,9 @@ class ThoughtPatch:
         Raises:
             ValueError: rank is not a positive integer.
         """
-        if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
+        if isinstance(rank, bool) or not isinstance(rank, Integral) or rank < 1:
             raise ValueError(f"truncate: rank must be a positive integer, got {rank!r}")
+        rank = int(rank)  # JSON, which the provenance becomes, takes no numpy number
         entries = {key: entry.truncated(rank) for key, entry in self.entries.items()}
         return ThoughtPatch(entries, {**self.provenance, "rank": rank})
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -85,9 +86,10 @@ def replay(model: Any, with_ids: Tensor, span: tuple[int, int]) -> ReplayReport:
         raise ValueError(
             f"replay: with_ids must be between 0 and {vocabulary - 1}, got {int(ids.min())} to {int(ids.max())}"
         )
-    if not isinstance(span, (tuple, list)) or len(span) != 2 or not all(type(bound) is int for bound in span):
+    bounds = span if isinstance(span, (tuple, list)) else ()
+    if len(bounds) != 2 or not all(isinstance(b, Integral) and not isinstance(b, bool) for b in bounds):
         raise TypeError(f"replay: span must be two integers (start, stop), got {span!r}")
-    start, stop = span
+    start, stop = map(int, bounds)
     if not 0 <= start < stop < len(ids):
         raise ValueError(
             f"replay: span must satisfy 0 <= start < stop < {len(ids)}, got ({start}, {stop}); "

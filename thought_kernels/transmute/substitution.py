@@ -63,8 +63,8 @@ def with_substitutions(
     Args:
         examples: aligned examples.
         copies: of each example; 0 for none.
-        substitutes: token ids to draw from; those that all examples share are not drawn. Two tokens of a copy get the
-            same substitute only where there are fewer of them than of its tokens.
+        substitutes: token ids to draw from; those that all examples share, or that a header holds ("user"), are not
+            drawn. Two tokens of a copy get the same substitute only where there are fewer of them than of its tokens.
         seed: of the draw.
 
     Returns:
@@ -72,16 +72,21 @@ def with_substitutions(
     """
     shared = set.intersection(*(set(example.tokens) for example in examples))
     pool = sorted(set(substitutes) - shared)
+    opening = set().union(*(example.header for example in examples))
+    allowed = [token for token in pool if token not in opening]
     found = list(examples)
     for example in examples:
         # H opens a turn: in examples of several turns its tokens are the chat's, though other examples lack them.
         varying = sorted(set(example.tokens) - shared - set(example.header))
-        if not varying or not pool:
+        if not varying or not allowed:
             continue
         for number in range(copies):
             rng = random.Random(f"{seed} {number} {example.tokens}")
             enough = len(varying) <= len(pool)
             drawn = rng.sample(pool, len(varying)) if enough else rng.choices(pool, k=len(varying))
+            for index, token in enumerate(drawn):
+                if token in opening:  # drawn anew by itself, which leaves the other draws as they are
+                    drawn[index] = rng.choice([other for other in allowed if other not in drawn] or allowed)
             new = dict(zip(varying, drawn, strict=True))
             tokens = [new.get(token, token) for token in example.tokens]
             found.append(example._replace(tokens=tokens, share=example.share * COPIES_SHARE / copies))

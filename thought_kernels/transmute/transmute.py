@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Iterable, Mapping
-from numbers import Real
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -128,8 +128,9 @@ def transmute(
     memory_budget, header_weight = _count("memory_budget", memory_budget), _number("header_weight", header_weight)
     scales = None if scale == AUTO else _scales(scale, chosen_sites)
     epsilon = None if ridge == AUTO else _number("ridge", ridge)
-    if isinstance(seed, bool) or not isinstance(seed, int):  # None would draw anew each time
+    if isinstance(seed, bool) or not isinstance(seed, Integral):  # None would draw anew each time
         raise TypeError(f"transmute: seed must be an integer, got {seed!r}")
+    seed = int(seed)
     if header_weight < 0:
         raise ValueError(f"transmute: header_weight must not be negative, got {header_weight}")
     estimators.check_options(estimator, 1.0, 1.0 if epsilon is None else epsilon, normalization)
