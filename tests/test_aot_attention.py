@@ -25,10 +25,11 @@ def attention_case(
     """paired_attention, or shared_prefix_attention, with the tiles that a launch would choose on this chip."""
     import torch
 
+    from thought_kernels.triton import attention_plan
     from thought_kernels.triton import paired_attention as paired
     from thought_kernels.triton import shared_prefix_attention as single
 
-    plan = single.choose_tiles(
+    plan = attention_plan.choose_tiles(
         getattr(torch, dtype), head_dim, rows, capability=(arch // 10, 0), descriptors=arch >= 90 and not pointers,
         shared_memory=SHARED_MEMORY[arch],
     )  # fmt: skip
@@ -37,11 +38,12 @@ def attention_case(
     def source(rows: int) -> str:
         return f"tensordesc<{TYPES[dtype]}[1,1,{rows},{plan.block_d}]>" if plan.descriptors else pointer
 
-    keys, header_keys = source(plan.block_n), source(paired.HEADER_KEYS) if header else None
+    keys, without_keys = source(plan.block_n), source(plan.header_n) if header else None
     arguments = {
         "query": pointer,
         **dict.fromkeys(("key", "value", "with_key", "with_value", "prefix_key", "prefix_value"), keys),
-        **dict.fromkeys(("header_key", "header_value", "without_key", "without_value"), header_keys),
+        **dict.fromkeys(("without_key", "without_value"), without_keys),
+        **dict.fromkeys(("header_key", "header_value"), without_keys if plan.parts > 1 else None),
         "prefix_index": "*i64",
         "bounds": "*i32",
         "lengths": "*i64",
@@ -59,7 +61,7 @@ def attention_case(
         "BLOCK_M": plan.block_m,
         "BLOCK_N": plan.block_n,
         "BLOCK_D": plan.block_d,
-        "HEADER_N": paired.HEADER_KEYS,
+        "HEADER_N": plan.header_n,
         "DESCRIPTORS": plan.descriptors,
     }
     kernel = single.shared_prefix_attention_kernel if shared else paired.paired_attention_kernel
@@ -104,16 +106,13 @@ def cases(arch: int, thorough: bool) -> Iterator[Case]:
         yield attention_case(arch, "bfloat16", 128, shared=True, wide=True)
         yield attention_case(arch, "float16", 128)
         yield attention_case(arch, "float32", 64)
-        if arch < 100:  # there it spills 16 bytes, with every tile that was tried
-            yield attention_case(arch, "float32", 128)
+        yield attention_case(arch, "float32", 128)
+        yield attention_case(arch, "float32", 256)
+        yield attention_case(arch, "float32", 256, shared=True)
+        yield attention_case(arch, "float32", 256, softcap=True, windowed=True)
         yield attention_case(arch, "bfloat16", 256, shared=True)
         if arch >= 90:
             yield attention_case(arch, "bfloat16", 256, pointers=True)
-
-
-# Bytes of stack that are known and not yet mended: float32 is multiplied by ordinary instructions, which want all of a
-# thread's operands in registers at once. Half precision, which models are run in, spills nowhere.
-FLOAT32_SPILLS = {(80, "paired float32 128 header 512 rows"): 8, (90, "paired float32 128 header 512 rows"): 8}
 
 
 @pytest.mark.parametrize(
@@ -128,9 +127,9 @@ def test_kernels_fit_the_chip(arch: int, thorough: bool) -> None:
     run = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-2000:]
     rows = [json.loads(line) for line in run.stdout.splitlines()]
-    assert len(rows) == (4 if not thorough else 17 + (arch >= 90) + (arch < 100))
+    assert len(rows) == (4 if not thorough else 21 + (arch >= 90))
     for row in rows:
-        assert row["stack"] <= FLOAT32_SPILLS.get((arch, row["case"]), 0), f"{row} spills registers"
+        assert row["stack"] == 0, f"{row} spills registers"
         assert row["shared"] <= SHARED_MEMORY[arch], f"{row} does not fit a multiprocessor"
         assert row["tensor_cores"] == row["needs_tensor_cores"], row
 

@@ -25,7 +25,7 @@ from tests.tolerances import DIFFERENCES, FLOORS, SOFTMAX_WEIGHTS, allowed_error
 
 pytest.importorskip("triton")
 
-from thought_kernels.triton import shared_prefix_attention
+from thought_kernels.triton import attention_plan
 
 pytestmark = [
     pytest.mark.usefixtures("poisoned_empty"),
@@ -84,7 +84,7 @@ def assert_output_matches(arguments: dict[str, Any], output_dtype: torch.dtype |
 def loads(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Runs a test with the loads of older GPUs, then with those of Hopper and later."""
     if request.param == "pointers":
-        monkeypatch.setattr(shared_prefix_attention, "describable", lambda tensor: False)
+        monkeypatch.setattr(attention_plan, "describable", lambda tensor: False)
 
 
 @given(data=st.data())

@@ -1,4 +1,4 @@
-"""Paired attention as one Triton kernel, and the pieces that shared_prefix_attention builds on.
+"""Paired attention as one Triton kernel.
 
 A program takes BLOCK_M rows: consecutive tokens of one example, each with all query heads that read one key head, so
 that keys and values are loaded once per group. It runs an online softmax over the with-context prefix, one over the
@@ -17,26 +17,22 @@ import torch
 import triton
 import triton.language as tl
 
-from thought_kernels.triton.shared_prefix_attention import (
+from thought_kernels.triton.attention_plan import describe, on, plan, rows_of
+from thought_kernels.triton.online_softmax import (
     LOG2_E,
     STRIP,
     attend,
-    describe,
+    attend_own,
     empty_state,
     finish,
     halves,
     hyperbolic_tangent,
+    load_queries,
     load_tile,
     locate,
-    on,
-    plan,
     prefix_bounds,
-    rows_of,
     store_tile,
 )
-
-# Keys per step where softmax weights count as float32: headers are short, and the parts need registers.
-HEADER_KEYS = 16
 
 
 @triton.jit
@@ -100,7 +96,7 @@ def paired_attention_kernel(
     value,
     with_key,  # of [1, Hkv, P, D], or None without a with-context prefix
     with_value,
-    header_key,  # the with-context prefix once more, in blocks of HEADER_N, or None without either prefix
+    header_key,  # the with-context prefix once more, in blocks of HEADER_N, or None
     header_value,
     without_key,  # in blocks of HEADER_N, or None without a without-context prefix
     without_value,
@@ -151,10 +147,9 @@ def paired_attention_kernel(
     delta += start
     used = t < count  # not padding
     stored = t < length
-    query += (
-        batch.to(tl.int64) * query_batch + token.to(tl.int64) * query_row + (head * GROUP).to(tl.int64) * query_head
+    q = load_queries(
+        query, batch, head, token, t, g, used, query_batch, query_head, query_row, GROUP, HEAD_DIM, BLOCK_D
     )
-    q = load_tile(query, (t - token) * query_row + g * query_head, used, 0, BLOCK_D, HEAD_DIM)
     if not DESCRIPTORS:
         key += batch.to(tl.int64) * key_batch + head.to(tl.int64) * key_head
         value += batch.to(tl.int64) * value_batch + head.to(tl.int64) * value_head
@@ -165,7 +160,7 @@ def paired_attention_kernel(
             with_key += head.to(tl.int64) * with_key_head
             with_value += head.to(tl.int64) * with_value_head
         begin, end = prefix_bounds(token, with_count, last, window, BLOCK_N)
-        if without_key is not None:
+        if header_key is not None:
             # The with-context prefix starts with the other one's tokens. They cancel in delta, so in float32.
             if not DESCRIPTORS:
                 header_key += head.to(tl.int64) * with_key_head
@@ -200,14 +195,10 @@ def paired_attention_kernel(
         store_tile(scratch, finish(total, accumulated), target, used, 0, BLOCK_M, BLOCK_D, HEAD_DIM)
 
     maximum, total, accumulated = empty_state(BLOCK_M, BLOCK_D)
-    maximum, total, accumulated = attend(
-        maximum, total, accumulated, q, key, value, key_row, value_row, batch, head, first, tl.minimum(middle, last),
-        count, t, window, scale, softcap, "none", False, 1, PRECISION, HEAD_DIM, BLOCK_M, BLOCK_N, BLOCK_D, DESCRIPTORS,
-    )  # fmt: skip
-    maximum, total, accumulated = attend(
-        maximum, total, accumulated, q, key, value, key_row, value_row, batch, head, middle, last, count, t, window,
-        scale, softcap, "causal", DESCRIPTORS and lengths is not None, 1, PRECISION, HEAD_DIM, BLOCK_M, BLOCK_N,
-        BLOCK_D, DESCRIPTORS,
+    maximum, total, accumulated = attend_own(
+        maximum, total, accumulated, q, key, value, key_row, value_row, batch, head, first, middle, last, count, t,
+        window, scale, softcap, DESCRIPTORS and lengths is not None, 1, PRECISION, HEAD_DIM, BLOCK_M, BLOCK_N, BLOCK_D,
+        DESCRIPTORS,
     )  # fmt: skip
     lse = maximum + tl.log2(tl.maximum(total, 1.0))
     own = finish(total, accumulated)
@@ -250,9 +241,9 @@ def launch(
     group = num_heads // key.shape[1]
     chosen = plan(query, key, value, *(part for part in parts if part is not None))
     has_header = prefixes[1] is not None
-    header = parts[:2] if has_header else (None, None)
+    header = parts[:2] if has_header and chosen.parts > 1 else (None, None)
     sources = [describe(tensor, chosen.block_n, chosen) for tensor in (key, value, *parts[:2])]
-    sources += [describe(tensor, HEADER_KEYS, chosen) for tensor in (*header, *parts[2:])]
+    sources += [describe(tensor, chosen.header_n, chosen) for tensor in (*header, *parts[2:])]
     scratch = torch.empty_like(delta) if has_header else None
     grid = (triton.cdiv(length * group, chosen.block_m), key.shape[1], batch)
     with on(query.device):
@@ -260,6 +251,6 @@ def launch(
             query, *sources, None if lengths is None else lengths.contiguous(), without, delta, scratch, length,
             *counts, *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *strides, window, scale, softcap,
             group, chosen.parts, chosen.precision, head_dim, chosen.block_m, chosen.block_n, chosen.block_d,
-            HEADER_KEYS, chosen.descriptors, **chosen.options, enable_fp_fusion=True,
+            chosen.header_n, chosen.descriptors, **chosen.options, enable_fp_fusion=True,
         )  # fmt: skip
     return outputs
