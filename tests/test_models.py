@@ -11,10 +11,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import LINEAR_ROPE, YARN_ROPE, tiny_gemma3, tiny_multimodal_gemma3, tiny_text_config
+from patches import random_patch
 from tolerances import DIFFERENCES, allowed_error, largest
 from torch import Tensor, nn
 from transformers import Gemma3ForCausalLM, Gemma3Model, Gemma3TextConfig, LlamaConfig, LlamaForCausalLM
 
+import thought_kernels as tk
 from thought_kernels.models import describe
 from thought_kernels.models.gemma3 import _frequencies
 
@@ -291,6 +293,19 @@ def test_the_model_inside_a_wrapper_is_described() -> None:
     learned = peft.get_peft_model(tiny_gemma3(), peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
     with pytest.raises(ValueError, match="describe: model must read its prompt only, got PeftModelForCausalLM"):
         describe(learned)
+
+
+def test_weights_that_are_not_in_memory_are_refused_where_they_are_read() -> None:
+    model = tiny_gemma3()
+    model.model.layers[1].mlp.to("meta")
+    assert describe(model).blocks[1].mlp is model.model.layers[1].mlp  # a patch can be applied to it all the same
+    for function, call in (
+        ("transmute", lambda: tk.transmute(model, None, "sum", ["1"])),
+        ("replay", lambda: tk.replay(model, torch.arange(6), (1, 2))),
+        ("export_peft", lambda: random_patch().export_peft("nowhere", model)),
+    ):
+        with pytest.raises(ValueError, match=f"^{function}: model must have its weights in memory, got model.layers.1"):
+            call()
 
 
 def test_bidirectional_attention_and_length_dependent_rotary_are_refused() -> None:

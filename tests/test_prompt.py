@@ -298,7 +298,7 @@ def test_every_form_of_an_example_reads_the_same(example: Any, tmp_path: Path) -
     assert load_examples([example]) == [CHAT]
     if example is not CHAT:
         path = tmp_path / "examples.jsonl"
-        path.write_text(json.dumps(example) + "\n\n" + json.dumps("4") + "\n")
+        path.write_text("\ufeff" + json.dumps(example) + "\n\n" + json.dumps("4") + "\n", encoding="utf-8")
         read = [CHAT, Example(({"role": "user", "content": "4"},), None)]
         assert load_examples(path) == load_examples(str(path)) == load_examples([path]) == read
 

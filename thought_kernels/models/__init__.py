@@ -17,7 +17,7 @@ from torch import nn
 
 from thought_kernels.models.decoder import Block, Decoder
 
-__all__ = ["ADAPTERS", "Block", "Decoder", "describe"]
+__all__ = ["ADAPTERS", "Block", "Decoder", "describe", "in_memory"]
 
 ADAPTERS = {  # config.model_type of transformers -> the module whose describe(model) serves it
     "gemma3": "thought_kernels.models.gemma3",
@@ -55,6 +55,27 @@ def describe(model: nn.Module | Decoder) -> Decoder:
         )
     adapter: Decoder = import_module(ADAPTERS[model_type]).describe(model)
     return adapter
+
+
+def in_memory(function: str, model: Any) -> Decoder:
+    """The model's Decoder, for functions that read its weights themselves.
+
+    Args:
+        function: opens the error's sentence.
+        model: as for describe.
+
+    Raises:
+        ValueError: weights that are not in memory, such as those that accelerate has offloaded.
+        TypeError, ValueError: as describe.
+    """
+    decoder = describe(model)
+    for name, parameter in decoder.model.named_parameters():
+        if parameter.is_meta:
+            raise ValueError(
+                f"{function}: model must have its weights in memory, got {name} on the meta device; load it without "
+                "offloading, in a narrower dtype if it is too large"
+            )
+    return decoder
 
 
 def _unwrapped(model: Any) -> Any:

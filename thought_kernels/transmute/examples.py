@@ -97,7 +97,7 @@ def _read_jsonl(path: Path) -> list[Example]:
             "where no file is"
         )
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")
+        lines = path.read_text(encoding="utf-8-sig").split("\n")  # some editors begin with a mark
     except UnicodeDecodeError as error:
         raise ValueError(f"load_examples: {path} must be text in UTF-8, got other bytes; {error}") from error
     loaded = []

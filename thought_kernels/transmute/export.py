@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from thought_kernels.models import describe
+from thought_kernels.models import describe, in_memory
 from thought_kernels.transmute.apply import targets
 from thought_kernels.transmute.site import SitePatch, is_finite
 from thought_kernels.transmute.storage import replace_files
@@ -106,7 +106,7 @@ def export_peft(
         raise ValueError(f"export_peft: directory must be a folder, got the file {folder}")
     if rank is not None and (isinstance(rank, bool) or not isinstance(rank, Integral) or rank < 1):
         raise ValueError(f"export_peft: rank must be a positive integer or None, got {rank!r}")
-    root: nn.Module = describe(model).model
+    root: nn.Module = in_memory("export_peft", model).model
     names = {id(module): name for name, module in root.named_modules()}
     carried: dict[tuple[int, str], SitePatch] = {}
     truncation: dict[tuple[int, str], float] = {}

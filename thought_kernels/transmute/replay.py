@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from thought_kernels.models import describe
+from thought_kernels.models import in_memory
 from thought_kernels.models.decoder import Decoder
 from thought_kernels.models.undisturbed import undisturbed
 from thought_kernels.ops.paired_attention import paired_attention
@@ -74,7 +74,7 @@ def replay(model: Any, with_ids: Tensor, span: tuple[int, int]) -> ReplayReport:
 
     Source: "Transmuting prompts into weights", §2.2, eq. 5-6, at the attention site (ours).
     """
-    decoder = describe(model)
+    decoder = in_memory("replay", model)
     try:
         ids = torch.as_tensor(with_ids)
     except (TypeError, ValueError, RuntimeError):

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from thought_kernels.models import describe
+from thought_kernels.models import in_memory
 from thought_kernels.models.decoder import Decoder
 from thought_kernels.transmute import estimators
 from thought_kernels.transmute.accumulator import NORMALIZATIONS
@@ -107,7 +107,7 @@ def transmute(
     Source: "Transmuting prompts into weights", Algorithm 1, eq. 5-8 and A.2; the attention site, the sequential pairing
         and the header's rows are ours.
     """
-    decoder = describe(model)
+    decoder = in_memory("transmute", model)
     loaded = load_examples(examples)
     if substitutions is None:
         substitutions = usual_copies(len(loaded)) if estimator is None and ridge in (None, AUTO) else 0
