@@ -174,7 +174,10 @@ void add_symmetric(const at::Tensor& gram, const Product<T>& product, T coeffici
 // One tile's sums over the block's rows, on top of those of all blocks before it if they are `kept`; added to cross or
 // gram at once if they are not (null), else after the last block.
 template <typename T>
-void multiply(const Block<T>& block, const Tile& tile, T* kept, bool first, bool last) {
+void multiply(const Block<T>& block, const Block<T>& next, const std::vector<Tile>& tiles, int64_t index, T* kept,
+              bool first) {
+    const Tile& tile = tiles[index];
+    const bool last = next.n == 0;
     const Arguments& call = block.call;
     const Panels<T>&left = tile.of_gram ? block.a : block.d, &right = block.s;
     at::Tensor memory;
@@ -182,10 +185,15 @@ void multiply(const Block<T>& block, const Tile& tile, T* kept, bool first, bool
     T* const sums = kept == nullptr ? memory.mutable_data_ptr<T>() : kept + tile.offset;
     const bool resume = kept != nullptr && !first;
     const int64_t diagonal = tile.of_gram ? tile.column - tile.row : -tile.width;
+    // Every tile fetches its share of the rows that the next block is made from, supposing that none is left out.
+    const int64_t count = tiles.size(), parts = tile.height / left.width * (tile.width / right.width);
+    const int64_t begin = next.n * index / count, rows = next.n * (index + 1) / count - begin;
+    const int64_t row = rows > 0 ? next.index[begin] : 0;
+    const Soon soon[2] = {next.delta.soon(row, rows, parts), next.activation.soon(row, rows, parts)};
     for (int64_t k = 0; k < block.n; k += right.depth) {
         const int64_t depth = std::min(right.depth, block.n - k);
         block.kernels.multiply_tile(left.step(k, tile.row), tile.height, right.step(k, tile.column), tile.width,
-                                    right.pitch, depth, diagonal, resume || k > 0, sums);
+                                    right.pitch, depth, diagonal, soon, resume || k > 0, sums);
     }
     if (kept != nullptr && !last) return;
     const Product<T> product{sums, right.width, tile};
@@ -228,7 +236,7 @@ void run(Arguments& call, Instructions instructions) {
         const int64_t tile_count = tiles.size();
         for_each_task(tile_count + next->tasks(next->n), [&](int64_t task) {
             if (task < tile_count) {
-                multiply(*block, tiles[task], kept, !started, next->n == 0);
+                multiply(*block, *next, tiles, task, kept, !started);
             } else {
                 next->prepare(task - tile_count);
             }

@@ -19,6 +19,18 @@ namespace accumulation {
 
 constexpr int kGroup = 4;  // rows that are summed and packed together
 
+// Memory that is read after a product, fetched part by part while the product is formed and memory would else be idle.
+struct Soon {
+    const char* data;
+    int64_t bytes, step;  // a part has `step` bytes
+
+    void fetch(int64_t part) const {
+        constexpr int64_t kLine = 64;
+        const int64_t end = std::min(bytes, (part + 1) * step);
+        for (int64_t byte = part * step; byte < end; byte += kLine) __builtin_prefetch(data + byte);
+    }
+};
+
 // How rows of one dtype are read by the arithmetic that accumulate_tile.h compiles for each instruction set.
 template <typename T>
 struct Reader {
@@ -36,7 +48,7 @@ struct Kernels {
     Reader<T> readers[4];   // of float16, bfloat16, float32, float64
     void (*subtract)(const T* x, T* out, int64_t n);
     void (*multiply_tile)(const T* left, int64_t height, const T* right, int64_t width, int64_t pitch, int64_t depth,
-                          int64_t diagonal, bool add, T* out);
+                          int64_t diagonal, const Soon (&soon)[2], bool add, T* out);
 };
 
 #define PER_INSTRUCTION_SET "accumulate_tile.h"
@@ -106,6 +118,12 @@ struct Rows {
           copies(reader_of(kernels, c10::CppTypeToScalarType<T>::value)),
           direct(!copied && x.stride(1) == 1 && x.scalar_type() != at::kHalf),
           reader(direct ? memory : copies) {}
+
+    // About a given row and those after it, to be fetched in some number of parts.
+    Soon soon(int64_t index, int64_t rows, int64_t parts) const {
+        const int64_t bytes = rows * row_bytes;
+        return {data + index * row_bytes, bytes, round_up((bytes + parts - 1) / parts, 64)};
+    }
 
     // The row itself, or its copy in the accumulators' dtype.
     const void* row(int64_t index, T* copy) const {

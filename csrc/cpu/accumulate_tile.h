@@ -119,11 +119,14 @@ void multiply_panels(const T* left, const T* right, int64_t depth, bool add, T* 
 // panel. Element (i, j) is wanted where i ≥ j + diagonal.
 template <typename T>
 void multiply_tile(const T* left, int64_t height, const T* right, int64_t width, int64_t pitch, int64_t depth,
-                   int64_t diagonal, bool add, T* out) {
+                   int64_t diagonal, const Soon (&soon)[2], bool add, T* out) {
     constexpr int64_t kWidth = Simd<T>::kWidth;
+    int64_t part = 0;
     for (int64_t j = 0; j < width; j += kWidth, out += height * kWidth) {
         const int64_t first = j + diagonal > 0 ? (j + diagonal) / kHeight * kHeight : 0;
         for (int64_t i = first; i < height; i += kHeight) {
+            for (const Soon& memory : soon) memory.fetch(part);
+            ++part;
             multiply_panels(left + i * pitch, right + j * pitch, depth, add, out + i * kWidth);
         }
     }
