@@ -72,7 +72,7 @@ def attention_case(
     return Case(" ".join([*words, f"{rows} rows"]), kernel, arguments, plan.options, dtype != "float32")
 
 
-def norm_case(dtype: str, d: int) -> Case:
+def norm_case(dtype: str, d: int, *, residual: bool = False) -> Case:
     from thought_kernels.triton import rms_norm_pair as module
 
     pointer = f"*{TYPES[dtype]}"
@@ -80,20 +80,25 @@ def norm_case(dtype: str, d: int) -> Case:
     arguments = {
         **dict.fromkeys(("x", "weight", "norm"), pointer),
         **dict.fromkeys(("delta", "difference"), "*fp32"),
-        **dict.fromkeys(("x_column", "delta_column", "weight_stride"), 1),
+        "residual": pointer if residual else None,
+        **dict.fromkeys(("x_column", "delta_column", "residual_column", "weight_stride"), 1),
         **dict.fromkeys(("eps", "weight_offset"), "fp32"),
         "ROWS": rows,
         "COLUMNS": columns,
     }
-    return Case(f"norm {dtype} {d}", module.rms_norm_pair_kernel, arguments, {"num_warps": warps}, False)
+    return Case(
+        f"norm {dtype} {d}{' residual' * residual}", module.rms_norm_pair_kernel, arguments, {"num_warps": warps}, False
+    )
 
 
 def cases(arch: int, thorough: bool) -> Iterator[Case]:
     yield attention_case(arch, "bfloat16", 256)
     yield attention_case(arch, "bfloat16", 128, shared=True)
     yield norm_case("bfloat16", 640)
-    yield norm_case("bfloat16", 8192)
+    yield norm_case("bfloat16", 8192, residual=True)
     if thorough:
+        yield norm_case("bfloat16", 8192)
+        yield norm_case("float32", 1152, residual=True)
         yield attention_case(arch, "bfloat16", 256, header=False)
         yield attention_case(arch, "bfloat16", 256, windowed=True)
         yield attention_case(arch, "bfloat16", 256, rows=64)
@@ -127,7 +132,7 @@ def test_kernels_fit_the_chip(arch: int, thorough: bool) -> None:
     run = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-2000:]
     rows = [json.loads(line) for line in run.stdout.splitlines()]
-    assert len(rows) == (4 if not thorough else 21 + (arch >= 90))
+    assert len(rows) == (4 if not thorough else 23 + (arch >= 90))
     for row in rows:
         assert row["stack"] == 0, f"{row} spills registers"
         assert row["shared"] <= SHARED_MEMORY[arch], f"{row} does not fit a multiprocessor"

@@ -194,8 +194,9 @@ def test_column_strides(library):
 
 class RmsNormPairCall(ctypes.Structure):
     _fields_ = [
-        *[(name, ctypes.c_void_p) for name in ("x", "delta", "gain", "norm", "difference")],
-        *[(name, ctypes.c_int64) for name in ("x_row", "x_column", "delta_row", "delta_column", "rows")],
+        *[(name, ctypes.c_void_p) for name in ("x", "delta", "gain", "residual", "norm", "difference")],
+        *[(f"{name}_{step}", ctypes.c_int64) for name in ("x", "delta", "residual") for step in ("row", "column")],
+        ("rows", ctypes.c_int64),
         *[(name, ctypes.c_int) for name in ("d", "x_dtype", "delta_dtype")],
         ("eps", ctypes.c_float),
     ]
@@ -218,20 +219,25 @@ def test_norm_pairs_agree_with_float64(norms, rows, d, step, dtype, delta_dtype,
     x = normal(rows, d * step, seed=0, dtype=dtype)[:, ::step]
     delta = (normal(rows, d, seed=1) * size).to(delta_dtype)
     gain = normal(d, seed=2)
-    outputs = [torch.full((rows + 1, d), torch.nan, dtype=t) for t in (dtype, delta_dtype)]
-    call = RmsNormPairCall(
-        *(tensor.data_ptr() for tensor in (x, delta, gain, *outputs)),
-        *x.stride(),
-        *delta.stride(),
-        rows,
-        d,
-        DTYPES[dtype],
-        DTYPES[delta_dtype],
-        1e-6,
-    )
-    assert norms.thought_kernels_rms_norm_pair(ctypes.byref(call), ctypes.c_void_p()) is None
+    residual = normal(rows, d * step + 1, seed=3, dtype=dtype)[:, :-1:step]
+    outputs, fused = ([torch.full((rows + 1, d), torch.nan, dtype=t) for t in (dtype, delta_dtype)] for _ in range(2))
+    for added, written in ((None, outputs), (residual, fused)):
+        call = RmsNormPairCall(
+            *(None if tensor is None else tensor.data_ptr() for tensor in (x, delta, gain, added, *written)),
+            *x.stride(),
+            *delta.stride(),
+            *residual.stride(),
+            rows,
+            d,
+            DTYPES[dtype],
+            DTYPES[delta_dtype],
+            1e-6,
+        )
+        assert norms.thought_kernels_rms_norm_pair(ctypes.byref(call), ctypes.c_void_p()) is None
+    assert all(output[rows:].isnan().all() for output in (*outputs, *fused))
+    assert torch.equal(fused[0][:rows], residual + outputs[0][:rows])
+    assert torch.equal(fused[1][:rows], outputs[1][:rows])
     first, change = (output[:rows].double() for output in outputs)
-    assert all(output[rows:].isnan().all() for output in outputs)
     truth, true_change = two_norms(x, delta, gain, 1e-6)
     assert largest(first - truth) <= 2 * FLOORS[dtype] * largest(truth)
     terms = largest(gain.double() * delta / x.double().square().mean(-1, True).sqrt())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -43,13 +44,15 @@ def test_both_outputs_equal_two_norms(backend: str, data: st.DataObject) -> None
     delta = delta * draw(st.sampled_from([1.0, 0.01]), "size of delta")
     weight = normal(shape[-1], seed=seed + 2, dtype=dtypes[2])
     options = {"eps": 1e-6, "weight_offset": draw(st.sampled_from([0.0, 1.0]), "weight_offset")}
-    first, change = tk.rms_norm_pair(x, delta, weight, **options, backend=backend)
+    residual = draw(st.sampled_from([None, normal(*shape, seed=seed + 3, dtype=dtypes[0])]), "residual")
+    first, change = tk.rms_norm_pair(x, delta, weight, **options, residual=residual, backend=backend)
     assert (first.dtype, change.dtype) == (x.dtype, delta.dtype)
     assert first.shape == change.shape == x.shape
     truth, true_change = two_norms(x, delta, weight, **options)
     wide = torch.float64 if torch.float64 in dtypes[:2] else torch.float32
     plain = norm(x, weight, **options, dtype=wide).to(x.dtype)
-    assert largest(first.double() - truth) <= allowed_error(truth, plain)
+    added = torch.zeros_like(x) if residual is None else residual
+    assert largest(first.double() - (added.double() + truth)) <= allowed_error(added.double() + truth, added + plain)
     # Relative to the two terms of the difference, which cancel where d = 1; the float64 truth is itself a subtraction.
     terms = largest((weight.double() + options["weight_offset"]) * delta / x.double().square().mean(-1, True).sqrt())
     floor = (
@@ -73,20 +76,49 @@ def test_the_change_keeps_its_accuracy_as_delta_fades(backend: str, size: float)
     assert largest(change - truth) <= DIFFERENCES[torch.float32] * largest(truth)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("d", [1, 67, 640])
+def test_the_fused_sum_is_that_of_two_calls_bit_for_bit(backend: str, dtype: torch.dtype, d: int) -> None:
+    x, weight, residual = (normal(*shape, seed=n, dtype=dtype) for n, shape in enumerate([(7, d), (d,), (7, d)]))
+    for delta in (normal(7, d, seed=3), normal(7, d, seed=3, dtype=torch.float64)):
+        call = partial(tk.rms_norm_pair, x, delta, weight, eps=1e-6, weight_offset=1.0, backend=backend)
+        (plain, change), (first, same_change) = call(), call(residual=residual)
+        assert torch.equal(first, residual + plain)
+        assert torch.equal(same_change, change)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_residual_may_lie_anywhere_and_is_left_alone(backend: str) -> None:
+    x, delta, weight = normal(2, 3, 8, seed=0), normal(2, 3, 8, seed=1), normal(8, seed=2)
+    wide = normal(2, 8, 3, 2, seed=3)
+    for residual in (x, delta, x[:, :1].expand_as(x), x.flip(0), wide[..., 0].mT, wide[0, 0, 0, 0].expand_as(x)):
+        before = [tensor.clone() for tensor in (x, delta, residual)]
+        call = partial(tk.rms_norm_pair, x, delta, weight, eps=1e-6, backend=backend)
+        (first, change), (packed, packed_change) = call(residual=residual), call(residual=residual.clone())
+        assert torch.equal(first, packed) and torch.equal(change, packed_change)
+        assert all(torch.equal(a, b) for a, b in zip(before, (x, delta, residual), strict=True))
+        assert first.is_contiguous() and first.data_ptr() not in (x.data_ptr(), residual.data_ptr())
+
+
 @pytest.mark.usefixtures("poisoned_empty")
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_every_element_of_both_outputs_is_written(backend: str) -> None:
     x, weight = normal(3, 40, seed=0), normal(40, seed=1)
-    for output in tk.rms_norm_pair(x, normal(3, 40, seed=2), weight, eps=1e-6, backend=backend):
-        assert output.isfinite().all()
+    for residual in (None, x):
+        for output in tk.rms_norm_pair(x, normal(3, 40, seed=2), weight, eps=1e-6, residual=residual, backend=backend):
+            assert output.isfinite().all()
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_outputs_lie_as_the_fake_kernel_says(backend: str) -> None:
     x, delta = (normal(4, 5, 6, seed=seed).transpose(0, 2) for seed in (0, 1))
-    outputs = tk.rms_norm_pair(x, delta, normal(4, seed=2), eps=1e-6, backend=backend)
-    fakes = tk.rms_norm_pair(x.to("meta"), delta.to("meta"), torch.zeros(4, device="meta"), eps=1e-6)
-    assert [output.stride() for output in outputs] == [fake.stride() for fake in fakes]
+    inputs = x, delta, normal(4, seed=2)
+    fake_inputs = x.to("meta"), delta.to("meta"), torch.zeros(4, device="meta")
+    for with_residual in (False, True):
+        outputs = tk.rms_norm_pair(*inputs, eps=1e-6, residual=x if with_residual else None, backend=backend)
+        fakes = tk.rms_norm_pair(*fake_inputs, eps=1e-6, residual=fake_inputs[0] if with_residual else None)
+        assert [output.stride() for output in outputs] == [fake.stride() for fake in fakes]
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -119,10 +151,14 @@ def test_opcheck() -> None:
     operator = torch.ops.thought_kernels.rms_norm_pair.default
     opcheck(operator, (x, x.float(), weight), {"eps": 1e-6})
     opcheck(operator, (x, x.float(), weight), {"eps": 1e-6, "weight_offset": 1.0})
+    opcheck(operator, (x, x.float(), weight), {"eps": 1e-6, "residual": x + 1})
 
 
 def test_the_operator_is_the_documented_function() -> None:
-    documented = "(Tensor x, Tensor delta, Tensor weight, *, float eps, float weight_offset=0., str? backend=None)"
+    documented = (
+        "(Tensor x, Tensor delta, Tensor weight, *, float eps, float weight_offset=0., Tensor? residual=None,"
+        " str? backend=None)"
+    )
     schema = str(torch.ops.thought_kernels.rms_norm_pair.default._schema)
     assert schema == f"thought_kernels::rms_norm_pair{documented} -> (Tensor, Tensor)"
 
@@ -130,8 +166,9 @@ def test_the_operator_is_the_documented_function() -> None:
 def test_compiles_without_a_graph_break() -> None:
     x, weight = normal(3, 8, seed=0), normal(8, seed=1)
     function = torch.compile(tk.rms_norm_pair, backend="aot_eager", fullgraph=True)
-    results = function(x, x, weight, eps=1e-6), tk.rms_norm_pair(x, x, weight, eps=1e-6)
-    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    for residual in (None, x + 1):
+        results = (f(x, x, weight, eps=1e-6, residual=residual) for f in (function, tk.rms_norm_pair))
+        assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
 ROWS = torch.zeros(3, 8)
@@ -141,6 +178,11 @@ BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "x empty": ({"x": torch.zeros(3, 0)}, ValueError, r"x must be \[\.\.\., d\] with d ≥ 1"),
     "delta shape": ({"delta": torch.zeros(1, 8)}, ValueError, "delta must have x's shape"),
     "delta dtype": ({"delta": ROWS.long()}, TypeError, "delta must be float64"),
+    "residual type": ({"residual": 1.0}, TypeError, "residual must be a tensor, got float"),
+    "residual dtype": ({"residual": ROWS.double()}, TypeError, "residual must have x's dtype torch.float32, got"),
+    "residual shape": ({"residual": ROWS[:1]}, ValueError, r"residual must have x's shape \[3, 8\], got \[1, 8\]"),
+    "residual device": ({"residual": ROWS.to("meta")}, ValueError, "residual must be on x's device cpu, got meta"),
+    "sparse residual": ({"residual": ROWS.to_sparse()}, TypeError, "residual must be a tensor that is dense"),
     "weight shape": ({"weight": torch.zeros(7)}, ValueError, r"weight must be \[d\] with d = 8, got \[7\]"),
     "sparse": ({"x": ROWS.to_sparse()}, TypeError, "x must be a tensor that is dense, got torch.sparse_coo"),
     "sparse weight": ({"weight": ROWS[0].to_sparse()}, TypeError, "weight must be a tensor that is dense"),

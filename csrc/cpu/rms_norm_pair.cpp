@@ -6,6 +6,7 @@
 #include <torch/library.h>
 
 #include <cmath>
+#include <optional>
 #include <tuple>
 #include <vector>
 
@@ -90,13 +91,19 @@ const T* widen(const at::Tensor& x, int64_t row, int64_t n, std::vector<T>& buff
     }
 }
 
-// Rounds a row to out's dtype.
+// Rounds a row to out's dtype, and adds residual, unless that is null, to the rounded row.
 template <typename T>
-void narrow(const T* row, const at::Tensor& out, int64_t index, int64_t n) {
+void narrow(const T* row, const T* residual, const at::Tensor& out, int64_t index, int64_t n) {
     const auto write = [&](auto* data) {
         using Out = std::remove_reference_t<decltype(*data)>;
         data += index * n;
-        for (int64_t j = 0; j < n; ++j) data[j] = static_cast<Out>(row[j]);
+        if (residual == nullptr) {
+            for (int64_t j = 0; j < n; ++j) data[j] = static_cast<Out>(row[j]);
+        } else {
+            for (int64_t j = 0; j < n; ++j) {
+                data[j] = static_cast<Out>(residual[j] + static_cast<T>(static_cast<Out>(row[j])));
+            }
+        }
     };
     switch (out.scalar_type()) {
         case at::kFloat:
@@ -116,11 +123,11 @@ at::Tensor rows_of(const at::Tensor& x, int64_t n) {
 }
 
 template <typename T>
-void run(const at::Tensor& x, const at::Tensor& delta, const at::Tensor& gain, double eps, const at::Tensor& norm,
-         const at::Tensor& difference) {
+void run(const at::Tensor& x, const at::Tensor& delta, const at::Tensor& gain, const at::Tensor& residual, double eps,
+         const at::Tensor& norm, const at::Tensor& difference) {
     const int64_t n = x.size(1);
     at::parallel_for(0, x.size(0), std::max<int64_t>(1, kGrain / n), [&](int64_t begin, int64_t end) {
-        std::vector<T> x_buffer(n), delta_buffer(n), norm_buffer(n), difference_buffer(n);
+        std::vector<T> x_buffer(n), delta_buffer(n), residual_buffer(n), norm_buffer(n), difference_buffer(n);
         for (int64_t i = begin; i < end; ++i) {
             const T* row = widen<T>(x, i, n, x_buffer);
             const T* shift = widen<T>(delta, i, n, delta_buffer);
@@ -133,17 +140,21 @@ void run(const at::Tensor& x, const at::Tensor& delta, const at::Tensor& gain, d
                 -(sum.change / count) * (scale * scale) * (shifted_scale * shifted_scale) / (scale + shifted_scale);
             outputs(row, shift, gain.const_data_ptr<T>(), scale, shifted_scale, scale_change, norm_buffer.data(),
                     difference_buffer.data(), n);
-            narrow(norm_buffer.data(), norm, i, n);
-            narrow(difference_buffer.data(), difference, i, n);
+            const T* stream = residual.defined() ? widen<T>(residual, i, n, residual_buffer) : nullptr;
+            narrow<T>(norm_buffer.data(), stream, norm, i, n);
+            narrow<T>(difference_buffer.data(), nullptr, difference, i, n);
         }
     });
 }
 
 std::tuple<at::Tensor, at::Tensor> rms_norm_pair(const at::Tensor& x, const at::Tensor& delta, const at::Tensor& weight,
-                                                 double eps, double weight_offset) {
+                                                 const std::optional<at::Tensor>& residual, double eps,
+                                                 double weight_offset) {
     TORCH_CHECK_VALUE(x.dim() > 0 && x.size(-1) > 0, kName, ": x must be [..., d] with d >= 1, got ", x.sizes());
     check_shape(kName, "delta", delta, x.sizes());
     check_shape(kName, "weight", weight, {x.size(-1)});
+    check_shape(kName, "residual", residual, x.sizes());
+    check_dtype(kName, "residual", residual, x.scalar_type());
     const at::Tensor norm = at::empty_like(x, at::MemoryFormat::Contiguous);
     const at::Tensor difference = at::empty_like(delta, at::MemoryFormat::Contiguous);
     if (x.numel() == 0) return {norm, difference};
@@ -151,10 +162,11 @@ std::tuple<at::Tensor, at::Tensor> rms_norm_pair(const at::Tensor& x, const at::
     const bool wide = x.scalar_type() == at::kDouble || delta.scalar_type() == at::kDouble;
     const at::Tensor gain = weight.to(wide ? at::kDouble : at::kFloat).add(weight_offset).contiguous();
     const at::Tensor rows = rows_of(x, n), shifts = rows_of(delta, n);
+    const at::Tensor streams = residual.has_value() ? rows_of(*residual, n) : at::Tensor();
     if (wide) {
-        run<double>(rows, shifts, gain, eps, norm, difference);
+        run<double>(rows, shifts, gain, streams, eps, norm, difference);
     } else {
-        run<float>(rows, shifts, gain, eps, norm, difference);
+        run<float>(rows, shifts, gain, streams, eps, norm, difference);
     }
     return {norm, difference};
 }

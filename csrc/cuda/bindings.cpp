@@ -113,15 +113,18 @@ void accumulate(const at::Tensor& cross, const at::Tensor& delta, const at::Tens
 }
 
 std::tuple<at::Tensor, at::Tensor> rms_norm_pair(const at::Tensor& x, const at::Tensor& delta, const at::Tensor& weight,
-                                                 double eps, double weight_offset) {
+                                                 const std::optional<at::Tensor>& residual, double eps,
+                                                 double weight_offset) {
     TORCH_CHECK_VALUE(x.dim() > 0 && x.size(-1) > 0 && x.size(-1) <= kLargestRow, kRmsNormPair,
                       ": x must be [..., d] with 1 <= d <= ", kLargestRow, ", got ", x.sizes());
     const int64_t d = x.size(-1);
     check_shape(kRmsNormPair, "delta", delta, x.sizes());
     check_shape(kRmsNormPair, "weight", weight, {d});
-    for (const at::Tensor& other : {delta, weight}) {
-        TORCH_CHECK_VALUE(other.device() == x.device(), kRmsNormPair, ": delta and weight must be on x's device ",
-                          x.device(), ", got ", other.device());
+    check_shape(kRmsNormPair, "residual", residual, x.sizes());
+    check_dtype(kRmsNormPair, "residual", residual, x.scalar_type());
+    for (const at::Tensor& other : {delta, weight, residual.value_or(x)}) {
+        TORCH_CHECK_VALUE(other.device() == x.device(), kRmsNormPair,
+                          ": delta, weight and residual must be on x's device ", x.device(), ", got ", other.device());
     }
 
     at::AutoDispatchBelowADInplaceOrView no_autograd;
@@ -136,6 +139,12 @@ std::tuple<at::Tensor, at::Tensor> rms_norm_pair(const at::Tensor& x, const at::
     call.x = rows.const_data_ptr();
     call.delta = shifts.const_data_ptr();
     call.gain = gain.const_data_ptr<float>();
+    const at::Tensor streams = residual.has_value() ? residual->reshape({-1, d}) : at::Tensor();
+    if (streams.defined()) {
+        call.residual = streams.const_data_ptr();
+        call.residual_row = streams.stride(0);
+        call.residual_column = streams.stride(1);
+    }
     call.norm = norm.mutable_data_ptr();
     call.difference = difference.mutable_data_ptr();
     call.x_row = rows.stride(0);

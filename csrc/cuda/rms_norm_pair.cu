@@ -17,12 +17,14 @@ template <typename X, typename Delta>
 cudaError_t run(const RmsNormPairCall& call, cudaStream_t stream) {
     const auto x = source<X>(call.x, call.x_row, call.x_column, call.d, call.norm);
     const auto delta = source<Delta>(call.delta, call.delta_row, call.delta_column, call.d, call.difference);
+    const auto residual = source<X>(call.residual, call.residual_row, call.residual_column, call.d, nullptr);
     auto* norm = static_cast<X*>(call.norm);
     auto* difference = static_cast<Delta*>(call.difference);
     const bool block = call.d > kWarpRow;
     const auto blocks = static_cast<unsigned>(block ? call.rows : (call.rows + kWarps - 1) / kWarps);
     const auto kernel = block ? rms_norm_pair<X, Delta, true> : rms_norm_pair<X, Delta, false>;
-    kernel<<<dim3(blocks), kThreads, 0, stream>>>(x, delta, call.gain, norm, difference, call.rows, call.d, call.eps);
+    kernel<<<dim3(blocks), kThreads, 0, stream>>>(x, delta, call.gain, residual, norm, difference, call.rows, call.d,
+                                                  call.eps);
     return cudaGetLastError();
 }
 

@@ -75,8 +75,9 @@ __device__ float sum(float x, float (&partials)[kWarps]) {
 
 // With kBlock a block has one row, otherwise each of its warps has one.
 template <typename X, typename Delta, bool kBlock>
-__global__ void __launch_bounds__(kThreads) rms_norm_pair(Rows<X> x, Rows<Delta> delta, const float* gain, X* norm,
-                                                          Delta* difference, int64_t rows, int d, float eps) {
+__global__ void __launch_bounds__(kThreads)
+    rms_norm_pair(Rows<X> x, Rows<Delta> delta, const float* gain, Rows<X> residual, X* norm, Delta* difference,
+                  int64_t rows, int d, float eps) {
     __shared__ float partials[3][kWarps];
     constexpr int kStride = (kBlock ? kThreads : 32) * kVector;
     const int64_t row = kBlock ? blockIdx.x : static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / 32;
@@ -110,6 +111,13 @@ __global__ void __launch_bounds__(kThreads) rms_norm_pair(Rows<X> x, Rows<Delta>
             const float g = column + e < d ? gain[column + e] : 0.0f;
             shift[v][e] = g * (shifted_scale * shift[v][e] + scale_change * z[v][e]);
             z[v][e] = g * (z[v][e] * scale);
+        }
+        if (residual.data != nullptr) {
+            float stream[kVector];
+            load(residual, row, column, d, stream);
+            // The rounded norm, as if it had been stored, and never fused into one multiplication and addition.
+#pragma unroll
+            for (int e = 0; e < kVector; ++e) z[v][e] = __fadd_rn(stream[e], to_float(from_float<X>(z[v][e])));
         }
         store(norm + row * d, x.vectors, column, d, z[v]);
         store(difference + row * d, delta.vectors, column, d, shift[v]);

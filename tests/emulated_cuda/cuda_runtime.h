@@ -182,6 +182,9 @@ void launch(dim3 grid, Function function) {
 inline void __syncthreads() {
     emulated::wait(emulated::block_barrier, emulated::kThreads);
 }
+inline float __fadd_rn(float x, float y) {
+    return x + y;
+}
 template <typename T>
 T __shfl_xor_sync(unsigned, T x, int offset) {
     return emulated::exchange(x)[emulated::current % 32 ^ offset];

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -44,10 +45,17 @@ class Norm:
         out = normed * (self.weight_offset + self.module.weight.to(dtype))
         return hooked(self.module, (x,), out.to(x.dtype))
 
-    def pair(self, x: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
-        """(n(x), n(x + delta) − n(x)), the second in delta's dtype and in difference form (theory §4)."""
-        normed, change = rms_norm_pair(x, delta, self.module.weight, eps=self.eps, weight_offset=self.weight_offset)
-        return hooked(self.module, (x,), normed), change
+    def pair(self, x: Tensor, delta: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """(n(x), n(x + delta) − n(x)), the second in delta's dtype and in difference form (theory §4).
+
+        With a residual stream the first is residual + n(x), in one kernel unless hooks are to see n(x) itself.
+        """
+        run = partial(rms_norm_pair, x, delta, self.module.weight, eps=self.eps, weight_offset=self.weight_offset)
+        if residual is not None and residual.dtype == x.dtype and not self.module._forward_hooks:
+            return run(residual=residual)
+        normed, change = run()
+        normed = hooked(self.module, (x,), normed)
+        return normed if residual is None else residual + normed, change
 
 
 @dataclass(frozen=True, eq=False)
@@ -172,8 +180,7 @@ class Block:
             delta_z = (self.o_proj(delta_o.to(o.dtype)) - constant).to(_wide(o.dtype))
         if self.post_attention_norm is None:
             return x.to(z.device) + z, delta_z
-        normed, delta_h = self.post_attention_norm.pair(z, delta_z)
-        return x.to(z.device) + normed, delta_h
+        return self.post_attention_norm.pair(z, delta_z, x.to(z.device))
 
     @torch.no_grad()
     def mlp_input(self, h: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from thought_kernels.ops import library
-from thought_kernels.ops.checks import check_device, check_float_tensor, check_number
+from thought_kernels.ops.checks import check_device, check_float_tensor, check_like, check_number
 from thought_kernels.ops.library import message
 
 _NAME = "rms_norm_pair"
@@ -21,6 +21,7 @@ def rms_norm_pair(
     *,
     eps: float,
     weight_offset: float = 0.0,
+    residual: Tensor | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Normalises x and returns with it the exact change of the norm under ``x + delta``, without subtracting two norms.
@@ -30,7 +31,9 @@ def rms_norm_pair(
         n(z) = γ ⊙ z r
         n(z') − n(z) = γ ⊙ (r' δz + (r' − r) z),     r' − r = −s r² r'² / (r + r'),     s = mean(δz ⊙ (2z + δz))
 
-    so that the change keeps its relative accuracy however small delta is. Not differentiable.
+    so that the change keeps its relative accuracy however small delta is. Given the residual stream, the first output
+    is residual + n(x): five passes over memory, x, delta and residual read and both outputs written, where norms and a
+    sum of their own take seven. Not differentiable.
 
     Args:
         x: ``[..., d]``, any float dtype.
@@ -38,11 +41,13 @@ def rms_norm_pair(
         weight: ``[d]``, any float dtype.
         eps: added to the mean square, ≥ 0.
         weight_offset: 1.0 for Gemma, whose weights are stored less one.
+        residual: the stream that n(x) is added to, x's shape and dtype.
         backend: "reference", "cpp", "triton", "cuda", or None for the fastest that supports the call.
 
     Returns:
-        n(x) in x's dtype, and n(x + delta) − n(x) in delta's dtype; both of x's shape.
-        Computed in float64 if x or delta is float64, in float32 otherwise.
+        n(x), or residual + n(x), in x's dtype, and n(x + delta) − n(x) in delta's dtype; both of x's shape, and new.
+        Computed in float64 if x or delta is float64, in float32 otherwise. n(x) is rounded to x's dtype before it is
+        added, so that the sum equals that of two calls bit for bit; Triton may round float32 sums once instead.
 
     Raises:
         ValueError, TypeError: if an argument breaks the rules above, or the named backend cannot run the call.
@@ -50,7 +55,7 @@ def rms_norm_pair(
     Source: Zhang and Sennrich, arXiv:1910.07467, for RMSNorm; the difference form is this project's.
     """
     run = torch.ops.thought_kernels.rms_norm_pair if library.traced(x) else _run
-    return run(x, delta, weight, eps=eps, weight_offset=weight_offset, backend=backend)
+    return run(x, delta, weight, eps=eps, weight_offset=weight_offset, residual=residual, backend=backend)
 
 
 @torch.no_grad()
@@ -61,13 +66,14 @@ def _run(
     *,
     eps: float,
     weight_offset: float = 0.0,
+    residual: Tensor | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
-    _check(x, delta, weight, eps, weight_offset)
+    _check(x, delta, weight, residual, eps, weight_offset)
     chosen = library.choose(_NAME, backend, x.device, functools.partial(_unsupported, x, delta, weight))
     if chosen in ("cpp", "cuda"):
-        return library.kernel(f"{_NAME}_{chosen}")(x, delta, weight, eps, weight_offset)
-    return library.launcher(_NAME, chosen)(x, delta, weight, eps, weight_offset)
+        return library.kernel(f"{_NAME}_{chosen}")(x, delta, weight, residual, eps, weight_offset)
+    return library.launcher(_NAME, chosen)(x, delta, weight, residual, eps, weight_offset)
 
 
 def _unsupported(x: Tensor, delta: Tensor, weight: Tensor, backend: str) -> str | None:
@@ -87,21 +93,25 @@ def _fake(
     *,
     eps: float,
     weight_offset: float = 0.0,
+    residual: Tensor | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
-    _check(x, delta, weight, eps, weight_offset)
+    _check(x, delta, weight, residual, eps, weight_offset)
     return x.new_empty(x.shape), delta.new_empty(x.shape)
 
 
-def _check(x: Tensor, delta: Tensor, weight: Tensor, eps: float, weight_offset: float) -> None:
+def _check(x: Tensor, delta: Tensor, weight: Tensor, residual: Tensor | None, eps: float, weight_offset: float) -> None:
     check_float_tensor(_NAME, "x", x)
     if x.dim() == 0 or x.shape[-1] == 0:
         raise ValueError(message(_NAME, "x", "be [..., d] with d ≥ 1", list(x.shape)))
     for name, tensor in (("delta", delta), ("weight", weight)):
         check_float_tensor(_NAME, name, tensor)
         check_device(_NAME, name, tensor, "x", x)
-    if delta.shape != x.shape:
-        raise ValueError(message(_NAME, "delta", f"have x's shape {list(x.shape)}", list(delta.shape)))
+    if residual is not None:
+        check_like(_NAME, "residual", residual, "x", x)
+    for name, other in (("delta", delta), ("residual", residual)):
+        if other is not None and other.shape != x.shape:
+            raise ValueError(message(_NAME, name, f"have x's shape {list(x.shape)}", list(other.shape)))
     if weight.dim() != 1 or weight.shape[0] != x.shape[-1]:
         raise ValueError(message(_NAME, "weight", f"be [d] with d = {x.shape[-1]}", list(weight.shape)))
     check_number(_NAME, "eps", eps, or_zero=True)
@@ -110,11 +120,12 @@ def _check(x: Tensor, delta: Tensor, weight: Tensor, eps: float, weight_offset: 
 
 library.declare(
     "rms_norm_pair(Tensor x, Tensor delta, Tensor weight, *, float eps, float weight_offset=0.0,"
-    " str? backend=None) -> (Tensor, Tensor)",
+    " Tensor? residual=None, str? backend=None) -> (Tensor, Tensor)",
     implementation=_run,
     fake=_fake,
 )
 for _backend in ("cpp", "cuda"):
     library.declare_kernel(
-        f"{_NAME}_{_backend}(Tensor x, Tensor delta, Tensor weight, float eps, float weight_offset) -> (Tensor, Tensor)"
+        f"{_NAME}_{_backend}(Tensor x, Tensor delta, Tensor weight, Tensor? residual, float eps, float weight_offset)"
+        " -> (Tensor, Tensor)"
     )

@@ -17,6 +17,7 @@ def rms_norm_pair_kernel(
     x,
     delta,
     weight,
+    residual,  # None, or what the first output is the sum of, with the norm
     norm,  # [rows, d], x's dtype
     difference,  # [rows, d], delta's dtype
     rows,
@@ -26,6 +27,8 @@ def rms_norm_pair_kernel(
     delta_row,
     delta_column,
     weight_stride,
+    residual_row,
+    residual_column,
     eps,
     weight_offset,
     ROWS: tl.constexpr,
@@ -45,7 +48,11 @@ def rms_norm_pair_kernel(
     change = tl.sum(shift * (2 * z + shift), 1) / d
     scale_change = -change * (scale * scale) * (shifted_scale * shifted_scale) / (scale + shifted_scale)
     out = row * d + column
-    tl.store(norm + out, (gain * (z * scale[:, None])).to(norm.dtype.element_ty), mask=mask)
+    first = (gain * (z * scale[:, None])).to(norm.dtype.element_ty)
+    if residual is not None:
+        stream = tl.load(residual + row * residual_row + column * residual_column, mask=mask, other=0.0)
+        first = (stream.to(tl.float32) + first.to(tl.float32)).to(norm.dtype.element_ty)
+    tl.store(norm + out, first, mask=mask)
     change = gain * (shifted_scale[:, None] * shift + scale_change[:, None] * z)
     tl.store(difference + out, change.to(difference.dtype.element_ty), mask=mask)
 
@@ -58,7 +65,12 @@ def tiles(d: int) -> tuple[int, int, int]:
 
 
 def launch(
-    x: torch.Tensor, delta: torch.Tensor, weight: torch.Tensor, eps: float, weight_offset: float
+    x: torch.Tensor,
+    delta: torch.Tensor,
+    weight: torch.Tensor,
+    residual: torch.Tensor | None,
+    eps: float,
+    weight_offset: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """rms_norm_pair on checked arguments, in float32, on one GPU and in its current stream; d ≤ LARGEST_ROW."""
     norm = torch.empty(x.shape, dtype=x.dtype, device=x.device)
@@ -67,10 +79,13 @@ def launch(
         return norm, difference
     d = x.shape[-1]
     x, delta = x.reshape(-1, d), delta.reshape(-1, d)
+    residual = None if residual is None else residual.reshape(-1, d)
+    residual_strides = (0, 0) if residual is None else residual.stride()
     rows, columns, warps = tiles(d)
     with torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext():
         rms_norm_pair_kernel[(triton.cdiv(x.shape[0], rows),)](
-            x, delta, weight, norm, difference, x.shape[0], d, *x.stride(), *delta.stride(), weight.stride(0), eps,
-            weight_offset, rows, columns, num_warps=warps, enable_fp_fusion=True,
+            x, delta, weight, residual, norm, difference, x.shape[0], d, *x.stride(), *delta.stride(),
+            weight.stride(0), *residual_strides, eps, weight_offset, rows, columns, num_warps=warps,
+            enable_fp_fusion=True,
         )  # fmt: skip
     return norm, difference
