@@ -1,4 +1,5 @@
-"""rms_norm_pair against two norms of torch and their difference, which is less exact, and against one norm.
+"""rms_norm_pair against two norms of torch and their difference, which is less exact, and against one norm; and with
+the residual stream added inside against a sum of its own.
 
 python benchmarks/bench_rms_norm_pair.py
 """
@@ -44,11 +45,36 @@ def bench(d: int, dtype: torch.dtype) -> None:
     harness.measure(case, providers, truth, two_norms(torch.float32), seconds=2)
 
 
+def bench_residual(d: int, dtype: torch.dtype) -> None:
+    x, residual = (normal(ROWS, d, seed=seed, dtype=dtype) for seed in (0, 3))
+    delta, weight = normal(ROWS, d, seed=1), normal(d, seed=2, dtype=dtype)
+
+    def named(outputs: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
+        return dict(zip(("sum", "change"), outputs, strict=True))
+
+    def fused(*inputs: Tensor, backend: str | None = None) -> tuple[Tensor, Tensor]:
+        return tk.rms_norm_pair(*inputs[:3], eps=1e-6, residual=inputs[3], backend=backend)
+
+    def apart() -> tuple[Tensor, Tensor]:
+        normed, change = tk.rms_norm_pair(x, delta, weight, eps=1e-6)
+        return residual + normed, change
+
+    inputs = x, delta, weight, residual
+    truth = named(fused(*(tensor.double() for tensor in inputs), backend="reference"))
+    providers = [
+        harness.Provider("rms_norm_pair, then a sum", apart, lambda: named(apart())),
+        harness.Provider("rms_norm_pair with the residual", lambda: fused(*inputs), lambda: named(fused(*inputs))),
+    ]
+    case = harness.Case("rms_norm_pair", "residual, float32 delta", f"{ROWS} x {d}", str(dtype).removeprefix("torch."))
+    harness.measure(case, providers, truth, named(fused(*inputs, backend="reference")), seconds=2)
+
+
 def main() -> None:
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     for name in ("270m", "1b"):
         for dtype in (torch.float32, torch.bfloat16):
             bench(GEMMA3[name].hidden, dtype)
+            bench_residual(GEMMA3[name].hidden, dtype)
 
 
 if __name__ == "__main__":

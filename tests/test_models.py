@@ -19,6 +19,7 @@ from transformers import Gemma3ForCausalLM, Gemma3Model, Gemma3TextConfig, Llama
 import thought_kernels as tk
 from thought_kernels.models import describe
 from thought_kernels.models.gemma3 import _frequencies
+from thought_kernels.ops.rms_norm_pair import rms_norm_pair
 
 # Equality with transformers in float32, relative to the largest logit: what the project claims.
 FORWARD = 1e-5
@@ -221,6 +222,34 @@ def test_a_vector_hooked_on_o_proj_counts_once_in_the_difference() -> None:
     x, o, delta = (torch.randn(1, 4, size, dtype=torch.float64) for size in (36, 40, 40))
     h, change = block.attention_delta(x, o, delta)
     assert relative_error(change, block.attention_residual(x, o + delta) - h) <= 1e-13
+
+
+def test_the_residual_is_added_inside_the_norm_unless_hooks_are_to_see_the_norm(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    block = describe(tiny_gemma3(6, torch.bfloat16)).blocks[0]
+    x, z = (torch.randn(2, 3, 36).bfloat16() for _ in range(2))
+    delta, fused = torch.randn(2, 3, 36), []
+
+    def spy(*args: Tensor, residual: Tensor | None = None, **options: float) -> tuple[Tensor, Tensor]:
+        fused.append(residual is not None)
+        return rms_norm_pair(*args, residual=residual, **options)
+
+    monkeypatch.setattr("thought_kernels.models.decoder.rms_norm_pair", spy)
+    norm = block.post_attention_norm
+    plain, change = norm.pair(z, delta)
+    h, same_change = norm.pair(z, delta, x)
+    assert torch.equal(h, x + plain) and torch.equal(same_change, change)
+    seen: list[tuple[Tensor, ...]] = []
+    handle = norm.module.register_forward_hook(lambda module, args, out: seen.append((*args, out)) or 2 * out)
+    doubled, same_change = norm.pair(z, delta, x)
+    assert torch.equal(doubled, x + 2 * plain) and torch.equal(same_change, change)
+    assert all(torch.equal(a, b) for a, b in zip(seen[0], (z, plain), strict=True))
+    handle.remove()
+    wide, _ = norm.pair(z, delta, x.float())  # a stream of another dtype keeps it
+    assert torch.equal(wide, x.float() + plain)
+    block.attention_delta(x, torch.randn(2, 3, 40).bfloat16(), torch.randn(2, 3, 40))
+    assert fused == [False, True, False, False, True]
 
 
 def test_description_reads_the_model_as_it_is_now() -> None:

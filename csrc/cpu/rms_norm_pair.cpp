@@ -91,18 +91,36 @@ const T* widen(const at::Tensor& x, int64_t row, int64_t n, std::vector<T>& buff
     }
 }
 
-// Rounds a row to out's dtype, and adds residual, unless that is null, to the rounded row.
+// out = residual + row, with row rounded to out's dtype first.
+template <typename T, typename Out>
+[[gnu::always_inline]] inline void sum_of(const T* row, const Out* residual, Out* __restrict out, int64_t n) {
+    for (int64_t j = 0; j < n; ++j) {
+        const T rounded = static_cast<T>(static_cast<Out>(row[j]));
+        out[j] = static_cast<Out>(static_cast<T>(residual[j]) + rounded);
+    }
+}
+VECTORIZED void sum(const float* row, const float* residual, float* out, int64_t n) {
+    sum_of(row, residual, out, n);
+}
+VECTORIZED void sum(const float* row, const at::BFloat16* residual, at::BFloat16* out, int64_t n) {
+    sum_of(row, residual, out, n);
+}
+template <typename T, typename Out>
+void sum(const T* row, const Out* residual, Out* out, int64_t n) {
+    sum_of(row, residual, out, n);
+}
+
+// Rounds a row to out's dtype, and adds to it that of residual, of the same dtype and with unit stride, if there is
+// one.
 template <typename T>
-void narrow(const T* row, const T* residual, const at::Tensor& out, int64_t index, int64_t n) {
+void narrow(const T* row, const at::Tensor& residual, const at::Tensor& out, int64_t index, int64_t n) {
     const auto write = [&](auto* data) {
         using Out = std::remove_reference_t<decltype(*data)>;
         data += index * n;
-        if (residual == nullptr) {
-            for (int64_t j = 0; j < n; ++j) data[j] = static_cast<Out>(row[j]);
+        if (residual.defined()) {
+            sum(row, residual.const_data_ptr<Out>() + index * residual.stride(0), data, n);
         } else {
-            for (int64_t j = 0; j < n; ++j) {
-                data[j] = static_cast<Out>(residual[j] + static_cast<T>(static_cast<Out>(row[j])));
-            }
+            for (int64_t j = 0; j < n; ++j) data[j] = static_cast<Out>(row[j]);
         }
     };
     switch (out.scalar_type()) {
@@ -127,7 +145,7 @@ void run(const at::Tensor& x, const at::Tensor& delta, const at::Tensor& gain, c
          const at::Tensor& norm, const at::Tensor& difference) {
     const int64_t n = x.size(1);
     at::parallel_for(0, x.size(0), std::max<int64_t>(1, kGrain / n), [&](int64_t begin, int64_t end) {
-        std::vector<T> x_buffer(n), delta_buffer(n), residual_buffer(n), norm_buffer(n), difference_buffer(n);
+        std::vector<T> x_buffer(n), delta_buffer(n), norm_buffer(n), difference_buffer(n);
         for (int64_t i = begin; i < end; ++i) {
             const T* row = widen<T>(x, i, n, x_buffer);
             const T* shift = widen<T>(delta, i, n, delta_buffer);
@@ -140,9 +158,8 @@ void run(const at::Tensor& x, const at::Tensor& delta, const at::Tensor& gain, c
                 -(sum.change / count) * (scale * scale) * (shifted_scale * shifted_scale) / (scale + shifted_scale);
             outputs(row, shift, gain.const_data_ptr<T>(), scale, shifted_scale, scale_change, norm_buffer.data(),
                     difference_buffer.data(), n);
-            const T* stream = residual.defined() ? widen<T>(residual, i, n, residual_buffer) : nullptr;
-            narrow<T>(norm_buffer.data(), stream, norm, i, n);
-            narrow<T>(difference_buffer.data(), nullptr, difference, i, n);
+            narrow(norm_buffer.data(), residual, norm, i, n);
+            narrow(difference_buffer.data(), {}, difference, i, n);
         }
     });
 }
