@@ -130,7 +130,7 @@ def compile_case(case: Case, arch: int) -> dict[str, object]:
         value = case.arguments.get(name, "i32")
         if isinstance(value, str) and value.startswith(("*", "i32", "fp32", "tensordesc")):
             signature[name] = value
-            if value.startswith("*") or name.endswith(("_row", "_head", "_batch")) or name in ("d_out", "d_in"):
+            if value.startswith("*") or name.endswith(("_row", "_head", "_batch")) or name in ("d", "d_out", "d_in"):
                 attributes[(index,)] = [["tt.divisibility", 16]]  # as Triton finds for d a multiple of 16
         else:
             signature[name], constants[name] = "constexpr", value
