@@ -106,7 +106,7 @@ def transmute(
         "batch_size": batch_size, "memory_budget": memory_budget, "max_new_tokens": max_new_tokens,
     })  # fmt: skip
     settings = _recipe(recipe, options.pairs({"c1": c1, "c2": c2, "steps": steps})) | given
-    words = None if substitutes is None else substitutes.read_text(encoding="utf-8")
+    words = None if substitutes is None else read_words(substitutes)
     loaded = [*(load_examples(examples) if examples is not None else []), *(example or [])]
     found, tokenizer = options.load_model(model, dtype, device, offline)
     if words is not None:
@@ -136,6 +136,16 @@ def _recipe(name: str, constants: dict[str, Any]) -> dict[str, Any]:
     if constants:
         raise typer.BadParameter(f"--{next(iter(constants))} belongs to --recipe paper")
     return {}
+
+
+def read_words(path: Path) -> str:
+    """A text file's content."""
+    if not path.is_file():
+        raise typer.BadParameter(f"--substitutes must be a text file, got {path}, where no file is")
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise typer.BadParameter(f"--substitutes must be text in UTF-8, got other bytes in {path}; {error}") from error
 
 
 def read_layers(text: str) -> list[int]:

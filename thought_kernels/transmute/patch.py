@@ -92,6 +92,7 @@ class ThoughtPatch:
         ``with patch.applied(model): ...``, or ``handle = patch.applied(model)`` and later ``handle.remove()``. Several
         patches may be active; they act as if merged in the order in which they were applied, and may be removed in any
         order. Products with Δ are formed in float32 for float16 and bfloat16 activations, so that Δ is not rounded.
+        What torch.compile has compiled is compiled anew after a patch has come or gone, since it cannot notice hooks.
 
         Args:
             model: a transformers model that ``thought_kernels.models.describe`` knows, quantised or not.
