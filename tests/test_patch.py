@@ -208,6 +208,7 @@ def test_malformed_patches_are_refused(make: Any, message: str) -> None:
         make()
 
 
-def test_integer_matrices_are_refused() -> None:
-    with pytest.raises(TypeError, match="matrix must be floating point, got torch.int64"):
-        SitePatch(torch.ones(3, 3, dtype=torch.int64))
+@pytest.mark.parametrize("dtype", [torch.int64, torch.float8_e4m3fn])
+def test_matrices_of_other_dtypes_are_refused(dtype: torch.dtype) -> None:
+    with pytest.raises(TypeError, match=f"matrix must be float16, bfloat16, float32 or float64, got {dtype}"):
+        SitePatch(torch.ones(3, 3).to(dtype))
