@@ -66,6 +66,32 @@ def test_gradients_flow_through_torchs_own_product():
 
 
 @available
+@pytest.mark.parametrize(
+    "bias",
+    [torch.randn(1), torch.tensor(3.0), torch.randn(96, 2)[:, 0], torch.randn(1, 96), torch.randn(200, 96)],
+    ids=["one", "scalar", "strided", "row", "matrix"],
+)
+def test_biases_that_onednn_misreads_are_added_by_torch(bias):
+    x, weight = torch.randn(200, 128), torch.randn(96, 128)
+    with torch.no_grad(), OneDNNLinear():
+        out = nn.functional.linear(x, weight, bias)
+    exact = x.double() @ weight.double().mT + bias.double()
+    assert largest(out.double() - exact) <= allowed_error(exact, x @ weight.mT + bias)
+
+
+@available
+@pytest.mark.filterwarnings("ignore:Sparse CSR")
+def test_sparse_weights_and_autocast_keep_torchs_own_product():
+    x, weight = torch.randn(200, 128), torch.randn(96, 128)
+    for operand in (weight.to_sparse_csr(), weight):
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=operand is weight):
+            expected = nn.functional.linear(x, operand)
+            with OneDNNLinear():
+                out = nn.functional.linear(x, operand)
+        assert torch.equal(out, expected) and out.dtype == expected.dtype
+
+
+@available
 def test_wrong_shapes_raise_torchs_own_error():
     with torch.no_grad(), OneDNNLinear(), pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
         nn.Linear(128, 128)(torch.randn(200, 64))

@@ -21,9 +21,9 @@ class OneDNNLinear(TorchFunctionMode):
     """Within it, large float32 products of ``torch.nn.functional.linear`` on CPUs are oneDNN's, without gradients.
 
     x Wᵀ + b, x [..., d_in], W [d_out, d_in], in float32 as before. Each output is one chain of additions, where MKL
-    has several: the rounding error, about √d_in eps / 4, is up to twice as large (benchmarks/bench_linear.py). It acts on the
-    function, not on the module, so hooks, adapters and replaced modules take part as ever. Processors without AVX-512
-    and builds of torch without oneDNN keep torch's own choice.
+    has several: the rounding error, about √d_in eps / 4, is up to twice as large (benchmarks/bench_linear.py). It acts
+    on the function, not on the module, so hooks, adapters and replaced modules take part as ever. Processors without
+    AVX-512, builds of torch without oneDNN, autocast, and biases that are spread or strided keep torch's own choice.
     """
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
@@ -37,11 +37,15 @@ def _suits(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
     operands = (x, weight) if bias is None else (x, weight, bias)
     return (
         all(type(t) in (Tensor, nn.Parameter) and t.dtype == torch.float32 and t.device.type == "cpu" for t in operands)
+        and all(t.layout == torch.strided for t in operands)
         and weight.dim() == 2
         and x.dim() >= 2
         and x.shape[-1] == weight.shape[1]
+        # Of another bias the operator reads other numbers, or none, without a word.
+        and (bias is None or (bias.shape == weight.shape[:1] and bias.is_contiguous()))
         and x.numel() * weight.shape[0] >= FEWEST_PRODUCTS
         and not torch.is_grad_enabled()
+        and not torch.is_autocast_enabled("cpu")
         and bool(torch.backends.mkldnn.enabled)
     )
 
