@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import math
+import pickle
 from typing import Any
 
 import pytest
@@ -206,6 +208,13 @@ _SQUARE, _VECTOR = torch.ones(3, 3), torch.ones(3)
 def test_malformed_patches_are_refused(make: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_patches_can_be_copied_and_sent_to_other_processes() -> None:
+    patch = random_patch(rank=2, provenance={"instruction": "sum"})
+    for copied in (copy.deepcopy(patch), pickle.loads(pickle.dumps(patch))):
+        assert copied.provenance == patch.provenance and str(copied) == str(patch)
+        assert torch.equal(copied.matrix(2, "mlp"), patch.matrix(2, "mlp"))
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.float8_e4m3fn])

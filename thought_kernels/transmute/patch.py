@@ -240,6 +240,9 @@ class ThoughtPatch:
             return NotImplemented
         return self + -other
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (dict(self.entries), self.provenance)  # a mapping proxy cannot be copied or sent elsewhere
+
     def __repr__(self) -> str:
         width = self.hidden_size or next(iter(self.entries.values())).width
         return f"ThoughtPatch(hidden size {width}, blocks {list(self.layers)}, sites {list(self.sites)})"

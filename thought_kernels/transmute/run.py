@@ -29,6 +29,9 @@ class Run:
         sites: targeted sites.
         accumulator: receives the rows. Each call adds all rows of a batch at one block and site, or none where one of
             them is not finite; what earlier batches and earlier blocks of this batch have added stays as it is.
+            (Whether a block is finite shows when it is run. To hold a batch's rows back until its last block would
+            take 2 · blocks · rows · width numbers, more than all else beside weights and sums; to subtract them again
+            would leave rounding behind.)
         solve: (layers, sites) -> the patch of what has been accumulated there.
         header_weight: total weight of H's rows, which enter with δ = 0, relative to one example's total weight of 1.
         tick: called after each batch and block.
