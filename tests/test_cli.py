@@ -197,6 +197,17 @@ def test_what_may_not_be_written_to_is_refused(tmp_path: Path, monkeypatch: pyte
     result = run("inspect", "./nowhere", "--csv", tmp_path / "rows.csv")
     refused(result, "--csv must be a file that may be written to, got", 2)
     assert not list(tmp_path.iterdir())
+    (tmp_path / "rows.csv").touch()
+    monkeypatch.setattr(os, "access", lambda path, mode: path == tmp_path / "rows.csv")  # but not its folder
+    result = run("inspect", "./nowhere", "--csv", tmp_path / "rows.csv")
+    refused(result, "--csv must be a file that may be written to, got", 2)
+
+
+def test_a_device_is_not_replaced_by_a_file() -> None:
+    for command, option in (("demo", "--json"), ("inspect", "--csv"), ("bench", "--json")):
+        refused(
+            run(command, option, os.devnull), f"{option} must be a file in a folder that exists, got {os.devnull}", 2
+        )
 
 
 def test_an_unknown_option_value_leaves_no_folder(folder: str, tmp_path: Path) -> None:

@@ -124,10 +124,13 @@ def check_folder(output: Path) -> None:
 
 
 def check_file(option: str, path: Path | None) -> None:
-    """Raises BadParameter unless a file, where one is asked for, can be written."""
-    if path is not None and (path.is_dir() or not path.parent.is_dir()):
+    """Raises BadParameter unless a file, where one is asked for, can be written, which replaces what has its name."""
+    if path is None:
+        return
+    if (path.exists() and not path.is_file()) or not path.parent.is_dir():
         raise typer.BadParameter(f"{option} must be a file in a folder that exists, got {path}")
-    if path is not None and not os.access(path if path.exists() else path.parent, os.W_OK):
+    # The new file is made beside the old one: the folder must take it, whatever the old one's own mode.
+    if not os.access(path.parent, os.W_OK) or (path.exists() and not os.access(path, os.W_OK)):
         raise typer.BadParameter(f"{option} must be a file that may be written to, got {path}")
 
 
