@@ -241,7 +241,7 @@ def test_zero_rows_and_no_rows(place):
     assert_right(call, place)
 
 
-@pytest.mark.parametrize("backend", ["reference", "triton"])
+@pytest.mark.parametrize("backend", ["reference", "cpp", "triton"])
 @pytest.mark.parametrize("normalization", ["norm", "squared_norm"])
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 def test_a_zero_activation_hides_its_delta_from_what_is_normalised(backend, normalization, value):

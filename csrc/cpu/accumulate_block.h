@@ -167,7 +167,8 @@ struct Block {
     Panels<T> d, a, s;  // δ, a for gram, and w a / ν
     std::vector<int64_t> index;
     std::vector<double> weight, factor, energy;
-    std::vector<double> sums;  // of each task: Σ w δ | Σ w a
+    std::vector<double> sums;         // of each task: Σ w δ | Σ w a
+    const std::vector<double> zeros;  // a row of δ, in whichever dtype
     int64_t n = 0;
 
     Block(const Arguments& call, const Kernels<T>& kernels, const Rows<T>& delta, const Rows<T>& activation,
@@ -184,7 +185,8 @@ struct Block {
           weight(rows, 1.0),
           factor(rows),
           energy(rows),
-          sums(tasks(rows) * sum_columns) {}
+          sums(tasks(rows) * sum_columns),
+          zeros(delta.columns) {}
 
     static int64_t tasks(int64_t rows) { return (rows + kRowsPerTask - 1) / kRowsPerTask; }
 
@@ -254,9 +256,13 @@ struct Block {
     void pack_group(int64_t k, int64_t count, const void* const* d_rows, const void* const* a_rows) {
         const T ones[kGroup] = {1, 1, 1, 1};
         T factors[kGroup];
-        for (int64_t r = 0; r < count; ++r) factors[r] = static_cast<T>(factor[k + r]);
+        const void* products[kGroup];  // a row of factor 0 adds nothing, whatever its δ: 0 · NaN would be NaN
+        for (int64_t r = 0; r < count; ++r) {
+            factors[r] = static_cast<T>(factor[k + r]);
+            products[r] = factor[k + r] == 0 ? zeros.data() : d_rows[r];
+        }
         const int64_t d_ahead = kGroup * delta.row_bytes, a_ahead = kGroup * activation.row_bytes;
-        delta.reader.pack_left(d_rows, ones, count, delta.columns, d.row(k), d.stride(), d_ahead);
+        delta.reader.pack_left(products, ones, count, delta.columns, d.row(k), d.stride(), d_ahead);
         const int64_t d_in = activation.columns;
         if (call.gram) activation.reader.pack_left(a_rows, ones, count, d_in, a.row(k), a.stride(), a_ahead);
         activation.reader.pack_right(a_rows, factors, count, d_in, s.row(k), s.stride(), a_ahead);
