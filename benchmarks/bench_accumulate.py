@@ -8,6 +8,7 @@ python benchmarks/bench_accumulate.py --only memory   one group: products, naive
 from __future__ import annotations
 
 import argparse
+import itertools
 import subprocess
 import sys
 from collections.abc import Callable
@@ -23,7 +24,7 @@ import thought_kernels as tk
 
 OUTPUTS = "cross + gram + sums, weights, norm"
 MEMORY_ROWS = 100_000
-NAIVE_ROWS = 4096  # time is proportional to rows, and at d = 1152 the loop takes milliseconds for each
+NAIVE_ROWS = 16384
 
 
 class Inputs(NamedTuple):
@@ -239,19 +240,19 @@ def bench_halves() -> None:
 
 def bench_memory() -> None:
     """The most that resident memory grows by during one call, each in a fresh process."""
-    d = GEMMA3["1b"].hidden
-    for dtype in (torch.float32, torch.bfloat16):
+    widths, dtypes = (GEMMA3[name].hidden for name in ("270m", "1b")), (torch.float32, torch.bfloat16)
+    for d, dtype in itertools.product(widths, dtypes):
         for name in ("cpp", "reference", "upcast"):
-            command = [sys.executable, __file__, "--grow", name, short(dtype)]
+            command = [sys.executable, __file__, "--grow", name, short(dtype), str(d)]
             grown = float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
             label = "x.float().T @ x.float()" if name == "upcast" else f"accumulate ({name})"
             case = Case("accumulate", OUTPUTS, f"{MEMORY_ROWS} x {d}", short(dtype))
             record([row(case, label, "extra memory", grown, "MiB", "cpu")], "cpu")
 
 
-def grow(name: str, dtype: str) -> None:
+def grow(name: str, dtype: str, width: str) -> None:
     """Prints by how many MiB the peak of this process's resident memory rises in one call (Linux)."""
-    d = GEMMA3["1b"].hidden
+    d = int(width)
     inputs, out = make_inputs(MEMORY_ROWS, d, getattr(torch, dtype), "cpu"), make_outputs(d, "cpu")
     Path("/proc/self/clear_refs").write_text("5")  # sets the peak back to what is resident now
     before = resident("VmRSS")
@@ -270,7 +271,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--only", choices=["products", "naive", "halves", "memory"])
-    parser.add_argument("--grow", nargs=2, metavar=("NAME", "DTYPE"), help=argparse.SUPPRESS)
+    parser.add_argument("--grow", nargs=3, metavar=("NAME", "DTYPE", "WIDTH"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.grow:
         grow(*options.grow)
