@@ -18,6 +18,7 @@ from torch.nn.functional import rms_norm
 import thought_kernels as tk
 
 ROWS = 4096
+BATCH = 256  # rows of eight short examples: what a batch of layerwise adds, and finds in the cache
 
 
 def bench(d: int, dtype: torch.dtype) -> None:
@@ -45,9 +46,9 @@ def bench(d: int, dtype: torch.dtype) -> None:
     harness.measure(case, providers, truth, two_norms(torch.float32), seconds=2)
 
 
-def bench_residual(d: int, dtype: torch.dtype) -> None:
-    x, residual = (normal(ROWS, d, seed=seed, dtype=dtype) for seed in (0, 3))
-    delta, weight = normal(ROWS, d, seed=1), normal(d, seed=2, dtype=dtype)
+def bench_residual(rows: int, d: int, dtype: torch.dtype) -> None:
+    x, residual = (normal(rows, d, seed=seed, dtype=dtype) for seed in (0, 3))
+    delta, weight = normal(rows, d, seed=1), normal(d, seed=2, dtype=dtype)
 
     def named(outputs: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
         return dict(zip(("sum", "change"), outputs, strict=True))
@@ -65,7 +66,7 @@ def bench_residual(d: int, dtype: torch.dtype) -> None:
         harness.Provider("rms_norm_pair, then a sum", apart, lambda: named(apart())),
         harness.Provider("rms_norm_pair with the residual", lambda: fused(*inputs), lambda: named(fused(*inputs))),
     ]
-    case = harness.Case("rms_norm_pair", "residual, float32 delta", f"{ROWS} x {d}", str(dtype).removeprefix("torch."))
+    case = harness.Case("rms_norm_pair", "residual, float32 delta", f"{rows} x {d}", str(dtype).removeprefix("torch."))
     harness.measure(case, providers, truth, named(fused(*inputs, backend="reference")), seconds=2)
 
 
@@ -74,7 +75,8 @@ def main() -> None:
     for name in ("270m", "1b"):
         for dtype in (torch.float32, torch.bfloat16):
             bench(GEMMA3[name].hidden, dtype)
-            bench_residual(GEMMA3[name].hidden, dtype)
+            for rows in (BATCH, ROWS):
+                bench_residual(rows, GEMMA3[name].hidden, dtype)
 
 
 if __name__ == "__main__":
