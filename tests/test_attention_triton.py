@@ -88,6 +88,13 @@ def loads(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> No
         monkeypatch.setattr(attention_plan, "describable", lambda tensor: False)
 
 
+@pytest.mark.parametrize("groups, block_m", [(8, 64), (16, 64), (17, 128), (1000, 128)])
+def test_tiles_are_small_where_all_run_at_once(groups: int, block_m: int) -> None:
+    chip = {"processors": 132, "capability": (9, 0), "descriptors": True, "shared_memory": 232_448}
+    chosen = attention_plan.choose_tiles(torch.bfloat16, 256, 512, groups=groups, **chip)
+    assert (chosen.block_m, chosen.block_n) == (block_m, 32)
+
+
 @given(data=st.data())
 @settings(max_examples=12, deadline=None, derandomize=True)
 def test_both_outputs_equal_the_dense_softmax(data: st.DataObject) -> None:

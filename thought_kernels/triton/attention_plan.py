@@ -37,26 +37,31 @@ class Plan(NamedTuple):
 
 def plan(query: torch.Tensor, key: torch.Tensor, *others: torch.Tensor) -> Plan:
     """The tiles of a call on its device; ``others`` are whatever else is loaded as keys and values are."""
-    capability, shared = (9, 0), 232_448  # on a CPU the interpreter stands for a large chip
+    capability, shared, processors = (9, 0), 232_448, 0  # on a CPU the interpreter stands for a large chip, never idle
     if query.device.type == "cuda":
         capability = torch.cuda.get_device_capability(query.device)
+        processors = torch.cuda.get_device_properties(query.device).multi_processor_count
         shared = triton.runtime.driver.active.utils.get_device_properties(query.device.index or 0)["max_shared_mem"]
     descriptors = capability >= (9, 0) and all(map(describable, (key, *others)))
     rows = query.shape[2] * (query.shape[1] // key.shape[1])
     return choose_tiles(
-        query.dtype, query.shape[3], rows, capability=capability, descriptors=descriptors, shared_memory=shared
-    )
+        query.dtype, query.shape[3], rows, groups=query.shape[0] * key.shape[1], processors=processors,
+        capability=capability, descriptors=descriptors, shared_memory=shared,
+    )  # fmt: skip
 
 
 def choose_tiles(
-    dtype: torch.dtype, head_dim: int, rows: int, *, capability: tuple[int, int], descriptors: bool, shared_memory: int
-) -> Plan:
+    dtype: torch.dtype, head_dim: int, rows: int, *, groups: int, processors: int, capability: tuple[int, int],
+    descriptors: bool, shared_memory: int,
+) -> Plan:  # fmt: skip
     """Chooses tiles that neither spill registers (tests/test_aot_attention.py) nor exceed shared memory.
 
     Args:
         dtype: of the inputs.
         head_dim: at most 256.
         rows: tokens times query heads per key head.
+        groups: examples times key heads.
+        processors: multiprocessors of the device.
         capability: of the device, such as (9, 0).
         descriptors: whether the device has tensor descriptors and the inputs' strides allow them.
         shared_memory: bytes a program may have.
@@ -73,7 +78,12 @@ def choose_tiles(
         block_m, block_n, warps, stages = 64, 32, 8 if block_d == 256 else 4, 2
     else:
         # Blackwell copies a wide accumulator from tensor memory to registers, which leaves room for fewer rows.
-        block_m, warps = (64, 4) if rows <= 64 or (block_d == 256 and capability >= (10, 0)) else (128, 8)
+        # Where all programs of 64 rows run at once, they are done sooner than half as many of 128. Four warps have no
+        # registers to spare for 64 rows of 256 features on Hopper, of 128 before it.
+        small = rows <= 64 or triton.cdiv(rows, 64) * groups <= processors
+        block_m, warps = (64, 4) if small or (block_d == 256 and capability >= (10, 0)) else (128, 8)
+        if capability < (9, 0) or (block_d == 256 and capability < (10, 0)):
+            warps = 8
         block_n, stages = 64 if block_d < (256 if descriptors else 128) else 32, 3
     header_n = block_n if parts == 1 else HEADER_KEYS
     options = {"num_warps": warps, "num_stages": stages}
