@@ -109,7 +109,9 @@ def runs() -> str:
     lines = []
     for text, provider in peers.items():
         cells = [found(rows, shape=shape, provider=provider) for shape in shapes.values()]
-        lines.append((text, *(f"{float(cell[0]['ratio']):.2f}" if cell else "" for cell in cells)))
+        if any(len(cell) > 1 for cell in cells):
+            raise SystemExit(f"tables: several rows are of {provider!r} at one shape, not one")
+        lines.append((text, *(f"{float(cell[0]['ratio']):.2f}" if cell else "–" for cell in cells)))
     return markdown(("time, `layerwise` = 1", *shapes), lines)
 
 
@@ -165,13 +167,17 @@ def delta() -> str:
         (
             text,
             *(
-                f"{float(one(rows, provider=name, case=f'header 0, instruction {mass} of')['value']):.2g} %"
+                percentage(float(one(rows, provider=name, case=f"header 0, instruction {mass} of")["value"]))
                 for mass in masses
             ),
         )
         for text, name in providers.items()
     ]
     return markdown(("share of the softmax", *masses), lines)
+
+
+def percentage(value: float) -> str:
+    return f"{value:.0f} %" if value >= 10 else f"{value:.2g} %"
 
 
 CPU_TABLES: dict[str, Callable[[], str]] = {"speed": speed, "runs": runs, "delta": delta, "toy speed": toy_speed}
