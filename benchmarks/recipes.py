@@ -13,13 +13,16 @@ from __future__ import annotations
 
 import argparse
 import csv
+import functools
 import itertools
 import json
 import random
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 from tqdm import tqdm
 
@@ -28,6 +31,8 @@ from thought_kernels.demo import CHECKPOINT
 from thought_kernels.demo.tasks import RESERVED_FOR_FINAL_STUDY, TASKS, Task, held_out, inputs, split_by_symbols
 from thought_kernels.evaluate.trial import Trial
 from thought_kernels.models.load import load
+from thought_kernels.transmute import fitting
+from thought_kernels.transmute.accumulator import ThoughtAccumulator
 from thought_kernels.transmute.substitution import word_tokens
 
 RESULTS = Path(__file__).parent / "results"
@@ -37,6 +42,34 @@ PAPER_C1 = (0.015, 1.5, 5.0, 15.0)
 FINAL = ("default", "no copies", "affine", "affine, no copies", *(f"paper, c1 {c1}" for c1 in PAPER_C1))
 
 Options = dict[str, Any]
+# (block, site) -> what to solve there and ε: an estimator, or "centred", affine's matrix without its vector.
+Places = Callable[[int, str], tuple[str, float]]
+
+
+class ByPlace(ThoughtAccumulator):
+    """Solves each block and site as a trial says, whatever estimator and ridge it is asked for."""
+
+    def __init__(self, places: Places, **options: Any) -> None:
+        super().__init__(**options)
+        self._places = places
+
+    def solve(self, *args: Any, layers: Any = None, sites: Any = None, **options: Any) -> tk.ThoughtPatch:
+        entries = {}
+        for layer, site in itertools.product(self.layers if layers is None else layers, sites or self.sites):
+            estimator, options["ridge"] = self._places(layer, site)
+            solved = super().solve(
+                "affine" if estimator == "centred" else estimator, layers=[layer], sites=[site], **options
+            )
+            entry = solved.entries[layer, site]
+            entries[layer, site] = replace(entry, vector=None, fit=None) if estimator == "centred" else entry
+        return tk.ThoughtPatch(entries, solved.provenance)
+
+
+def in_first_attention(estimator: str, epsilon: float) -> Options:
+    """The default recipe but for the attention site of block 0: what enters there is the instruction itself."""
+    return {
+        "places": lambda layer, site: (estimator, epsilon) if (layer, site) == (0, "attention") else ("ridge", 0.01)
+    }
 
 
 def recipes(blocks: int) -> Iterator[tuple[str, Options]]:
@@ -53,6 +86,15 @@ def recipes(blocks: int) -> Iterator[tuple[str, Options]]:
             "affine" if epsilon == 0.1 else f"affine, ridge {epsilon}",
             ridge | {"estimator": "affine", "ridge": epsilon},
         )
+    yield (
+        "affine at attention only",
+        {"places": lambda _, site: ("affine", 0.1) if site == "attention" else ("ridge", 0.01)},
+    )
+    yield "affine in block 0's attention only", in_first_attention("affine", 0.1)
+    yield "centred in block 0's attention", in_first_attention("centred", 0.1)
+    for epsilon in (0.1, 1.0):
+        yield f"ridge {epsilon} in block 0's attention", in_first_attention("ridge", epsilon)
+    yield "no attention patch in block 0", in_first_attention("ridge", 1e6)
     yield "attention alone", {"sites": ("attention",)}
     yield "attention, mlp and residual", {"sites": ("attention", "mlp", "residual")}
     yield "mlp and residual", {"sites": ("mlp", "residual")}
@@ -104,10 +146,12 @@ class Bench:
     def row(self, model: Any, tokenizer: Any, task: Task, recipe: Options) -> Options:
         start = time.monotonic()
         recipe = dict(recipe)
-        rank = recipe.pop("rank", None)
+        rank, places = recipe.pop("rank", None), recipe.pop("places", None)
+        accumulator = ThoughtAccumulator if places is None else functools.partial(ByPlace, places)
 
         def patch(examples: list[str], **more: Any) -> tk.ThoughtPatch:
-            found = tk.transmute(model, tokenizer, task.instruction, examples, **recipe, **more)
+            with mock.patch.object(fitting, "ThoughtAccumulator", accumulator):
+                found = tk.transmute(model, tokenizer, task.instruction, examples, **recipe, **more)
             return found if rank is None else found.truncate(rank)
 
         with patch(self.inside).applied(model):
