@@ -1,5 +1,5 @@
 # Set-up is done once, in .venv, and again when pyproject.toml, setup.py or csrc/ change.
-#   make demo | test | test-all | lint | types | cuda-check | wheel | bench | experiments | clean
+#   make demo | test | test-all | lint | types | cuda-check | wheel | bench | experiments | figures | clean
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -29,7 +29,7 @@ CSRC := $(shell find csrc -type f)
 CXX_SOURCES := $(filter %.cpp %.h %.cu %.cuh,$(CSRC))
 CODE := thought_kernels tests benchmarks examples setup.py .ci
 
-.PHONY: setup demo test test-slow test-all lint format types cuda-check wheel bench experiments clean
+.PHONY: setup demo test test-slow test-all lint format types cuda-check wheel bench experiments figures clean
 .DELETE_ON_ERROR:
 
 demo: setup
@@ -73,6 +73,24 @@ bench: setup
 	@set -e; for script in benchmarks/bench_*.py; do echo "== $$script"; $(PY) $$script; done
 
 # Every experiment of docs/experiments.md, and how interference is foretold; then their tables and figures.
+# Every number that the README and docs/ show, all but weightwatcher's (its script says how to install that beside it):
+# hours on two cores. Rows that stand in recipes*.csv are kept; delete these files to measure them again.
+figures: setup bench experiments
+	$(PY) benchmarks/bench_transmute.py --model 1b --prefix 32 --no-memory \
+		--providers layerwise,cached,floor,strong,onednn,two_pass,sequential
+	$(PY) benchmarks/commands.py
+	for model in thought_kernels/demo/checkpoint benchmarks/models/small benchmarks/models/longer; do \
+		$(PY) benchmarks/recipes.py --seeds 0 --model $$model && \
+		$(PY) benchmarks/recipes.py --final --model $$model || exit 1; done
+	$(PY) benchmarks/baselines.py
+	$(VENV)/bin/thought-kernels toy geometries --output benchmarks/results/toy_geometries.csv
+	@set -e; for preset in reduced reduced-nonuniform; do \
+		$(VENV)/bin/thought-kernels toy sweep --preset $$preset --output build/toy-$$preset; \
+		name=$$(echo $$preset | sed -n 's/reduced-/_/p'); \
+		cp build/toy-$$preset/models.csv benchmarks/results/toy_sweep$$name.csv; \
+		cp build/toy-$$preset/clusters.csv benchmarks/results/toy_clusters$$name.csv; done
+	$(PY) benchmarks/tables.py
+
 experiments: setup
 	$(PY) benchmarks/experiments.py
 	$(PY) benchmarks/interference.py

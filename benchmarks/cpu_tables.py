@@ -56,10 +56,10 @@ def speed() -> str:
         ("equal work per token, H +=", "the same work per token, `H += w * outer(delta, a) / norm`, one thread"),
         ("equal work per token, weights", "the same with the weight in the vector, `H += outer(w / norm * delta, a)`"),
     ):
-        ratios = [accumulate(provider, f"4096 x {d}.", threads="1.", **full) for d in widths]
+        ratios = [accumulate(provider, f"16384 x {d}.", threads="1.", **full) for d in widths]
         lines.append((what, text, both(ratios, "{:.0f} x faster")))
     ratios = [
-        accumulate("H += outer(delta, a) per token", f"4096 x {d}.", threads="1.", case="cross alone") for d in widths
+        accumulate("H += outer(delta, a) per token", f"16384 x {d}.", threads="1.", case="cross alone") for d in widths
     ]
     lines.append(
         ("its cross product alone", "`H += outer(delta, a)` per token, one thread", both(ratios, "{:.0f} x faster"))
