@@ -230,8 +230,9 @@ def test_the_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ]  # fmt: skip
     code, said = run("figures", folder, "--output", pictures, "--dimensions", "5")
     assert code == 1 and "draw: dimensions must be one of" in said
-    code, said = run("sweep", "--output", tmp_path / "other", "--device", "nowhere")
-    assert code == 1 and "sweep: device must be one that torch can use here, got 'nowhere'" in said
+    for device in ("nowhere", "meta"):
+        code, said = run("sweep", "--output", tmp_path / "other", "--device", device)
+        assert code == 1 and f"sweep: device must be one that torch can use here, got '{device}'" in said
     assert not (tmp_path / "other").exists()
     code, said = run("geometries", "--output", tmp_path / "none" / "found.csv")
     assert code == 2 and "must be a file in a folder" in said

@@ -17,6 +17,7 @@ from torch import Tensor
 
 import thought_kernels as tk
 from thought_kernels.cli import options
+from thought_kernels.models.load import usable_device
 
 Results = tuple[Tensor, ...]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
@@ -63,11 +64,7 @@ def bench(
     options.check_file("--json", json_file)
     if threads is not None:
         torch.set_num_threads(threads)
-    try:
-        torch.empty(1, device=device).item()  # on "meta" there is nothing to time
-    except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"bench: device must be one that torch can use here, got {device!r}; {reason}") from error
+    usable_device("bench", device)
     found = [
         row for case in _cases(rows, hidden, DTYPES[dtype], device) for row in _measured(case, dtype, device, seconds)
     ]

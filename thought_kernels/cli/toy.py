@@ -36,6 +36,7 @@ def sweep(
     """Train every model of a plan, and write models.csv and clusters.csv; goes on where it stopped."""
     import torch
 
+    from thought_kernels.models.load import usable_device
     from thought_kernels.spectral.toy.sweeps import changed, estimate, models_that_fit
     from thought_kernels.spectral.toy.sweeps import sweep as run_sweep
 
@@ -47,7 +48,7 @@ def sweep(
     torch.set_float32_matmul_precision(matmul_precision)
     given = options.pairs({"steps": steps, "batch": batch, "checkpoints": checkpoints})
     plan = changed(PRESETS[preset], **given)
-    place = _device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    place = usable_device("sweep", device or ("cuda" if torch.cuda.is_available() else "cpu"))
     at_once = models_at_once or models_that_fit(plan, place)
     need = estimate(plan, at_once)
     options.out.print(
@@ -104,18 +105,6 @@ def geometries(
             options.out.print(f"n = {n}, m = {m}, S = {S}: {counts}", soft_wrap=True)
         progress(len(SETTINGS), len(SETTINGS), "")
     _print_paths([output])
-
-
-def _device(name: str) -> Any:
-    import torch
-
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"sweep: device must be one that torch can use here, got {name!r}; {reason}") from error
-    return device
 
 
 def _print_paths(paths: Any) -> None:

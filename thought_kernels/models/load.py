@@ -45,12 +45,7 @@ def load(
     """
     if dtype not in DTYPES:
         raise ValueError(f"load: dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
-    try:
-        place = torch.device(device)
-        torch.empty(0, device=place)
-    except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"load: device must be one that torch can use here, got {str(device)!r}; {reason}") from error
+    place = usable_device("load", device)
     name, local = _place(model)
     try:
         import transformers
@@ -91,6 +86,23 @@ def _place(model: str | os.PathLike[str]) -> tuple[str, bool]:
     if looks_like_path or path.exists() or not name:
         raise ValueError(f"load: model must be a folder or a hub id, got {name!r}, where no folder is")
     return name, False
+
+
+def usable_device(function: str, device: torch.device | str) -> torch.device:
+    """The device, after a number has been written to it and read back.
+
+    Raises:
+        ValueError: one that is not here, or, as "meta", holds no numbers; `function` opens the sentence.
+    """
+    try:
+        place = torch.device(device)
+        torch.zeros(1, device=place).item()
+    except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
+        reason = str(error).splitlines()[0]
+        raise ValueError(
+            f"{function}: device must be one that torch can use here, got {str(device)!r}; {reason}"
+        ) from error
+    return place
 
 
 def _read(wanted: str, name: str, kind: Any, **options: Any) -> Any:
