@@ -74,7 +74,8 @@ bench: setup
 
 # Every experiment of docs/experiments.md, and how interference is foretold; then their tables and figures.
 # Every number that the README and docs/ show, all but weightwatcher's (its script says how to install that beside it):
-# hours on two cores. Rows that stand in recipes*.csv are kept; delete these files to measure them again.
+# hours on two cores. Rows that stand in recipes*.csv, interference.csv and
+# toy_geometries.csv are kept; delete these files to measure them again.
 figures: setup bench experiments
 	$(PY) benchmarks/bench_transmute.py --model 1b --prefix 32 --no-memory \
 		--providers layerwise,cached,floor,strong,onednn,two_pass,sequential
@@ -82,6 +83,7 @@ figures: setup bench experiments
 	for model in thought_kernels/demo/checkpoint benchmarks/models/small benchmarks/models/longer; do \
 		$(PY) benchmarks/recipes.py --seeds 0 --model $$model && \
 		$(PY) benchmarks/recipes.py --final --model $$model || exit 1; done
+	PATH="$$(cd $(VENV)/bin && pwd):$$PATH" benchmarks/recipe_trials.sh
 	$(PY) benchmarks/baselines.py
 	$(VENV)/bin/thought-kernels toy geometries --output benchmarks/results/toy_geometries.csv
 	@set -e; for preset in reduced reduced-nonuniform; do \
