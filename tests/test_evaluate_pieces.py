@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-import sys
+import os
 from typing import Any
 
 import numpy as np
@@ -313,5 +313,5 @@ def test_a_span_knows_the_peaks_of_spans_within_it() -> None:
         with MemoryPeak(device) as small:
             torch.ones(1)
     assert whole.host_mib >= large.host_mib
-    if sys.platform == "linux":
+    if os.access("/proc/self/clear_refs", os.W_OK):  # else peaks are those since the process started
         assert small.host_mib < large.host_mib - 32
