@@ -7,4 +7,6 @@ for model in thought_kernels/demo/checkpoint benchmarks/models/small benchmarks/
         --output benchmarks/results/recipes_trials.csv --recipes default affine \
         "affine in block 0's attention only" "centred in block 0's attention" "ridge 0.1 in block 0's attention" \
         "ridge 1.0 in block 0's attention" "no attention patch in block 0"
+    python benchmarks/recipes.py --model "$model" --seeds 0 --output benchmarks/results/recipes_trials.csv \
+        --recipes default "centred in block 0's attention" "ridge 0.1 in block 0's attention"
 done
