@@ -97,7 +97,9 @@ def recipes(blocks: int) -> Iterator[tuple[str, Options]]:
     yield "no attention patch in block 0", in_first_attention("ridge", 1e6)
     yield "attention alone", {"sites": ("attention",)}
     yield "attention, mlp and residual", {"sites": ("attention", "mlp", "residual")}
+    yield "mlp alone", {"sites": ("mlp",)}
     yield "mlp and residual", {"sites": ("mlp", "residual")}
+    yield "mean, automatic scale", {"estimator": "mean", "scale": "auto", "substitutions": 8}
     yield "layerwise", {"pairing": "layerwise"}
     yield "two_pass", {"pairing": "two_pass"}
     yield "norm", {"normalization": "norm"}

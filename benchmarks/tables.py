@@ -20,12 +20,20 @@ from typing import Any
 from cpu_tables import CPU_TABLES
 from experiment_tables import EXPERIMENTS
 from markdown_table import markdown
+from recipe_tables import RECIPES
 
 from thought_kernels.evaluate.files import write_text
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-DOCUMENTS = ("README.md", "docs/theory.md", "docs/toy_models.md", "docs/experiments.md", "docs/spectral_models.md")
+DOCUMENTS = (
+    "README.md",
+    "docs/recipes.md",
+    "docs/theory.md",
+    "docs/toy_models.md",
+    "docs/experiments.md",
+    "docs/spectral_models.md",
+)
 
 
 def demo() -> str:
@@ -49,6 +57,7 @@ def demo() -> str:
 
 TABLES: dict[str, Callable[[], str]] = {
     "demo": demo,
+    **RECIPES,
     **CPU_TABLES,
     **EXPERIMENTS,
 }
