@@ -211,10 +211,11 @@ void run(Arguments& call, Instructions instructions) {
     const int64_t rows = call.activation.size(0), d_out = delta.columns, d_in = activation.columns;
     const int64_t row_bytes = std::max<int64_t>(1, 2 * (2 * d_in + d_out) * sizeof(T));  // of both blocks
     // Few rows are enough for a block, and stay in cache, where cross and gram need not change after each of them. Not
-    // a question of the tiles, which depend on the threads: the order of additions must not.
+    // a question of the tiles, which depend on the threads: the order of additions must not. A few hundred rows are one
+    // block anyway, and need no memory for sums.
     const int64_t sum_bytes = d_in * (d_out + (call.gram ? d_in : 0)) * static_cast<int64_t>(sizeof(T));
-    const bool keep = rows > kDepth && sum_bytes <= kSumBytes;
     const int64_t affordable = std::clamp(kScratchBytes / row_bytes / kDepth * kDepth, kDepth, kMaxRows);
+    const bool keep = rows > 3 * kDepth && sum_bytes <= kSumBytes;
     const int64_t size = std::min(rows, keep ? kDepth : affordable);
     const int64_t depth = std::min(kDepth, round_up(size, kRowsPerTask));
     const std::vector<Tile> tiles = plan_tiles(kernels, d_out, d_in, call.gram.has_value());
