@@ -319,6 +319,14 @@ def test_the_model_inside_a_wrapper_is_described() -> None:
     expected = hf_logits(wrapped, ids)
     assert relative_error(describe(torch.compile(wrapped)).forward(ids), expected) <= FORWARD
     assert relative_error(hf_logits(tiny_gemma3(), ids), expected) > 1e-2  # the adapter takes part
+    assert describe(wrapped.base_model).model is model  # the tuner
+    mixed = peft.get_peft_model(tiny_gemma3(), lora, mixed=True)
+    assert describe(mixed).model is mixed.base_model.model
+
+    class Own(peft.PeftModelForCausalLM):
+        pass
+
+    assert describe(Own(inside := tiny_gemma3(), lora)).model is inside
     learned = peft.get_peft_model(tiny_gemma3(), peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
     with pytest.raises(ValueError, match="describe: model must read its prompt only, got PeftModelForCausalLM"):
         describe(learned)

@@ -83,12 +83,13 @@ def _unwrapped(model: Any) -> Any:
     while True:
         if hasattr(model, "_orig_mod"):
             model = model._orig_mod
-        elif type(model).__module__.startswith("peft."):
+        elif any(kind.__module__.startswith("peft.") for kind in type(model).__mro__):
             if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
                 raise ValueError(
                     f"describe: model must read its prompt only, got {type(model).__name__} with learned tokens before "
                     "it; an instruction cannot be told from those"
                 )
-            model = model.get_base_model()
+            # Mixed models and bare tuners, which have no such method, hand the name on to the model inside.
+            model = model.get_base_model() if hasattr(model, "get_base_model") else model.model
         else:
             return model
