@@ -68,10 +68,11 @@ class AppliedPatch:
 def _forget_compiled() -> None:
     """Makes torch.compile look at modules again: its graphs do not notice that hooks came or went.
 
-    Nothing says which compiled functions hold a module, so all of them are compiled anew at their next call.
+    Nothing says which compiled functions hold a module, so all of them are compiled anew at their next call. Only their
+    code is dropped: torch.compiler.reset would also drop CUDA graphs, callbacks and what exported graphs refer to.
     """
     if "torch._dynamo" in sys.modules:  # else nothing was compiled, and importing it takes seconds
-        torch.compiler.reset()
+        torch._dynamo.reset_code_caches()
 
 
 class _Change:
