@@ -153,6 +153,23 @@ def test_a_compiled_model_s_modules_have_their_own_names(tmp_path: Path) -> None
     assert patch.export_peft(tmp_path, torch.compile(model)).ranks == patch.export_peft(tmp_path, model).ranks
 
 
+def test_dropout_and_autocast_are_no_part_of_an_adapter_s_weights(tmp_path: Path) -> None:
+    lora = peft.LoraConfig(r=2, target_modules=["o_proj"], lora_dropout=0.5, init_lora_weights=False)
+    model, patch = peft.get_peft_model(tiny_gemma3(), lora), matrix_patch()
+
+    def exported() -> dict[str, Tensor]:
+        patch.export_peft(tmp_path, model)
+        return load_file(tmp_path / WEIGHT_FILE)
+
+    model.eval()
+    expected = exported()
+    model.train()
+    with torch.autocast("cpu", torch.bfloat16):
+        found = exported()
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    assert model.training
+
+
 def test_gate_and_up_share_their_input_side(tmp_path: Path) -> None:
     matrix_patch().export_peft(tmp_path, tiny_gemma3())
     tensors = load_file(tmp_path / WEIGHT_FILE)

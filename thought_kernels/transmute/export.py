@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from thought_kernels.models import describe, in_memory
+from thought_kernels.models.undisturbed import undisturbed
 from thought_kernels.transmute.apply import targets
 from thought_kernels.transmute.site import SitePatch, is_finite
 from thought_kernels.transmute.storage import replace_files
@@ -239,7 +240,8 @@ def _times_weight(module: nn.Module, columns: Tensor, dtype: torch.dtype) -> Ten
         return torch.cat(rows)
     device = next(module.parameters()).device
     inputs = columns.T.to(device, dtype)
-    return (module(inputs) - module(torch.zeros_like(inputs[:1]))).T.double()
+    with undisturbed(module):
+        return (module(inputs) - module(torch.zeros_like(inputs[:1]))).T.double()
 
 
 def _named(
