@@ -288,6 +288,13 @@ def test_a_prefix_does_not_see_its_neighbours() -> None:
     assert torch.equal(shared(arguments), alone)
 
 
+def test_joined_prefixes_of_rows_that_are_no_multiple_of_16_bytes() -> None:
+    arguments = shared_inputs([0, 1], (5, 3), 4, 2, 6, 20, torch.float16)
+    for name in ("key", "value"):  # these rows are aligned, and those of the joined prefixes are not
+        arguments[name] = torch.nn.functional.pad(arguments[name], (0, 4))[..., :20]
+    assert_output_matches(arguments)
+
+
 @pytest.mark.parametrize("backend", NORMS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("size", [1.0, 1e-6])

@@ -42,7 +42,8 @@ def plan(query: torch.Tensor, key: torch.Tensor, *others: torch.Tensor) -> Plan:
         capability = torch.cuda.get_device_capability(query.device)
         processors = torch.cuda.get_device_properties(query.device).multi_processor_count
         shared = triton.runtime.driver.active.utils.get_device_properties(query.device.index or 0)["max_shared_mem"]
-    descriptors = capability >= (9, 0) and all(map(describable, (key, *others)))
+    whole = query.shape[3] * query.element_size() % 16 == 0  # else rows of prefixes that are joined are not aligned
+    descriptors = capability >= (9, 0) and whole and all(map(describable, (key, *others)))
     rows = query.shape[2] * (query.shape[1] // key.shape[1])
     return choose_tiles(
         query.dtype, query.shape[3], rows, groups=query.shape[0] * key.shape[1], processors=processors,
