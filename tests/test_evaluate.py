@@ -128,6 +128,14 @@ def test_what_has_no_spectrum_is_said_to_have_none(model: Any) -> None:
     assert any("Predicting interference needs" in note for note in matrices.notes)
 
 
+def test_a_compiled_model_is_evaluated_by_the_model_inside(model: Any) -> None:
+    """Compiled code does not notice the hooks by which vectors steer, and would call every such rival useless."""
+    patch, compiled = random_patch(layers=[1], sites=["mlp"]), torch.compile(model, backend="eager")
+    given = {"held_out": HELD_OUT, "instruction": "Sum", "sections": "effect", **SETTINGS}
+    found = tk.evaluate(compiled, TOKENIZER, patch, **given)
+    assert found.settings["model"] == type(model).__name__ != type(compiled).__name__
+
+
 class Page(HTMLParser):
     """Collects what a page refers to and what it holds."""
 

@@ -42,7 +42,8 @@ def read_subject(
             raise ValueError(f"evaluate: {name} must be at least {least}, got {value}")
     if isinstance(seed, bool) or not isinstance(seed, int):
         raise TypeError(f"evaluate: seed must be an integer, got {seed!r}")
-    describe(model)  # an unknown architecture is refused now
+    # An unknown architecture is refused now. A compiled wrapper would not notice the hooks of steering and moments.
+    model = describe(model).model
     patch = patch_or_instruction if isinstance(patch_or_instruction, ThoughtPatch) else None
     if patch is not None:
         targets("evaluate", patch, model)  # one of another model is refused now, not by every section
