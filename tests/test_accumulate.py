@@ -326,7 +326,7 @@ def test_repeats_bit_for_bit_and_gram_stays_symmetric(place):
 
 
 def test_bits_do_not_depend_on_the_number_of_threads():
-    call, threads, runs = random_call(rows=(500,), d_out=350, d_in=330), torch.get_num_threads(), []
+    call, threads, runs = random_call(rows=(700,), d_out=350, d_in=330), torch.get_num_threads(), []
     try:
         for count in (1, 2, 3):
             torch.set_num_threads(count)
