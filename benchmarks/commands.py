@@ -39,8 +39,8 @@ def bench(name: str, arguments: list[str]) -> None:
 
 def main() -> None:
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
-    bench("demo", ["demo", "--json", str(DEMO)])
     with tempfile.TemporaryDirectory() as folder:
+        bench("demo", ["demo", "--json", str(DEMO), "--output", str(Path(folder, "demo.png"))])
         bench("evaluate", ["evaluate", "--task", "multiply", "--output", folder])
 
 

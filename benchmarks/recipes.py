@@ -72,6 +72,11 @@ def in_first_attention(estimator: str, epsilon: float) -> Options:
     }
 
 
+def at_sites(at_attention: float, at_mlp: float) -> Options:
+    """The default recipe with an ε for each site."""
+    return {"places": lambda _, site: ("ridge", at_attention if site == "attention" else at_mlp)}
+
+
 def recipes(blocks: int) -> Iterator[tuple[str, Options]]:
     """The default and changes to it; "no copies" and the rows after it have the ridge that is best without copies."""
     ridge: Options = {"estimator": "ridge", "ridge": 0.01, "substitutions": 8}
@@ -90,6 +95,8 @@ def recipes(blocks: int) -> Iterator[tuple[str, Options]]:
         "affine at attention only",
         {"places": lambda _, site: ("affine", 0.1) if site == "attention" else ("ridge", 0.01)},
     )
+    for at_attention, at_mlp in ((0.03, 0.01), (0.03, 0.003), (0.1, 0.003), (0.01, 0.03)):
+        yield f"ridge {at_attention} at attention, {at_mlp} at mlp", at_sites(at_attention, at_mlp)
     yield "affine in block 0's attention only", in_first_attention("affine", 0.1)
     yield "centred in block 0's attention", in_first_attention("centred", 0.1)
     for epsilon in (0.1, 1.0):

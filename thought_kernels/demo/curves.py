@@ -14,7 +14,7 @@ from thought_kernels.models import describe
 
 CURVES = ("sum", "multiply")
 VALIDATION = "largest"  # c1 is chosen on this instruction, and reported on the others
-CURVE_INPUTS = 96
+CURVE_INPUTS = 64
 
 
 @dataclass(frozen=True)
