@@ -381,3 +381,11 @@ def test_any_shapes_strides_and_holes(
     if strides == "repeated" and weighted and call.delta.isnan().any():
         call = call._replace(delta=call.delta.nan_to_num())
     assert_right(call, place, FLOAT64 if wide else FLOAT32)
+
+
+def test_the_operator_itself_takes_no_rows():
+    cross = torch.ones(3, 5)
+    torch.ops.thought_kernels.accumulate_cpp(
+        cross, torch.empty(0, 3), torch.empty(0, 5), False, None, 0, 1.0, None, None, None, None, None
+    )
+    assert torch.equal(cross, torch.ones(3, 5))

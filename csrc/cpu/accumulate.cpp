@@ -289,6 +289,7 @@ void accumulate(at::Tensor cross, const at::Tensor& delta, const at::Tensor& act
     check_dtype(kName, "delta_sum", delta_sum, dtype);
     check_dtype(kName, "activation_sum", activation_sum, dtype);
     check_dtype(kName, "moments", moments, at::kDouble);
+    if (rows == 0) return;
 
     at::AutoDispatchBelowADInplaceOrView no_autograd;
     Arguments call{cross,       delta, activation, pair,           weights, normalization,
