@@ -112,7 +112,7 @@ def runs() -> str:
         if any(len(cell) > 1 for cell in cells):
             raise SystemExit(f"tables: several rows are of {provider!r} at one shape, not one")
         lines.append((text, *(f"{float(cell[0]['ratio']):.2f}" if cell else "–" for cell in cells)))
-    return markdown(("time, `layerwise` = 1", *shapes), lines)
+    return markdown(("times as long as `layerwise` takes", *shapes), lines)
 
 
 def both(ratios: Sequence[float], text: str) -> str:

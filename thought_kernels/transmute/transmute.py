@@ -203,7 +203,8 @@ def _sites(sites: Iterable[str]) -> frozenset[str]:
 
 def _scales(scale: float | Mapping[str, float] | str, sites: frozenset[str]) -> dict[str, float]:
     if not isinstance(scale, Mapping):
-        return dict.fromkeys(sites, _number("scale", scale))
+        number = _number("scale", scale)
+        return {site: number for site in SITES if site in sites}  # in one order, and so the patch's file
     if not sites <= set(scale) or not set(scale) <= set(SITES):
         raise ValueError(f"transmute: scale must have one entry for each of {sorted(sites)}, got {sorted(scale)}")
     return {site: _number("scale", value) for site, value in scale.items()}
