@@ -139,7 +139,11 @@ class Block:
         """
         cos, sin = cos.to(t.device).unsqueeze(1), sin.to(t.device).unsqueeze(1)
         first, second = t.chunk(2, dim=-1)
-        return t * cos + torch.cat((-second, first), dim=-1) * sin
+        out = t * cos
+        half = first.shape[-1]
+        out[..., :half] -= second * sin[..., :half]  # in place, since queries are among a block's widest activations
+        out[..., half:] += first * sin[..., half:]
+        return out
 
     @torch.no_grad()
     def attention_residual(self, x: Tensor, o: Tensor) -> Tensor:
