@@ -72,7 +72,6 @@ wheel: setup
 bench: setup
 	@set -e; for script in benchmarks/bench_*.py; do echo "== $$script"; $(PY) $$script; done
 
-# Every experiment of docs/experiments.md, and how interference is foretold; then their tables and figures.
 # Every number that the README and docs/ show, all but weightwatcher's (its script says how to install that beside it):
 # hours on two cores. Rows that stand in recipes*.csv, interference.csv and
 # toy_geometries.csv are kept; delete these files to measure them again.
@@ -93,6 +92,7 @@ figures: setup bench experiments
 		cp build/toy-$$preset/clusters.csv benchmarks/results/toy_clusters$$name.csv; done
 	$(PY) benchmarks/tables.py
 
+# Every experiment of docs/experiments.md, and how interference is foretold; then their tables and figures.
 experiments: setup
 	$(PY) benchmarks/experiments.py
 	$(PY) benchmarks/interference.py

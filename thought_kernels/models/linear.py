@@ -1,8 +1,8 @@
 """Float32 products of linear modules on CPUs, by oneDNN instead of the BLAS that torch takes for them.
 
-torch hands float32 products to MKL, which on AMD processors uses half of the vector units' width: 190 GFLOP/s against
-oneDNN's 440 on two Zen 5 cores, weights of 640 x 2048 and 256 rows. oneDNN is part of torch; float64 it has not, and
-bfloat16 torch gives it already.
+torch hands float32 products to MKL, which on AMD processors uses half of the vector units' width: oneDNN takes less
+than half of its time there (benchmarks/bench_linear.py). It is part of torch; float64 it has not, and bfloat16 torch
+gives it already.
 """
 
 from __future__ import annotations
