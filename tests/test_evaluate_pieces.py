@@ -312,6 +312,11 @@ def test_a_span_knows_the_peaks_of_spans_within_it() -> None:
             torch.ones(64 << 18)  # 64 MiB, freed at once
         with MemoryPeak(device) as small:
             torch.ones(1)
+    with MemoryPeak(device) as own:
+        torch.ones(64 << 18)  # before the span within it, which starts the mark anew
+        with MemoryPeak(device) as later:
+            torch.ones(1)
     assert whole.host_mib >= large.host_mib
     if os.access("/proc/self/clear_refs", os.W_OK):  # else peaks are those since the process started
         assert small.host_mib < large.host_mib - 32
+        assert later.host_mib < own.host_mib - 32
