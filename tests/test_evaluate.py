@@ -17,6 +17,7 @@ from models import tiny_gemma3, tiny_tokenizer
 from patches import hooks, random_patch, same_bits, weights
 
 import thought_kernels as tk
+from thought_kernels.demo import CHECKPOINT
 from thought_kernels.evaluate import evaluate as package_module  # noqa: F401  the function's own module
 from thought_kernels.evaluate import sections as registry
 from thought_kernels.evaluate.plots import PLOTS
@@ -202,7 +203,7 @@ def test_finished_sections_are_not_measured_again(model: Any, tmp_path: Path, mo
 
     (tmp_path / "sections" / "scale.json").write_text("{")  # a damaged one is measured again, and here fails
     failed = tk.evaluate(model, TOKENIZER, "Sum <them> & say", EXAMPLES, **arguments)
-    assert failed.sections["scale"].error == "RuntimeError: no luck"
+    assert (failed.sections["scale"].error, failed.sections["scale"].status) == ("RuntimeError: no luck", "failed")
     assert failed.sections["scale"].get("patched", "accuracy") is not None  # what it had measured is kept
     assert "This section did not finish: RuntimeError: no luck" in (tmp_path / "evaluation.html").read_text()
     assert repr(failed.sections["replay"]) == repr(found.sections["replay"])
@@ -219,7 +220,8 @@ def test_a_patch_alone_is_measured_as_far_as_it_goes(model: Any) -> None:
     patch = random_patch(size=0.05, provenance={"instruction": "Sum them"})
     found = tk.evaluate(model, TOKENIZER, patch, held_out=HELD_OUT, **SETTINGS)
     failed = {name for name, section in found.sections.items() if section.error}
-    assert failed == {"baselines", "data"}
+    assert failed == {"baselines", "data"} == {n for n, section in found.sections.items() if section.status != "done"}
+    assert found.to_dict()["sections"]["data"]["status"] == found.sections["baselines"].status == "left out"
     assert "examples must be at least 2 for the baselines, got 0" in (found.sections["baselines"].error or "")
     parts = found.sections["controls"].subjects("recovered")
     assert {"matrix only", "vector only", "mlp site only"} <= set(parts) and "shuffled δ" not in parts
@@ -258,6 +260,12 @@ def test_a_scorer_that_raises_costs_accuracies_only(model: Any) -> None:
         ({"answers": ["1"]}, "answers must be one per input of held_out, got 1 for 5"),
         ({"sections": ["efect"]}, "sections must be 'all' or among patch, effect.*got .'efect'"),
         ({"recipe": {"rigde": 1}}, "recipe must have options of transmute, got rigde"),
+        ({"recipe": {"estimator": "rigde"}}, "recipe must have options that transmute takes, got .*; .* one of mean"),
+        ({"recipe": {"ridge": -1}}, "recipe must have options .*; solve: ridge must be finite and positive, got -1"),
+        ({"recipe": {"substitutions": -1}}, "recipe must have options .*; .*substitutions must be at least 0, got -1"),
+        ({"recipe": {"substitutes": [10**9]}}, "recipe must have options .*; .*substitutes must be ids below"),
+        ({"recipe": {"layers": [99]}}, "recipe must have options .*; .*layers must be distinct .* got .99.; give"),
+        ({"recipe": {"ridge": "auto", "estimator": "mean"}}, "recipe must have options .*; .*that estimator has no"),
         ({"sweep_inputs": 1}, "sweep_inputs must be at least 2, got 1"),
         ({"outside": {"held_out": ["1"]}}, "outside must have the keys examples and held_out"),
         ({"others": {"x": {"held_out": ["1", "2"]}}}, "must have the keys instruction and held_out"),
@@ -281,6 +289,10 @@ def test_an_output_that_cannot_be_made_and_a_recipe_that_is_none_are_refused(mod
         tk.evaluate(model, TOKENIZER, "Sum them", EXAMPLES, held_out=HELD_OUT, output=tmp_path / "file" / "new")
     with pytest.raises(TypeError, match="evaluate: recipe must be a dict of transmute's options, got int"):
         tk.evaluate(model, TOKENIZER, "Sum them", EXAMPLES, held_out=HELD_OUT, recipe=3)
+    with pytest.raises(TypeError, match="evaluate: recipe must have options .*; .*ridge must be a number or 'auto'"):
+        tk.evaluate(model, TOKENIZER, "Sum them", EXAMPLES, held_out=HELD_OUT, recipe={"ridge": "x"})
+    with pytest.raises(ValueError, match="evaluate: recipe must have options"):  # one with a patch is checked too
+        tk.evaluate(model, TOKENIZER, random_patch(), held_out=HELD_OUT, instruction="Sum", recipe={"tokens": "some"})
 
 
 def test_a_tokenizer_without_a_chat_template_is_refused(model: Any) -> None:
@@ -386,7 +398,9 @@ def test_a_model_of_another_width_is_evaluated_too(dtype: torch.dtype) -> None:
     assert {name: section.error for name, section in found.sections.items() if section.error} == {}
 
 
-def test_the_command_writes_a_report_and_refuses_with_a_sentence(tmp_path: Path) -> None:
+def test_the_command_writes_a_report_and_refuses_with_a_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from typer.testing import CliRunner
 
     from thought_kernels.cli import app
@@ -412,8 +426,24 @@ def test_the_command_writes_a_report_and_refuses_with_a_sentence(tmp_path: Path)
 
     recipe = ["--recipe", '{"ridge": -1}']
     done = run("--task", "reverse", "--sections", "effect", "--inputs", "2", *recipe, "--output", str(tmp_path / "bad"))
+    assert done.exit_code == 1 and "ridge must be finite and positive, got -1" in " ".join(done.output.split())
+    assert not (tmp_path / "bad").exists()
+
+    def broken(subject: Any, section: Section) -> None:
+        raise ValueError("evaluate: examples must be at least this good")
+
+    with monkeypatch.context() as patched:
+        kind = registry.SECTIONS["effect"]
+        patched.setitem(registry.SECTIONS, "effect", registry.SectionKind(kind.title, kind.reading, broken))
+        done = run("--task", "reverse", "--sections", "effect", "--inputs", "2", "--output", str(tmp_path / "failed"))
     assert done.exit_code == 1 and "section effect did not finish: " in " ".join(done.stderr.split())
-    assert (tmp_path / "bad" / "evaluation.html").is_file()
+    assert (tmp_path / "failed" / "evaluation.html").is_file()
+
+    saved, asked = tmp_path / "patch", ["--held-out", str(two), "--instruction", "Turn", "--sections", "baselines"]
+    width = json.loads((CHECKPOINT / "config.json").read_text())["hidden_size"]
+    random_patch(layers=[1], sites=["residual"], hidden=width).save_pretrained(saved)
+    done = run("--patch", str(saved), *asked, "--output", str(tmp_path / "bare"))
+    assert done.exit_code == 0 and "examples must be at least 2" in " ".join(done.stderr.split()), done.output
 
     one, empty = tmp_path / "one.jsonl", tmp_path / "empty.jsonl"
     one.write_text('"1 2 3"\n')

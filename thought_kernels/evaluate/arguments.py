@@ -53,9 +53,12 @@ def read_subject(
     measured = _inputs(held_out, answers, "held_out", inputs)
     fitted = _examples(examples, patch)
     known_pool = _pool(fitted, pool)
+    chosen = recipe_of(patch) if recipe is None and patch is not None else _recipe(recipe)
+    if recipe is not None:
+        _check_recipe(chosen, model, told, fitted or measured.questions)
     found = Subject(
         model=model, tokenizer=tokenizer, instruction=told, given_patch=patch,
-        recipe=_recipe(recipe, patch), examples=fitted, pool=known_pool, held_out=measured,
+        recipe=chosen, examples=fitted, pool=known_pool, held_out=measured,
         paraphrases=_texts("paraphrases", paraphrases), others=_others(others), outside=_outside(outside, inputs),
         longer=None if longer is None else _inputs(longer, None, "longer", inputs),
         unrelated=load_examples(list(ORDINARY_PROMPTS) if unrelated is None else unrelated)[:inputs],
@@ -140,15 +143,36 @@ def _pool(examples: list[Example], given: Any) -> list[Example]:
     return [*examples, *(one for one in more if str(one) not in held)]
 
 
-def _recipe(given: Mapping[str, Any] | None, patch: ThoughtPatch | None) -> dict[str, Any]:
+def _recipe(given: Mapping[str, Any] | None) -> dict[str, Any]:
     if given is not None and not isinstance(given, Mapping):
         raise TypeError(f"evaluate: recipe must be a dict of transmute's options, got {type(given).__name__}")
-    recipe = dict(given) if given is not None else recipe_of(patch) if patch is not None else {}
+    recipe = dict(given or {})
     known = set(inspect.signature(transmute).parameters) - NOT_RECIPE
     unknown = sorted(set(recipe) - known)
     if unknown:
         raise ValueError(f"evaluate: recipe must have options of transmute, got {', '.join(unknown)}")
     return recipe
+
+
+class _ReadError(Exception):
+    """transmute has come to the texts, so its options are good."""
+
+
+class _Unreadable:
+    """In a tokenizer's place."""
+
+    def __getattr__(self, name: str) -> Any:
+        raise _ReadError
+
+
+def _check_recipe(recipe: Mapping[str, Any], model: Any, told: Instruction, examples: list[Example]) -> None:
+    """Lets transmute check its options, which it does before it reads a text; nothing is run."""
+    try:
+        transmute(model, _Unreadable(), told, examples, **recipe)
+    except _ReadError:
+        pass
+    except (ValueError, TypeError) as error:
+        raise type(error)(f"evaluate: recipe must have options that transmute takes, got {recipe}; {error}") from error
 
 
 def _texts(name: str, given: Any) -> list[str]:

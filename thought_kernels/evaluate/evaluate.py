@@ -14,7 +14,7 @@ from thought_kernels.evaluate.memory import MemoryPeak
 from thought_kernels.evaluate.report import Evaluation, Section, output_folder
 from thought_kernels.evaluate.resume import Progress, fingerprint
 from thought_kernels.evaluate.sections import SECTIONS, chosen_sections
-from thought_kernels.evaluate.subject import Subject
+from thought_kernels.evaluate.subject import NotGivenError, Subject
 from thought_kernels.evaluate.verdict import verdict
 from thought_kernels.transmute.patch import ThoughtPatch
 from thought_kernels.transmute.prompt import Instruction
@@ -133,7 +133,7 @@ def evaluate(
 
 
 def run_section(subject: Subject, name: str) -> Section:
-    """One section, timed; what it raises becomes its error."""
+    """One section, timed; what it raises becomes its error and status."""
     section = Section(name, SECTIONS[name].title)
     before = len(subject.scorer.failures)
     started = time.monotonic()
@@ -142,6 +142,7 @@ def run_section(subject: Subject, name: str) -> Section:
             SECTIONS[name].run(subject, section)
         except Exception as error:  # a section must not take the others with it, whatever went wrong
             text = str(error).strip()
+            section.status = "left out" if isinstance(error, NotGivenError) else "failed"
             section.error = text if isinstance(error, ValueError) and text else f"{type(error).__name__}: {text}"
     section.seconds = time.monotonic() - started
     section.peak_memory_mib, section.device_memory_mib = peak.host_mib, peak.device_mib

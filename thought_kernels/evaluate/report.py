@@ -56,6 +56,7 @@ class Section:
         notes: sentences on how they were made.
         samples: rows of example answers, a dict of texts each.
         error: the sentence of what went wrong, if it did; figures are then those measured before.
+        status: "done", "failed", or "left out" where the error says what it needs and nobody gave.
         seconds: wall-clock time taken.
         peak_memory_mib: largest resident memory of the process while it ran, MiB; device_memory_mib the same on the
             model's accelerator, None on a CPU.
@@ -67,6 +68,7 @@ class Section:
     notes: list[str] = field(default_factory=list)
     samples: list[dict[str, str]] = field(default_factory=list)
     error: str | None = None
+    status: str = "done"
     seconds: float = 0.0
     peak_memory_mib: float | None = None
     device_memory_mib: float | None = None

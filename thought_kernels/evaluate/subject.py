@@ -65,6 +65,10 @@ class Outside:
     examples: list[Example] | None
 
 
+class NotGivenError(ValueError):
+    """A section needs data that the caller chose not to give, so leaving it out is no failure."""
+
+
 class Tolerant:
     """A scorer whose failure costs the accuracies it was asked for and nothing else; the sentences are kept."""
 
@@ -174,9 +178,9 @@ class Subject:
         )
 
     def need_examples(self, what: str, count: int = 2) -> None:
-        """Raises ValueError where there are too few examples for something."""
+        """Raises ValueError where there are too few examples for something, NotGivenError where there are none."""
         if len(self.examples) < count:
-            raise ValueError(
+            raise (ValueError if self.examples else NotGivenError)(
                 f"evaluate: examples must be at least {count} for the {what}, got {len(self.examples)}; "
                 "give the ones the patch was fitted on"
             )
