@@ -14,10 +14,13 @@ from typer.testing import CliRunner
 import thought_kernels as tk
 from thought_kernels.cli import app
 from thought_kernels.demo import CHECKPOINT
+from thought_kernels.models import describe
+from thought_kernels.transmute.batches import embed, group_examples
+from thought_kernels.transmute.fitting import Recipe, sums_of
 from thought_kernels.transmute.prompt import EncodedExample
 from thought_kernels.transmute.substitution import (
     COPIES_SHARE,
-    checked_substitutes,
+    resolved_substitutes,
     usual_copies,
     with_substitutions,
     word_tokens,
@@ -47,6 +50,79 @@ def test_copies_replace_what_varies_and_nothing_else() -> None:
         assert len(set(seen.values())) == len(seen)
     assert sum(copy.share for copy in found[3:7]) == pytest.approx(COPIES_SHARE)
     assert len({tuple(copy.tokens) for copy in found[3:7]}) == 4
+
+
+def test_random_vectors_stand_for_what_varies_and_nothing_else() -> None:
+    found = with_substitutions(EXAMPLES, 4, None, seed=0)
+    assert found[:3] == EXAMPLES and len(found) == 3 + 3 * 4
+    for index, copy in enumerate(found[3:]):
+        original = EXAMPLES[index // 4]
+        assert copy._replace(random=None, share=1.0) == original
+        assert copy.random is not None and list(copy.random.ids) == sorted(set(original.tokens) - {9, 10})
+    assert sum(copy.share for copy in found[3:7]) == pytest.approx(COPIES_SHARE)
+    assert len({copy.random for copy in found}) == 13  # and None
+    others = with_substitutions(EXAMPLES[::-1], 4, None, seed=0)
+    assert {copy.random for copy in found} == {copy.random for copy in others}
+    assert not {copy.random for copy in found[3:]} & {copy.random for copy in with_substitutions(EXAMPLES, 4, None, 1)}
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_a_random_vector_is_as_long_as_the_embedding_it_replaces_and_the_same_wherever_the_token_occurs(
+    dtype: torch.dtype,
+) -> None:
+    decoder = describe(tiny_gemma3(vocab_size=120, dtype=dtype))
+    copies = with_substitutions(EXAMPLES, 2, None, seed=0)
+    ((batch,),) = (group.batches for group in group_examples(copies, 16, "all", torch.float32))
+    plain, streams = decoder.embed(batch.tokens), embed(decoder, batch)
+    rtol = 1e-6 if dtype == torch.float64 else 2**-6  # directions are float32; a bf16 norm and product round
+    torch.testing.assert_close(streams.norm(dim=-1), plain.norm(dim=-1), rtol=rtol, atol=0)
+    seen = []
+    for row, random in enumerate(batch.random):
+        of_token: dict[int, torch.Tensor] = {}
+        for place, token in enumerate(batch.tokens[row].tolist()):
+            replaced = random is not None and token in random.ids and place < batch.lengths[row]
+            assert torch.equal(streams[row, place], plain[row, place]) != replaced
+            if replaced:
+                assert torch.equal(of_token.setdefault(token, streams[row, place]), streams[row, place])
+        seen += list(of_token.values())
+    directions = torch.nn.functional.normalize(torch.stack(seen).double(), dim=1)
+    overlaps = (directions @ directions.T)[torch.ones(len(seen), len(seen)).triu(1) == 1]
+    assert overlaps.abs().max() < 0.9 and overlaps.mean().abs() < 4 / (overlaps.numel() * directions.shape[1]) ** 0.5
+    for copy in copies:  # whatever else the batch holds
+        ((alone,),) = (group.batches for group in group_examples([copy], 16, "all", torch.float32))
+        count = len(copy.tokens)
+        rows = [tokens[:count].tolist() == copy.tokens for tokens in batch.tokens]
+        row = next(row for row, same in enumerate(rows) if same and batch.random[row] == copy.random)
+        assert torch.equal(embed(decoder, alone)[0], streams[row, :count])
+
+
+@torch.no_grad()
+def test_the_sums_are_those_of_whole_forwards_that_read_the_random_vectors() -> None:
+    """Transformers' own forwards over embeddings, with a hook; two_pass has δ and a from two such forwards."""
+    model = tiny_gemma3(vocab_size=120, dtype=torch.float64)
+    decoder = describe(model)
+    recipe = Recipe(
+        layers=frozenset({1}), sites=frozenset({"attention"}), pairing="two_pass", estimator="exact",
+        normalization="none", tokens="all", header_weight=0.0, batch_size=4, substitutions=2, seed=3,
+    )  # fmt: skip
+    sums = sums_of(decoder, recipe, EXAMPLES).sums(1, "attention")
+    assert sums is not None and sums.cross is not None and sums.gram is not None
+    seen: list[torch.Tensor] = []
+    projection = model.model.layers[1].self_attn.o_proj
+    hook = projection.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[0]))
+    cross, gram = torch.zeros_like(sums.cross), torch.zeros_like(sums.gram)
+    for example in with_substitutions(EXAMPLES, 2, None, seed=3):
+        ((batch,),) = (group.batches for group in group_examples([example], 1, "all", torch.float64))
+        count = len(example.tokens)
+        for prefix in (example.header + example.instruction, example.header):
+            whole = torch.cat([decoder.embed(torch.tensor([prefix])), embed(decoder, batch)], dim=1)
+            model(inputs_embeds=whole)
+        with_context, a = (x[0, -count:] for x in seen[-2:])
+        cross += example.share / count * (with_context - a).T @ a
+        gram += example.share / count * a.T @ a
+    hook.remove()
+    for ours, theirs in ((sums.cross, cross), (sums.gram, gram)):  # transformers' cosines and sines are float32
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6 * float(theirs.abs().max()))
 
 
 def test_what_opens_a_turn_stays_where_only_some_examples_have_several() -> None:
@@ -131,10 +207,12 @@ def test_substitutes_are_drawn_from_the_ids_given(tokenizer: Any) -> None:
         return found.matrix(0, "attention")
 
     words = word_tokens(tokenizer)
-    assert torch.equal(patch(), patch(substitutes=words))
-    assert not torch.equal(patch(), patch(substitutes=words[:20]))
-    assert not torch.equal(patch(), patch(seed=1))
-    assert torch.equal(patch(), patch(batch_size=32))
+    assert torch.equal(patch(substitutes="words"), patch(substitutes=words))
+    assert not torch.equal(patch(), patch(substitutes=words))
+    assert not torch.equal(patch(substitutes=words), patch(substitutes=words[:20]))
+    for substitutes in (None, words):
+        assert not torch.equal(patch(substitutes=substitutes), patch(substitutes=substitutes, seed=1))
+        assert torch.equal(patch(substitutes=substitutes), patch(substitutes=substitutes, batch_size=32))
 
 
 @pytest.mark.parametrize(
@@ -173,10 +251,11 @@ def test_the_words_are_those_of_a_processors_tokenizer(tokenizer: Any) -> None:
 
 
 def test_substitutes_are_any_integers_and_the_seed_is_one() -> None:
-    assert checked_substitutes(torch.arange(3, 6), 10) == [3, 4, 5]
-    for wrong in (3, ["word"], [1.5], [True]):
-        with pytest.raises(TypeError, match="transmute: substitutes must be token ids, got"):
-            checked_substitutes(wrong, 10)  # type: ignore[arg-type]
+    assert resolved_substitutes(torch.arange(3, 6), None, 10) == (3, 4, 5)
+    assert resolved_substitutes(None, None, 10) is None
+    for wrong in (3, ["word"], "word", [1.5], [True]):
+        with pytest.raises(TypeError, match="transmute: substitutes must be token ids, "):
+            resolved_substitutes(wrong, None, 10)  # type: ignore[arg-type]
     model = tiny_gemma3(0, layer_types=["full_attention"])
     for seed in (None, "0", True):
         with pytest.raises(TypeError, match="transmute: seed must be an integer, got"):

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from thought_kernels.cli import options
+from thought_kernels.transmute.substitution import WORDS
 from thought_kernels.transmute.transmute import transmute as run_transmute
 
 _DEFAULTS = {name: parameter.default for name, parameter in inspect.signature(run_transmute).parameters.items()}
@@ -62,7 +63,7 @@ def transmute(
     substitutions: Annotated[
         int | None,
         typer.Option(
-            help=_help("substitutions", "Copies of each example with other words.", "8, 0 with --estimator or --ridge")
+            help=_help("substitutions", "Copies of each example with strange words.", "8; 0 with --estimator, --ridge")
         ),
     ] = None,
     tokens: Annotated[str | None, typer.Option(help=_help("tokens", "Which tokens are summed, all or answer."))] = None,
@@ -70,8 +71,10 @@ def transmute(
         float | None, typer.Option(help=_help("header_weight", "Weight of the header's rows."))
     ] = None,
     substitutes: Annotated[
-        Path | None,
-        typer.Option(help=_help("substitutes", "Text file of words for the copies.", "the vocabulary")),
+        str | None,
+        typer.Option(
+            help=_help("substitutes", "What the copies hold: words, or a text file of words.", "random vectors")
+        ),
     ] = None,
     seed: Annotated[
         int | None, typer.Option(help=_help("seed", "Of the substitutes and of what auto holds back."))
@@ -106,10 +109,12 @@ def transmute(
         "batch_size": batch_size, "memory_budget": memory_budget, "max_new_tokens": max_new_tokens,
     })  # fmt: skip
     settings = _recipe(recipe, options.pairs({"c1": c1, "c2": c2, "steps": steps})) | given
-    words = None if substitutes is None else read_words(substitutes)
+    words = None if substitutes is None or substitutes == WORDS else read_words(Path(substitutes))
     loaded = [*(load_examples(examples) if examples is not None else []), *(example or [])]
     found, tokenizer = options.load_model(model, dtype, device, offline)
-    if words is not None:
+    if words is None:
+        settings |= options.pairs({"substitutes": substitutes})
+    else:
         ids = tokenizer(words, add_special_tokens=False)["input_ids"]
         settings["substitutes"] = sorted(set(ids) - set(tokenizer.all_special_ids))
     patch = run_transmute(
@@ -141,7 +146,7 @@ def _recipe(name: str, constants: dict[str, Any]) -> dict[str, Any]:
 def read_words(path: Path) -> str:
     """A text file's content."""
     if not path.is_file():
-        raise typer.BadParameter(f"--substitutes must be a text file, got {path}, where no file is")
+        raise typer.BadParameter(f"--substitutes must be {WORDS} or a text file, got {path}, where no file is")
     try:
         return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:

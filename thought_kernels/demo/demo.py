@@ -17,7 +17,6 @@ from thought_kernels.demo.tasks import RESERVED_FOR_FINAL_STUDY, TASKS, Task, he
 from thought_kernels.evaluate.trial import Trial
 from thought_kernels.transmute.prompt import encode
 from thought_kernels.transmute.replay import replay
-from thought_kernels.transmute.substitution import word_tokens
 from thought_kernels.transmute.transmute import transmute
 
 # What a patch must reach to stand for its instruction: shares of the prompted accuracy, and the recovered effect.
@@ -214,8 +213,7 @@ def _measure(
         model, tokenizer, task.instruction, far, [task.answer(x) for x in far], known=known,
         divergences=False, **options,
     )  # fmt: skip
-    words = word_tokens(tokenizer, without=[*far, *map(task.answer, far)])
-    with transmute(model, tokenizer, task.instruction, near, substitutes=words).applied(model):
+    with transmute(model, tokenizer, task.instruction, near).applied(model):
         patched_outside, _ = outside.answer(model)
 
     header, instruction, tokens, *_ = encode(

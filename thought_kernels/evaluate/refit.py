@@ -17,7 +17,7 @@ from thought_kernels.transmute.patch import ThoughtPatch
 from thought_kernels.transmute.prompt import EncodedExample
 from thought_kernels.transmute.run import Run
 from thought_kernels.transmute.site import SitePatch
-from thought_kernels.transmute.substitution import with_substitutions, word_tokens
+from thought_kernels.transmute.substitution import resolved_substitutes, with_substitutions
 
 # Solves one block's and site's sums; the site is told because it may scale.
 Solver = Callable[[Sums, str], SitePatch]
@@ -103,10 +103,8 @@ def _rows(subject: Subject, recipe: Mapping[str, Any]) -> list[EncodedExample]:
     copies = recipe.get("substitutions") or 0
     if not copies:
         return subject.encoded
-    substitutes = recipe.get("substitutes")
-    if substitutes is None:
-        vocabulary = subject.decoder.config.vocab_size
-        substitutes = [index for index in word_tokens(subject.tokenizer) if index < vocabulary]
+    vocabulary = subject.decoder.config.vocab_size
+    substitutes = resolved_substitutes(recipe.get("substitutes"), subject.tokenizer, vocabulary)
     return with_substitutions(subject.encoded, copies, substitutes, recipe.get("seed") or 0)
 
 

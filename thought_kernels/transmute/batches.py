@@ -10,7 +10,7 @@ from torch import Tensor
 
 from thought_kernels.models.decoder import Block, Decoder
 from thought_kernels.ops.shared_prefix_attention import shared_prefix_attention
-from thought_kernels.transmute.prompt import EncodedExample
+from thought_kernels.transmute.prompt import EncodedExample, RandomWords
 
 MAX_BATCH_TOKENS = 8192
 
@@ -25,12 +25,14 @@ class Batch:
         weights: w_i, share/n_e at the tokens of e that are summed and 0 elsewhere, [B, T]; the share of a user's
             example is 1 (theory §5).
         examples: each row's place in the user's list of examples, for messages.
+        random: each row's tokens that are read as random vectors, None where it has none.
     """
 
     tokens: Tensor
     lengths: Tensor
     weights: Tensor
     examples: tuple[int, ...]
+    random: tuple[RandomWords | None, ...]
 
 
 @dataclass(frozen=True)
@@ -94,8 +96,30 @@ def _batches(
             ids[row, :length] = torch.as_tensor(example.tokens)
             weights[row, first:length] = example.share / (length - first)
         lengths = torch.tensor([len(example.tokens) for _, example in rows])
-        yield Batch(ids, lengths, weights, tuple(number for number, _ in rows))
+        random = tuple(example.random for _, example in rows)
+        yield Batch(ids, lengths, weights, tuple(number for number, _ in rows), random)
         start = stop
+
+
+def embed(decoder: Decoder, batch: Batch) -> Tensor:
+    """The residual streams entering block 0, [B, T, d], with the batch's random vectors in their places.
+
+    A random vector has a direction drawn evenly from all, and the length of the embedding that it replaces: how far a
+    word can move the stream stays what it was. Its draw depends on the row's own seed only.
+    """
+    x = decoder.embed(batch.tokens)
+    for row, random in enumerate(batch.random):
+        if random is None:
+            continue
+        generator = torch.Generator().manual_seed(random.seed)
+        directions = torch.nn.functional.normalize(torch.randn(len(random.ids), x.shape[-1], generator=generator))
+        ids = torch.tensor(random.ids)
+        length = int(batch.lengths[row])
+        where = torch.isin(batch.tokens[row, :length], ids).nonzero()[:, 0]
+        vectors = directions[torch.searchsorted(ids, batch.tokens[row, where])].to(x)
+        where = where.to(x.device)
+        x[row, where] = vectors * x[row, where].norm(dim=-1, keepdim=True)
+    return x
 
 
 @dataclass(frozen=True)

@@ -37,7 +37,7 @@ class Recipe:
     batch_size: int
     memory_budget: int = MEMORY_BUDGET
     substitutions: int = 0
-    substitutes: Sequence[int] = ()
+    substitutes: Sequence[int] | None = None
     seed: int = 0
 
     @property

@@ -38,6 +38,18 @@ class Alignment(NamedTuple):
     e: list[int]
 
 
+class RandomWords(NamedTuple):
+    """Tokens that are read as random vectors, the same vector wherever one occurs.
+
+    Attributes:
+        ids: of the tokens, ascending.
+        seed: of their directions; their lengths are those of the embeddings that they replace.
+    """
+
+    ids: tuple[int, ...]
+    seed: int
+
+
 class EncodedExample(NamedTuple):
     """An aligned example.
 
@@ -48,6 +60,7 @@ class EncodedExample(NamedTuple):
         answer_start: index in `tokens` of the completion's first token; len(tokens) without a completion.
         number: place in the user's list of examples, 0-based, for messages; None if unknown.
         share: total weight of its tokens; an example of the user's has 1.
+        random: which of the tokens are read as random vectors, None for none.
     """
 
     header: list[int]
@@ -56,6 +69,7 @@ class EncodedExample(NamedTuple):
     answer_start: int
     number: int | None = None
     share: float = 1.0
+    random: RandomWords | None = None
 
 
 class ExplainedToken(NamedTuple):

@@ -1,12 +1,16 @@
-"""Copies of the examples with other words in place of theirs, so that a patch learns the instruction, not the words.
+"""Copies of the examples with strange words in place of theirs, so that a patch learns the instruction, not the words.
 
 A few examples hold a few symbols or words, and a patch fitted to them answers to these: on inputs of other words its
 matrices meet directions of activation space in which nothing told them what to do. Here the model itself fills them in.
-In every copy of an example each token that varies between examples is replaced by another one, the same wherever it
+In every copy of an example each token that varies between examples is read as another one, the same wherever it
 occurs in the copy, in the completion too; tokens that all examples share, the chat's turns and the answer's form, stay.
 The prompted model reads the copy, and its activations with and without the instruction are rows like any others. No
 label is needed, and it does not matter that a copy's answer may be wrong: what is fitted is the change that the
 instruction makes, not the answer.
+
+The strange words are random vectors of embedding space rather than words of the vocabulary, unless these are asked for:
+a model attends to words as to words and not as to numbers, and words share directions, while random vectors leave no
+direction out and prefer none (docs/recipes.md has both).
 """
 
 from __future__ import annotations
@@ -16,8 +20,9 @@ import random
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from thought_kernels.transmute.prompt import EncodedExample, text_tokenizer
+from thought_kernels.transmute.prompt import EncodedExample, RandomWords, text_tokenizer
 
+WORDS = "words"
 # Many examples are diverse by themselves: all copies together are not many more than MOST_COPIES.
 SUBSTITUTIONS, MOST_COPIES = 8, 512
 # What all copies of an example weigh together, the example itself weighing 1.
@@ -42,18 +47,26 @@ def word_tokens(tokenizer: Any, *, without: Iterable[str] = ()) -> list[int]:
     """
     tokenizer = text_tokenizer(tokenizer)
     special = set(tokenizer.all_special_ids)
-    known = {index for text in without for index in tokenizer(text, add_special_tokens=False)["input_ids"]}
-    met = {text.strip() for text in tokenizer.batch_decode([[index] for index in sorted(known)])} if known else set()
     ids = [index for index in range(len(tokenizer)) if index not in special]
-    texts = tokenizer.batch_decode([[index] for index in ids])
-    found = [(index, text.strip()) for index, text in zip(ids, texts, strict=True)]
-    words = [(index, text) for index, text in found if text.isalpha() and len(text) >= _SHORTEST_WORD]
-    words = words if len(words) >= _FEWEST_WORDS else found
-    return [index for index, text in words if text not in met]
+    found = list(zip(ids, _texts(tokenizer, ids), strict=True))
+    words = [index for index, text in found if text.isalpha() and len(text) >= _SHORTEST_WORD]
+    return without_words_of(tokenizer, words if len(words) >= _FEWEST_WORDS else ids, without)
+
+
+def without_words_of(tokenizer: Any, ids: Iterable[int], texts: Iterable[str]) -> list[int]:
+    """The ids but those of the texts' tokens, and of the same words with or without a space before them."""
+    tokenizer, ids = text_tokenizer(tokenizer), list(ids)
+    met = {index for text in texts for index in tokenizer(text, add_special_tokens=False)["input_ids"]}
+    words = set(_texts(tokenizer, sorted(met)))
+    return [index for index, word in zip(ids, _texts(tokenizer, ids), strict=True) if word not in words]
+
+
+def _texts(tokenizer: Any, ids: list[int]) -> list[str]:
+    return [text.strip() for text in tokenizer.batch_decode([[index] for index in ids])] if ids else []
 
 
 def with_substitutions(
-    examples: Sequence[EncodedExample], copies: int, substitutes: Sequence[int], seed: int
+    examples: Sequence[EncodedExample], copies: int, substitutes: Sequence[int] | None, seed: int
 ) -> list[EncodedExample]:
     """The examples, followed by copies of each with other tokens in place of those that vary between examples.
 
@@ -63,43 +76,64 @@ def with_substitutions(
     Args:
         examples: aligned examples.
         copies: of each example; 0 for none.
-        substitutes: token ids to draw from; those that all examples share, or that a header holds ("user"), are not
-            drawn. Two tokens of a copy get the same substitute only where there are fewer of them than of its tokens.
+        substitutes: None for random vectors, which the copies' `random` describes, or token ids to draw from; those
+            that all examples share, or that a header holds ("user"), are not drawn. Two tokens of a copy get the same
+            substitute only where there are fewer of them than of its tokens.
         seed: of the draw.
 
     Returns:
         EncodedExamples. The originals keep their share; the copies of one share COPIES_SHARE times its own.
     """
     shared = set.intersection(*(set(example.tokens) for example in examples))
-    pool = sorted(set(substitutes) - shared)
+    pool = None if substitutes is None else sorted(set(substitutes) - shared)
     opening = set().union(*(example.header for example in examples))
-    allowed = [token for token in pool if token not in opening]
     found = list(examples)
     for example in examples:
         # H opens a turn: in examples of several turns its tokens are the chat's, though other examples lack them.
         varying = sorted(set(example.tokens) - shared - set(example.header))
-        if not varying or not allowed:
-            continue
-        for number in range(copies):
+        for number in range(copies if varying else 0):
             rng = random.Random(f"{seed} {number} {example.tokens}")
-            enough = len(varying) <= len(pool)
-            drawn = rng.sample(pool, len(varying)) if enough else rng.choices(pool, k=len(varying))
-            for index, token in enumerate(drawn):
-                if token in opening:  # drawn anew by itself, which leaves the other draws as they are
-                    drawn[index] = rng.choice([other for other in allowed if other not in drawn] or allowed)
-            new = dict(zip(varying, drawn, strict=True))
-            tokens = [new.get(token, token) for token in example.tokens]
-            found.append(example._replace(tokens=tokens, share=example.share * COPIES_SHARE / copies))
+            copy = example._replace(share=example.share * COPIES_SHARE / copies)
+            if pool is None:
+                found.append(copy._replace(random=RandomWords(tuple(varying), rng.getrandbits(63))))
+            elif drawn := _drawn(rng, len(varying), pool, opening):
+                new = dict(zip(varying, drawn, strict=True))
+                found.append(copy._replace(tokens=[new.get(token, token) for token in example.tokens]))
     return found
 
 
-def checked_substitutes(substitutes: Iterable[int], vocabulary: int) -> list[int]:
-    """The ids as a list; raises unless each is one of the model's."""
+def _drawn(rng: random.Random, count: int, pool: list[int], opening: set[int]) -> list[int]:
+    """So many tokens of the pool, none of them an opening one; none at all where the pool has no other."""
+    allowed = [token for token in pool if token not in opening]
+    if not allowed:
+        return []
+    drawn = rng.sample(pool, count) if count <= len(pool) else rng.choices(pool, k=count)
+    for index, token in enumerate(drawn):
+        if token in opening:  # drawn anew by itself, which leaves the other draws as they are
+            drawn[index] = rng.choice([other for other in allowed if other not in drawn] or allowed)
+    return drawn
+
+
+def resolved_substitutes(
+    substitutes: Iterable[int] | str | None, tokenizer: Any, vocabulary: int
+) -> tuple[int, ...] | None:
+    """What with_substitutions takes, of what transmute was given: None, "words" or token ids below `vocabulary`.
+
+    Raises:
+        ValueError: an id that the model does not have.
+        TypeError: anything else.
+    """
+    if substitutes is None:
+        return None
+    if isinstance(substitutes, str) and substitutes == WORDS:
+        return tuple(index for index in word_tokens(tokenizer) if index < vocabulary)
     try:
-        given = list(substitutes)
-        ids = [operator.index(index) for index in given]
+        given: list[Any] = list(substitutes)
+        ids = tuple(operator.index(index) for index in given)
     except TypeError:
-        raise TypeError(f"transmute: substitutes must be token ids, got {substitutes!r:.120}") from None
+        raise TypeError(
+            f"transmute: substitutes must be token ids, {WORDS!r} or None, got {substitutes!r:.120}"
+        ) from None
     if any(isinstance(index, bool) for index in given):
         raise TypeError("transmute: substitutes must be token ids, got a bool; give the ids where a mask is true")
     if not all(0 <= index < vocabulary for index in ids):

@@ -21,7 +21,7 @@ from thought_kernels.transmute.patch import ThoughtPatch
 from thought_kernels.transmute.prompt import EncodedExample, Instruction, encode, load_examples
 from thought_kernels.transmute.selection import AUTO, check_choosable, choose
 from thought_kernels.transmute.site import SITES
-from thought_kernels.transmute.substitution import checked_substitutes, usual_copies, word_tokens
+from thought_kernels.transmute.substitution import resolved_substitutes, usual_copies
 
 TOKENS = ("all", "answer")
 # docs/recipes.md has the table these were read off.
@@ -43,7 +43,7 @@ def transmute(
     scale: float | Mapping[str, float] | str = 1.0,
     ridge: float | str | None = None,
     substitutions: int | None = None,
-    substitutes: Iterable[int] | None = None,
+    substitutes: Iterable[int] | str | None = None,
     tokens: str = "all",
     header_weight: float = 0.0,
     separator: str = "\n",
@@ -78,11 +78,12 @@ def transmute(
             needs four examples or more and at most six further fits on 64 examples, see transmute/selection.py.
         ridge: ε, in units of Z's mean eigenvalue; "auto" chooses it in the same way, before the scale, from six. None
             is 0.01 with substitutions and 0.1 without.
-        substitutions: copies of each example in which the words are replaced by others, so that the patch learns the
-            instruction and not the examples' words, see transmute/substitution.py. None is the recommended recipe, 8,
-            fewer beyond 64 examples, where neither an estimator nor a number for ridge is given; where one is, it is
-            0: the sums are then those of the examples alone.
-        substitutes: token ids that the copies' words are drawn from, None for all words of the tokenizer's vocabulary.
+        substitutions: copies of each example in which random vectors stand for the words, so that the patch learns
+            the instruction and not the examples' words, see transmute/substitution.py. None is the recommended recipe,
+            8, fewer beyond 64 examples, where neither an estimator nor a number for ridge is given; where one is, it
+            is 0: the sums are then those of the examples alone.
+        substitutes: what the copies hold in place of the examples' words: None for random vectors, "words" for words
+            of the tokenizer's vocabulary, or the token ids to draw from.
         tokens: which tokens of e are summed, "all" or "answer" (the completion with its end-of-turn token).
         header_weight: H's rows join the fit with δ = 0 and this total weight, one example's own being 1; it keeps the
             patch from moving the keys that e sees in H. 0 leaves them out.
@@ -138,7 +139,7 @@ def transmute(
         layers=chosen_layers, sites=chosen_sites, pairing=pairing, estimator=estimator, normalization=normalization,
         tokens=tokens, header_weight=header_weight, batch_size=batch_size, memory_budget=memory_budget,
         substitutions=substitutions, seed=seed,
-        substitutes=_substitutes(tokenizer, decoder, substitutions, substitutes),
+        substitutes=resolved_substitutes(substitutes, tokenizer, decoder.config.vocab_size),
     )  # fmt: skip
     if scales is None or epsilon is None:
         check_choosable(estimator, scales, epsilon, len(loaded))
@@ -164,7 +165,7 @@ def transmute(
         "num_hidden_layers": len(decoder.blocks),
         "examples": len(encoded),
         "generated_completions": generated,
-        "substitutes": None if substitutes is None else list(recipe.substitutes),
+        "substitutes": substitutes if isinstance(substitutes, str) else _listed(recipe.substitutes),
         "seed": seed,
     }
     if scales is None or epsilon is None:
@@ -229,13 +230,8 @@ def _count(name: str, value: Any, *, at_least: int = 1) -> int:
     return count
 
 
-def _substitutes(
-    tokenizer: Any, decoder: Decoder, substitutions: int, substitutes: Iterable[int] | None
-) -> tuple[int, ...]:
-    vocabulary = decoder.config.vocab_size
-    if substitutes is not None:
-        return tuple(checked_substitutes(substitutes, vocabulary))
-    return tuple(index for index in word_tokens(tokenizer) if index < vocabulary) if substitutions else ()
+def _listed(ids: Iterable[int] | None) -> list[int] | None:
+    return None if ids is None else list(ids)
 
 
 def _choice(name: str, value: str, known: Iterable[str]) -> None:
