@@ -37,13 +37,18 @@ BEHAVIOURS = {
 }
 
 
-@pytest.fixture(scope="module")
-def model() -> Any:
+def build(**changes: Any) -> Any:
     model = tiny_gemma3(
-        vocab_size=len(TOKENIZER), layer_types=["full_attention"] * 2, tie_word_embeddings=False, sliding_window=64
-    )
+        vocab_size=len(TOKENIZER), layer_types=["full_attention"] * 2, tie_word_embeddings=False, sliding_window=64,
+        **changes,
+    )  # fmt: skip
     model.generation_config.eos_token_id = list(range(len(TOKENIZER)))
     return model
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    return build()
 
 
 @pytest.fixture(scope="module")
@@ -96,12 +101,12 @@ def test_a_negated_patch(model: Any, run: Composition) -> None:
     assert row.cancelled == pytest.approx(1 - divergence(told) / without, abs=1e-3)
 
 
-def test_both_counts_the_second_of_the_first_s_answer(run: Composition) -> None:
+def test_both_counts_the_second_of_the_first_s_answer(model: Any, run: Composition) -> None:
     both = run.both("reverse", "commas")
     assert both is not None and both.sample[:2] == ("1 2 3", "3, 2, 1")
     assert run.both("commas", "reverse") is not None
     unfit = Composition(
-        None, None, BEHAVIOURS | {"words": Behaviour("words", "Say", lambda text: "one two")}, EXAMPLES, FRESH
+        model, None, BEHAVIOURS | {"words": Behaviour("words", "Say", lambda text: "one two")}, EXAMPLES, FRESH
     )
     assert unfit.both("words", "commas") is None  # commas needs numbers
 
@@ -215,6 +220,28 @@ def test_knowledge_is_asked_with_other_questions_than_it_was_fitted_on(model: An
         run_knowledge(model, TOKENIZER, "x", [], ask)
     with pytest.raises(ValueError, match="ask must hold other questions than fit, got 'who' in both"):
         run_knowledge(model, TOKENIZER, "x", fit, fit[:1])
+
+
+def test_of_a_compiled_model_the_one_inside_is_measured(model: Any, run: Composition) -> None:
+    def refused(*_: Any) -> Any:
+        raise AssertionError("compiled, which every patch would have done anew")
+
+    compiled = torch.compile(model, backend=refused)
+    options = {"recipe": {"substitutions": 0}, "max_new_tokens": 4}
+    found = Composition(compiled, TOKENIZER, BEHAVIOURS, EXAMPLES, FRESH, **options)
+    assert found.together("reverse", "commas") == run.together("reverse", "commas")
+    pairs = [Pair("who", "Ann")], [Pair("where", "here")]
+    reports = [run_knowledge(one, TOKENIZER, "Ann is here", *pairs, **options) for one in (compiled, model)]
+    assert reports[0] == reports[1]
+
+
+def test_predictions_do_not_depend_on_the_mode_that_the_model_was_left_in(run: Composition) -> None:
+    wild = build(attention_dropout=0.5)
+    wild.train()
+    found = Composition(wild, TOKENIZER, BEHAVIOURS, EXAMPLES, FRESH, recipe={"substitutions": 0}, max_new_tokens=4)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        again = found.together("reverse", "commas")
+    assert again == run.together("reverse", "commas") and all(module.training for module in wild.modules())
 
 
 def test_the_made_up_facts_hold_every_answer() -> None:

@@ -274,6 +274,22 @@ def test_mean_differences_are_those_of_the_models_own_hidden_states(model: Any) 
     torch.testing.assert_close(found[0], states(trial.prompts) - states(trial.bare_prompts), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("rival", ["mean difference", "LoRA"])
+def test_a_rival_does_not_depend_on_the_mode_that_the_model_was_left_in(rival: str) -> None:
+    def made(wild: bool) -> dict[Any, torch.Tensor]:
+        model = tiny_gemma3(vocab_size=len(TOKENIZER), attention_dropout=0.5)
+        trial = Trial(model, TOKENIZER, INSTRUCTION, QUESTIONS, None, max_new_tokens=4)
+        model.train(wild)
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=wild):
+            if rival == "mean difference":
+                return dict(mean_differences(trial, model))
+            generator = torch.Generator().manual_seed(0)
+            return train_lora(model, trial, steps=2, rate=1e-2, generator=generator).state
+
+    calm, wild = made(False), made(True)
+    assert calm.keys() == wild.keys() and all(torch.equal(calm[key], wild[key]) for key in calm)
+
+
 def test_heads_together_write_what_the_attention_writes(model: Any) -> None:
     decoder = describe(model)
     projections = {block.index: block.o_proj for block in decoder.blocks}

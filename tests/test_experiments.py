@@ -138,6 +138,15 @@ def test_the_sweep_scales_one_patch(model: Any, data: Split) -> None:
         assert tried[1] == (1.0, *((score := trial.score(model)).accuracy, score.effect.recovered))
 
 
+def test_a_compiled_model_goes_on_with_the_run_of_the_one_inside(
+    model: Any, data: Split, ran: tuple[Any, Path]
+) -> None:
+    report, output = ran
+    compiled = torch.compile(model, backend="eager")
+    again = run_experiment(compiled, TOKENIZER, "addition", data, output, max_new_tokens=3)
+    assert again == report
+
+
 def test_translation_has_vectors_and_takes_any_pairs(model: Any, tmp_path: Path) -> None:
     file = tmp_path / "pairs.jsonl"
     file.write_text("".join(json.dumps({"en": f"a{i}", "fr": f"b{i}"}) + "\n" for i in range(9)))

@@ -8,6 +8,7 @@ from thought_kernels.evaluate.intervals import mean_interval
 from thought_kernels.evaluate.overlap import activation_moments, predictions
 from thought_kernels.evaluate.report import Section
 from thought_kernels.evaluate.subject import Inputs, Subject
+from thought_kernels.models.undisturbed import undisturbed
 from thought_kernels.transmute.patch import ThoughtPatch
 
 OTHERS = 2
@@ -65,8 +66,9 @@ def _added(subject: Subject, section: Section, name: str) -> None:
 def _moments(subject: Subject) -> dict[tuple[int, str], torch.Tensor]:
     """Second moments of what enters the patch's sites under the patch, over bare prompts."""
     patch: ThoughtPatch = subject.patch
-    with patch.applied(subject.model), activation_moments(subject.model, patch) as moments, torch.no_grad():
+    model = subject.model
+    with undisturbed(model), patch.applied(model), activation_moments(model, patch) as moments, torch.no_grad():
         for prompt in subject.sweep.bare_prompts[:MOMENT_INPUTS]:
             ids = torch.tensor([prompt], device=subject.decoder.device)
-            subject.model(input_ids=ids, use_cache=False, logits_to_keep=1)
+            model(input_ids=ids, use_cache=False, logits_to_keep=1)
     return moments

@@ -25,6 +25,7 @@ from thought_kernels.evaluate.metrics import completion_logprobs, divergence
 from thought_kernels.evaluate.overlap import Key, activation_moments, predictions
 from thought_kernels.evaluate.trial import Trial, prompted_texts
 from thought_kernels.models import describe
+from thought_kernels.models.undisturbed import undisturbed
 from thought_kernels.transmute.patch import ThoughtPatch
 from thought_kernels.transmute.prompt import encode
 from thought_kernels.transmute.transmute import transmute
@@ -127,7 +128,8 @@ class Composition:
         fresh: Sequence[str], *, recipe: Mapping[str, Any] | None = None, match: Any = "exact",
         max_new_tokens: int = 64, batch_size: int = 128,
     ) -> None:  # fmt: skip
-        self._model, self._tokenizer, self._behaviours = model, tokenizer, behaviours
+        # Of a compiled model the one inside: each patch applied would have it compiled anew.
+        self._model, self._tokenizer, self._behaviours = describe(model).model, tokenizer, behaviours
         self._examples, self._fresh, self._recipe = list(examples), list(fresh), dict(recipe or {})
         self._options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "batch_size": batch_size}
         self._match = match
@@ -233,10 +235,12 @@ class Composition:
         if name not in self._moments:
             patch = self.patch(name)
             rows = [encode(self._tokenizer, self._behaviours[name].instruction, text) for text in self._fresh[:32]]
-            with patch.applied(self._model), activation_moments(self._model, patch) as moments:
+            model, device = self._model, describe(self._model).device
+            with undisturbed(model), patch.applied(model), activation_moments(model, patch) as moments:
                 for row in rows:
-                    ids = torch.tensor([[*row.header, *row.tokens]], device=describe(self._model).device)
-                    self._model(input_ids=ids, use_cache=False, logits_to_keep=1)
+                    ids = torch.tensor([[*row.header, *row.tokens]], device=device)
+                    with torch.no_grad():
+                        model(input_ids=ids, use_cache=False, logits_to_keep=1)
             self._moments[name] = moments
         return self._moments[name]
 

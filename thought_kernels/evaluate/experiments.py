@@ -189,7 +189,8 @@ def run_experiment(
         raise ValueError(f"experiment: lines must be among {', '.join(LINES)}, got {list(lines)}")
     published = PUBLISHED[name]
     told = published.instruction if instruction is None else instruction
-    blocks = len(describe(model).blocks)
+    decoder = describe(model)
+    model, blocks = decoder.model, len(decoder.blocks)  # a compiled one would be compiled anew for each patch
     chosen = sorted(paper_layers(blocks) if layers is None else layers)
     check_context(model, tokenizer, told, [*data.fit, *data.validation, *data.fresh])
     settings = {

@@ -14,6 +14,7 @@ from typing import Any
 from thought_kernels.evaluate.composition import finite
 from thought_kernels.evaluate.pairs import Pair, check_context
 from thought_kernels.evaluate.trial import Trial
+from thought_kernels.models import describe
 from thought_kernels.transmute.prompt import Instruction
 from thought_kernels.transmute.transmute import transmute
 
@@ -118,6 +119,7 @@ def run_knowledge(
     shared = {pair.question for pair in fit} & {pair.question for pair in ask}
     if shared:
         raise ValueError(f"run_knowledge: ask must hold other questions than fit, got {sorted(shared)[0]!r} in both")
+    model = describe(model).model  # a compiled one would be compiled anew for each patch
     check_context(model, tokenizer, facts, [*fit, *ask])
     options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "batch_size": batch_size}
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from thought_kernels.evaluate.trial import Trial
+from thought_kernels.models.undisturbed import undisturbed
 from thought_kernels.transmute.logprobs import may_pad
 
 RANK, ALPHA, BATCH = 8, 16, 16
@@ -70,7 +71,8 @@ def train_lora(model: Any, trial: Trial, *, steps: int, rate: float, generator: 
         parameters = [parameter for parameter in peft_model.parameters() if parameter.requires_grad]
         optimiser = torch.optim.AdamW(parameters, lr=rate, weight_decay=0.0)
         order: list[int] = []
-        with torch.enable_grad():
+        # The prompted model's answers, the loss's target, were read without dropout and autocast too.
+        with torch.enable_grad(), undisturbed(model):
             for step in range(steps):
                 if len(order) < min(BATCH, len(trial)):
                     order += torch.randperm(len(trial), generator=generator).tolist()

@@ -12,6 +12,7 @@ from torch import Tensor
 from thought_kernels.evaluate.trial import Trial
 from thought_kernels.models import describe
 from thought_kernels.models.decoder import Block, Decoder
+from thought_kernels.models.undisturbed import undisturbed
 
 TOP_HEADS = 10
 PLACES = ("answer", "everywhere")
@@ -138,7 +139,8 @@ def _answer_means(
             for index, module in modules.items()
         ]
         try:
-            model(input_ids=torch.tensor([[*prompt, *answer]], device=device), logits_to_keep=1, use_cache=False)
+            with undisturbed(model):
+                model(input_ids=torch.tensor([[*prompt, *answer]], device=device), logits_to_keep=1, use_cache=False)
         finally:
             for handle in handles:
                 handle.remove()
