@@ -1,29 +1,34 @@
 """Which recipe: the table that transmute's defaults were read off.
 
-    python benchmarks/recipes.py [--model DIR] [--tasks a,b,...] [--examples 32] [--final] [--output FILE.csv]
+    python benchmarks/recipes.py --list                         # the grid's labels, in the order of measurement
+    python benchmarks/recipes.py --seeds 0 [--model DIR] [--recipes LABEL ...] [--tasks a,b,...] [--examples 32]
+    python benchmarks/recipes.py --seeds 0 --final [--model DIR]                # a few rows, reserved instructions
+    python benchmarks/recipes.py --output FILE.csv ...                          # elsewhere than benchmarks/results
 
 Every row of the grid is fitted on development instructions only, never on tasks.RESERVED_FOR_FINAL_STUDY, and judged
 twice: on fresh inputs of the examples' range, and outside it, on inputs none of whose numbers or words any example
-held, nor any of its copies: substitutes are drawn from other words. Neither uses the inputs held out from training,
-which the demonstration reports on. `--final` is the report on the reserved instructions, of a few rows of the grid, on
-inputs held out from training. Rows are written as they are finished, and a run that was stopped goes on where it was.
+held, nor any of its copies: where these hold words, the words are drawn from others. Neither uses the inputs held out
+from training, which the demonstration reports on. `--final` is the report on the reserved instructions, of a few rows
+of the grid, on inputs held out from training.
+
+A row is measured on all instructions before the next one is begun, in the order of `--list` or of `--recipes`; rows are
+written as they are finished, a run that was stopped goes on where it was, and rows that the file holds stay.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import csv
-import functools
 import itertools
 import json
 import random
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import replace
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
+import candidates
 from tqdm import tqdm
 
 import thought_kernels as tk
@@ -31,77 +36,44 @@ from thought_kernels.demo import CHECKPOINT
 from thought_kernels.demo.tasks import RESERVED_FOR_FINAL_STUDY, TASKS, Task, held_out, inputs, split_by_symbols
 from thought_kernels.evaluate.trial import Trial
 from thought_kernels.models.load import load
-from thought_kernels.transmute import fitting
-from thought_kernels.transmute.accumulator import ThoughtAccumulator
 from thought_kernels.transmute.substitution import word_tokens
+from thought_kernels.transmute.transmute import RIDGE_WITH_SUBSTITUTIONS
 
 RESULTS = Path(__file__).parent / "results"
 COLUMNS = ("model", "task", "recipe", "examples", "seed", "base", "prompted", "patched", "recovered",
            "recovered_values", "prompted_outside", "patched_outside", "seconds")  # fmt: skip
 PAPER_C1 = (0.015, 1.5, 5.0, 15.0)
-FINAL = ("default", "no copies", "affine", "affine, no copies", *(f"paper, c1 {c1}" for c1 in PAPER_C1))
+FINAL = ("default", "words", "no copies", "affine", "affine, no copies", *(f"paper, c1 {c1}" for c1 in PAPER_C1))
 
 Options = dict[str, Any]
-# (block, site) -> what to solve there and ε: an estimator, or "centred", affine's matrix without its vector.
-Places = Callable[[int, str], tuple[str, float]]
-
-
-class ByPlace(ThoughtAccumulator):
-    """Solves each block and site as a trial says, whatever estimator and ridge it is asked for."""
-
-    def __init__(self, places: Places, **options: Any) -> None:
-        super().__init__(**options)
-        self._places = places
-
-    def solve(self, *args: Any, layers: Any = None, sites: Any = None, **options: Any) -> tk.ThoughtPatch:
-        entries = {}
-        for layer, site in itertools.product(self.layers if layers is None else layers, sites or self.sites):
-            estimator, options["ridge"] = self._places(layer, site)
-            solved = super().solve(
-                "affine" if estimator == "centred" else estimator, layers=[layer], sites=[site], **options
-            )
-            entry = solved.entries[layer, site]
-            entries[layer, site] = replace(entry, vector=None, fit=None) if estimator == "centred" else entry
-        return tk.ThoughtPatch(entries, solved.provenance)
-
-
-def in_first_attention(estimator: str, epsilon: float) -> Options:
-    """The default recipe but for the attention site of block 0: what enters there is the instruction itself."""
-    return {
-        "places": lambda layer, site: (estimator, epsilon) if (layer, site) == (0, "attention") else ("ridge", 0.01)
-    }
-
-
-def at_sites(at_attention: float, at_mlp: float) -> Options:
-    """The default recipe with an ε for each site."""
-    return {"places": lambda _, site: ("ridge", at_attention if site == "attention" else at_mlp)}
 
 
 def recipes(blocks: int) -> Iterator[tuple[str, Options]]:
-    """The default and changes to it; "no copies" and the rows after it have the ridge that is best without copies."""
-    ridge: Options = {"estimator": "ridge", "ridge": 0.01, "substitutions": 8}
+    """The default and changes to it, each with what transmute is told.
+
+    Beside transmute's own options: `words`, to make copies of words instead of random vectors; `rank`, to truncate the
+    patch to; `change`, see candidates.py. "No copies" and the rows after it have the ridge that is best without copies.
+    """
+    usual: Options = {"estimator": "ridge", "ridge": RIDGE_WITH_SUBSTITUTIONS, "substitutions": 8}
     yield "default", {}
+    yield "no copies", {"substitutions": 0, "ridge": 0.1}
+    yield "words", {"words": True}
+    yield "affine", usual | {"estimator": "affine", "ridge": 0.1}
+    yield "affine, ridge 0.01", usual | {"estimator": "affine", "ridge": 0.01}
+    yield "affine, no copies", {"estimator": "affine"}
+    yield "words, affine", usual | {"estimator": "affine", "ridge": 0.1, "words": True}
+    yield "affine in block 0's attention only", {"change": candidates.by_place(_affine_in_first_attention)}
     for copies in (2, 4, 16):
-        yield f"{copies} copies", ridge | {"substitutions": copies}
-    for epsilon in (0.001, 0.003, 0.03, 0.1):
-        yield f"ridge {epsilon}", ridge | {"ridge": epsilon}
-    yield "exact", ridge | {"estimator": "exact"}
-    for epsilon in (0.01, 0.1):
-        yield (
-            "affine" if epsilon == 0.1 else f"affine, ridge {epsilon}",
-            ridge | {"estimator": "affine", "ridge": epsilon},
-        )
-    yield (
-        "affine at attention only",
-        {"places": lambda _, site: ("affine", 0.1) if site == "attention" else ("ridge", 0.01)},
-    )
-    for at_attention, at_mlp in ((0.03, 0.01), (0.03, 0.003), (0.1, 0.003), (0.01, 0.03)):
-        yield f"ridge {at_attention} at attention, {at_mlp} at mlp", at_sites(at_attention, at_mlp)
-    yield "affine in block 0's attention only", in_first_attention("affine", 0.1)
-    yield "centred in block 0's attention", in_first_attention("centred", 0.1)
-    for epsilon in (0.1, 1.0):
-        yield f"ridge {epsilon} in block 0's attention", in_first_attention("ridge", epsilon)
-    yield "no attention patch in block 0", in_first_attention("ridge", 1e6)
+        yield f"{copies} copies", usual | {"substitutions": copies}
+    for epsilon in (0.001, 0.003, 0.01, 0.03, 0.1):
+        if epsilon != RIDGE_WITH_SUBSTITUTIONS:
+            yield f"ridge {epsilon}", usual | {"ridge": epsilon}
+    for at_attention, at_mlp in ((0.01, 0.003), (0.03, 0.003), (0.003, 0.01)):
+        yield f"ridge {at_attention} at attention, {at_mlp} at mlp", {"change": _at_sites(at_attention, at_mlp)}
+    yield "exact", usual | {"estimator": "exact"}
+    for label, change in candidates.CANDIDATES.items():
+        yield label, {"change": change}
+    yield "words, own answers", {"words": True, "change": candidates.with_own_answers}
     yield "attention alone", {"sites": ("attention",)}
     yield "attention, mlp and residual", {"sites": ("attention", "mlp", "residual")}
     yield "mlp alone", {"sites": ("mlp",)}
@@ -117,11 +89,9 @@ def recipes(blocks: int) -> Iterator[tuple[str, Options]]:
     yield "second half of the blocks", {"layers": range(blocks // 2, blocks)}
     for rank in (4, 8, 16):
         yield f"rank {rank}", {"rank": rank}
-    yield "no copies", {"substitutions": 0, "ridge": 0.1}
     for epsilon in (0.01, 0.03, 0.3, 1.0):
         yield f"ridge {epsilon}, no copies", {"substitutions": 0, "ridge": epsilon}
     yield "exact, no copies", {"estimator": "exact"}
-    yield "affine, no copies", {"estimator": "affine"}
     yield "attention alone, no copies", {"ridge": 0.1, "sites": ("attention",)}
     yield "layerwise, no copies", {"ridge": 0.1, "pairing": "layerwise"}
     yield "two_pass, no copies", {"ridge": 0.1, "pairing": "two_pass"}
@@ -131,12 +101,22 @@ def recipes(blocks: int) -> Iterator[tuple[str, Options]]:
         yield f"paper, c1 {c1}", tk.paper_recipe(c1=c1, layers=layers)
 
 
+def _affine_in_first_attention(layer: int, site: str) -> tuple[str, float]:
+    # What enters there is the instruction itself.
+    return ("affine", 0.1) if (layer, site) == (0, "attention") else ("ridge", RIDGE_WITH_SUBSTITUTIONS)
+
+
+def _at_sites(at_attention: float, at_mlp: float) -> candidates.Change:
+    return candidates.by_place(lambda _, site: ("ridge", at_attention if site == "attention" else at_mlp))
+
+
 class Bench:
     """One task's examples and trials, inside and outside, made once for all recipes."""
 
     def __init__(
         self, model: Any, tokenizer: Any, task: Task, examples: int, seed: int, *, on_held_out: bool = False
     ) -> None:
+        self.model, self.tokenizer, self.task = model, tokenizer, task
         rng = random.Random(f"recipes {seed} {task.name}")
         every, (near, far) = inputs(task), split_by_symbols(task)
         seen = [text for text in every if not held_out(text)]
@@ -146,27 +126,35 @@ class Bench:
         self.outside = rng.sample(near, examples)
         far = far if on_held_out else [text for text in far if not held_out(text)]
         far = rng.sample(far, min(128, len(far)))
-        self.other_words = word_tokens(tokenizer, without=[*far, *map(task.answer, far)])
+        vocabulary = model.config.vocab_size
+        self.words = [index for index in word_tokens(tokenizer) if index < vocabulary]
+        unmet = word_tokens(tokenizer, without=[*far, *map(task.answer, far)])
+        self.other_words = [index for index in unmet if index < vocabulary]
+        self.outside_tokens = self._tokens(far) - self._tokens(self.outside)  # but the space between numbers
         options: Options = {"max_new_tokens": 20}
         answers = [[task.answer(text) for text in texts] for texts in (fresh, far)]
         self.fresh = Trial(model, tokenizer, task.instruction, fresh, answers[0], **options)
         self.far = Trial(model, tokenizer, task.instruction, far, answers[1], divergences=False, **options)
 
-    def row(self, model: Any, tokenizer: Any, task: Task, recipe: Options) -> Options:
+    def _tokens(self, texts: list[str]) -> set[int]:
+        every = [*texts, *map(self.task.answer, texts)]
+        return {index for text in every for index in self.tokenizer(text, add_special_tokens=False)["input_ids"]}
+
+    def row(self, recipe: Options) -> Options:
         start = time.monotonic()
         recipe = dict(recipe)
-        rank, places = recipe.pop("rank", None), recipe.pop("places", None)
-        accumulator = ThoughtAccumulator if places is None else functools.partial(ByPlace, places)
+        words, rank, change = recipe.pop("words", False), recipe.pop("rank", None), recipe.pop("change", None)
 
-        def patch(examples: list[str], **more: Any) -> tk.ThoughtPatch:
-            with mock.patch.object(fitting, "ThoughtAccumulator", accumulator):
-                found = tk.transmute(model, tokenizer, task.instruction, examples, **recipe, **more)
+        def patch(examples: list[str], substitutes: list[int]) -> tk.ThoughtPatch:
+            options = recipe | {"substitutes": substitutes} if words else recipe
+            with change(self) if change else contextlib.nullcontext():
+                found = tk.transmute(self.model, self.tokenizer, self.task.instruction, examples, **options)
             return found if rank is None else found.truncate(rank)
 
-        with patch(self.inside).applied(model):
-            score = self.fresh.score(model)
-        with patch(self.outside, substitutes=self.other_words).applied(model):
-            outside, _ = self.far.answer(model)
+        with patch(self.inside, self.words).applied(self.model):
+            score = self.fresh.score(self.model)
+        with patch(self.outside, self.other_words).applied(self.model):
+            outside, _ = self.far.answer(self.model)
         return {
             "base": self.fresh.base, "prompted": self.fresh.prompted, "patched": score.accuracy,
             "recovered": round(score.effect.recovered, 5), "recovered_values": round(score.values.recovered, 5),
@@ -198,7 +186,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, default=CHECKPOINT)
     parser.add_argument("--tasks", help="comma-separated; all but the reserved ones unless given")
-    parser.add_argument("--recipes", nargs="+", help="only these")
+    parser.add_argument("--recipes", nargs="+", help="only these, in this order")
+    parser.add_argument("--list", action="store_true", help="print the labels and leave")
     parser.add_argument("--examples", type=int, default=32)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1], help="of the examples and inputs")
     parser.add_argument("--final", action="store_true", help="report on the reserved instructions")
@@ -215,32 +204,33 @@ def main() -> None:
             done = list(csv.DictReader(file))
     seen = {tuple(row[name] for name in COLUMNS[:5]) for row in done}
     model, tokenizer = load(args.model)
+    grid = dict(recipes(model.config.num_hidden_layers))
+    wanted = args.recipes or [label for label in grid if label in FINAL or not args.final]
+    if args.list:
+        print("\n".join(wanted))
+        return
+    if unknown := [label for label in wanted if label not in grid]:
+        parser.error(f"{unknown} are no rows of the grid; --list prints them")
     settings = json.loads((args.model / "training.json").read_text())["settings"]
     shown = f"{settings['shape']}, seed {settings['seed']}"
-    wanted = [
-        (label, options)
-        for label, options in recipes(model.config.num_hidden_layers)
-        if (label in FINAL or not args.final) and (not args.recipes or label in args.recipes)
-    ]
     output.parent.mkdir(parents=True, exist_ok=True)
-    total = len(names) * len(wanted) * len(args.seeds)
-    with output.open("a", newline="") as file, tqdm(total=total) as bar:
+    benches: dict[tuple[int, str], Bench] = {}
+    with output.open("a", newline="") as file, tqdm(total=len(names) * len(wanted) * len(args.seeds)) as bar:
         writer = csv.DictWriter(file, COLUMNS)
         if not done:
             writer.writeheader()
-        for seed, name in itertools.product(args.seeds, names):
-            bench, task = None, TASKS[name]
-            for label, options in wanted:
-                bar.set_description(f"{name} {label}")
-                bar.update()
-                key = {"model": shown, "task": name, "recipe": label, "examples": str(args.examples), "seed": str(seed)}
-                if tuple(key.values()) in seen:
-                    continue
-                bench = bench or Bench(model, tokenizer, task, args.examples, seed, on_held_out=args.final)
-                row = key | bench.row(model, tokenizer, task, options)
-                writer.writerow(row)
-                file.flush()
-                done.append(row)
+        for seed, label, name in itertools.product(args.seeds, wanted, names):
+            bar.set_description(f"{name} {label}")
+            bar.update()
+            key = {"model": shown, "task": name, "recipe": label, "examples": str(args.examples), "seed": str(seed)}
+            if tuple(key.values()) in seen:
+                continue
+            if (seed, name) not in benches:
+                benches[seed, name] = Bench(model, tokenizer, TASKS[name], args.examples, seed, on_held_out=args.final)
+            row = key | benches[seed, name].row(grid[label])
+            writer.writerow(row)
+            file.flush()
+            done.append(row)
     mine = [row for row in done if row["model"] == shown and row["examples"] == str(args.examples)]
     print("\n".join(summary([row for row in mine if row["task"] in names])))
 
