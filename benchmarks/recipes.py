@@ -36,7 +36,7 @@ from thought_kernels.demo import CHECKPOINT
 from thought_kernels.demo.tasks import RESERVED_FOR_FINAL_STUDY, TASKS, Task, held_out, inputs, split_by_symbols
 from thought_kernels.evaluate.trial import Trial
 from thought_kernels.models.load import load
-from thought_kernels.transmute.substitution import word_tokens
+from thought_kernels.transmute.substitution import WORDS, resolved_substitutes, without_words_of
 from thought_kernels.transmute.transmute import RIDGE_WITH_SUBSTITUTIONS
 
 RESULTS = Path(__file__).parent / "results"
@@ -126,10 +126,8 @@ class Bench:
         self.outside = rng.sample(near, examples)
         far = far if on_held_out else [text for text in far if not held_out(text)]
         far = rng.sample(far, min(128, len(far)))
-        vocabulary = model.config.vocab_size
-        self.words = [index for index in word_tokens(tokenizer) if index < vocabulary]
-        unmet = word_tokens(tokenizer, without=[*far, *map(task.answer, far)])
-        self.other_words = [index for index in unmet if index < vocabulary]
+        words = resolved_substitutes(WORDS, tokenizer, model.config.vocab_size) or ()
+        self.other_words = without_words_of(tokenizer, words, [*far, *map(task.answer, far)])
         self.outside_tokens = self._tokens(far) - self._tokens(self.outside)  # but the space between numbers
         options: Options = {"max_new_tokens": 20}
         answers = [[task.answer(text) for text in texts] for texts in (fresh, far)]
@@ -145,13 +143,13 @@ class Bench:
         recipe = dict(recipe)
         words, rank, change = recipe.pop("words", False), recipe.pop("rank", None), recipe.pop("change", None)
 
-        def patch(examples: list[str], substitutes: list[int]) -> tk.ThoughtPatch:
+        def patch(examples: list[str], substitutes: list[int] | str) -> tk.ThoughtPatch:
             options = recipe | {"substitutes": substitutes} if words else recipe
             with change(self) if change else contextlib.nullcontext():
                 found = tk.transmute(self.model, self.tokenizer, self.task.instruction, examples, **options)
             return found if rank is None else found.truncate(rank)
 
-        with patch(self.inside, self.words).applied(self.model):
+        with patch(self.inside, WORDS).applied(self.model):
             score = self.fresh.score(self.model)
         with patch(self.outside, self.other_words).applied(self.model):
             outside, _ = self.far.answer(self.model)

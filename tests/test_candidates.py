@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
-import functools
 import itertools
 import math
 import sys
@@ -16,7 +16,7 @@ import torch
 from models import tiny_gemma3, tiny_tokenizer
 from tolerances import SOLVED
 from torch import Tensor
-from two_forwards import activations, float64_throughout, recorded, sums
+from two_forwards import activations, float64_throughout, sums
 
 import thought_kernels as tk
 from thought_kernels.transmute import estimators, fitting
@@ -35,6 +35,8 @@ EXAMPLES = [
     {"prompt": "abc", "completion": "c"},
     {"prompt": "12 4 9", "completion": "12, 4, 9"},
 ]
+STOPS = TOKENIZER.convert_tokens_to_ids(["<end_of_turn>", "<eos>"])
+GREEDY: dict[str, Any] = {"do_sample": False, "max_new_tokens": 20}
 WIDTH, EPSILON = 12, 0.3
 
 
@@ -69,7 +71,7 @@ def test_each_head_pays_the_price_of_the_other_heads(price: float) -> None:
             shift = EPSILON * gram[head, head].trace() / 4
             zero(matrix[head, head] @ gram[head, head] + shift * matrix[head, head] - cross[head, head], cross)
     else:
-        shift = EPSILON * gram.trace() / WIDTH * torch.where(own, 1.0, price)
+        shift = EPSILON * gram.trace() / WIDTH * torch.where(own, 1.0, price).double()
         zero(matrix @ gram + shift * matrix - cross, cross)
 
 
@@ -83,11 +85,12 @@ def test_the_metric_is_that_of_the_moments(centred: bool) -> None:
 
 
 def test_the_rows_own_covariance_leaves_their_mean_alone() -> None:
-    matrix, cross, gram, _, mean = given(candidates.InMetric(None, True, dtype=torch.float64))
-    scatter = gram - gram.trace() * 0  # Ω is the ratio of the two forms of ā, see below
-    total = float((torch.linalg.solve(gram, mean) @ mean) ** -1)  # no closed form of Ω: only an upper bound of it
-    assert total > 0 and scatter.shape == gram.shape
-    assert matrix.isfinite().all() and cross.isfinite().all()
+    accumulator = candidates.InMetric(None, True, dtype=torch.float64)
+    matrix, cross, gram, _, mean = given(accumulator)
+    sums = accumulator.sums(0, "attention")
+    assert sums is not None
+    scatter = gram - sums.moments[0] * torch.outer(mean, mean)
+    zero(matrix @ (gram + EPSILON * gram.trace() / scatter.trace() * scatter) - cross, cross)
 
 
 @pytest.mark.parametrize("fitted", [True, False])
@@ -118,7 +121,11 @@ def test_rows_are_weighted_by_the_divergence_of_whole_forwards() -> None:
     ):
         tk.transmute(model, TOKENIZER, INSTRUCTION, EXAMPLES, substitutions=0)
     (run,) = seen
-    rows = {row: weights for _, _, batch in run.batches() for row, weights in zip(batch.examples, batch.weights, strict=True)}
+    rows = {
+        row: weights
+        for _, _, batch in run.batches()
+        for row, weights in zip(batch.examples, batch.weights, strict=True)
+    }
     for number, example in enumerate(EXAMPLES):
         header, chunk, e = tk.align(TOKENIZER, INSTRUCTION, example)
         with float64_throughout():
@@ -139,7 +146,9 @@ def test_generic_moments_are_those_of_whole_forwards() -> None:
     wanted: dict[tuple[int, str], list[Tensor]] = {key: [] for key in found}
     for text in texts:
         header, _, e = tk.align(TOKENIZER, INSTRUCTION, text)
-        model.generation_config.update(do_sample=False, max_new_tokens=20, eos_token_id=TOKENIZER.convert_tokens_to_ids(["<end_of_turn>", "<eos>"]))
+        model.generation_config.update(
+            do_sample=False, max_new_tokens=20, eos_token_id=TOKENIZER.convert_tokens_to_ids(["<end_of_turn>", "<eos>"])
+        )
         ids = model.generate(torch.tensor([header + e]))[0].tolist()
         rows = activations(model, ids, len(ids) - len(header))
         for key, values in wanted.items():
@@ -161,16 +170,33 @@ def test_copies_of_words_end_with_the_prompted_models_answer() -> None:
     Bench.model = model
     seen: list[Any] = []
     group = fitting.group_examples
-    with candidates.with_own_answers(Bench), mock.patch.object(
-        fitting, "group_examples", lambda examples, *args: (seen.extend(examples), group(examples, *args))[1]
+    with (
+        candidates.with_own_answers(Bench),
+        mock.patch.object(
+            fitting, "group_examples", lambda examples, *args: (seen.extend(examples), group(examples, *args))[1]
+        ),
     ):
         tk.transmute(model, TOKENIZER, INSTRUCTION, EXAMPLES, substitutions=2, substitutes=pool)
     assert len(seen) == 9
     for copy in seen[3:]:
         prompt = [*copy.header, *copy.instruction, *copy.tokens[: copy.answer_start]]
-        written = model.generate(torch.tensor([prompt]), max_new_tokens=20, do_sample=False)[0, len(prompt) :].tolist()
-        answer = copy.tokens[copy.answer_start :]
-        assert answer == written[: len(answer)]
+        written = model.generate(torch.tensor([prompt]), eos_token_id=STOPS, **GREEDY)[0, len(prompt) :].tolist()
+        assert copy.tokens[copy.answer_start :] == written
+
+
+@torch.no_grad()
+def before_their_patches(model: Any, patch: tk.ThoughtPatch, ids: list[int]) -> dict[tuple[int, str], Tensor]:
+    """What enters each site of the patched model, its own patch not applied yet but those of all earlier ones."""
+    seen: dict[tuple[int, str], Tensor] = {}
+    with patch.applied(model), contextlib.ExitStack() as hooks, float64_throughout():
+        for index, layer in enumerate(model.model.layers):
+            for key, module in (((index, "attention"), layer.self_attn.o_proj), ((index, "mlp"), layer.mlp)):
+                handle = module.register_forward_pre_hook(
+                    lambda _, args, key=key: seen.__setitem__(key, args[0][0].double()), prepend=True
+                )
+                hooks.callback(handle.remove)
+        model(torch.tensor([ids]))
+    return seen
 
 
 def test_a_second_pass_of_sequential_finds_the_first_ones_patch() -> None:
@@ -181,11 +207,9 @@ def test_a_second_pass_of_sequential_finds_the_first_ones_patch() -> None:
     for example in EXAMPLES:
         header, chunk, e = tk.align(TOKENIZER, INSTRUCTION, example)
         prime = activations(model, header + chunk + e, len(e))
-        # Recorded before the site's own patch is applied, and behind those of all earlier blocks.
-        with recorded(model) as seen, patch.applied(model), float64_throughout(), torch.no_grad():
-            model(torch.tensor([header + e]))
+        plain = before_their_patches(model, patch, header + e)
         for key, found in pairs.items():
-            found.append((prime[key], seen[key][-len(e) :]))
+            found.append((prime[key], plain[key][-len(e) :]))
     for key, found in pairs.items():
         cross, gram, _ = sums(found)
         again, first = estimators.ridge_solve(cross, gram, 0.2), patch.matrix(*key)
