@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import asdict
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -18,6 +21,7 @@ from thought_kernels.spectral.toy import (
     train,
 )
 from thought_kernels.spectral.toy.models import Gradients
+from thought_kernels.spectral.toy.sweeps import Plan
 
 # float32 sums of 16 to 64 terms in another order, grown over 60 steps of Adam, whose first steps are of size lr
 # whatever the gradient's: seen up to 2e-6.
@@ -204,6 +208,16 @@ def test_bad_schedules_are_refused() -> None:
     ):
         with pytest.raises((ValueError, TypeError), match="Schedule: .* must .*, got "):
             Schedule(**arguments)
+
+
+def test_numpys_integers_are_integers() -> None:
+    five, one = np.int64(5), np.int32(1)
+    schedule = Schedule(five, batch=np.int64(8))
+    ours = toy_models(five, np.uint8(2), 0.5, seeds=np.array([3, one]), streams=np.array([0, 7]))
+    theirs = toy_models(5, 2, 0.5, seeds=(3, 1), streams=(0, 7))
+    assert torch.equal(train(ours, schedule), train(theirs, Schedule(5, batch=8)))
+    plan = Plan(five, tuple(np.arange(1, 3)), (0.5,), one, schedule)
+    assert json.dumps(asdict(plan)) == json.dumps(asdict(Plan(5, (1, 2), (0.5,), 1, Schedule(5, batch=8))))
 
 
 def test_checkpoint_steps_end_with_the_last() -> None:

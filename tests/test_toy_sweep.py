@@ -258,3 +258,13 @@ def test_geometries_are_taken_up_where_they_stopped(tmp_path: Path, monkeypatch:
     again = CliRunner().invoke(app, ["toy", "geometries", "-o", str(path), "--seeds", "2"])
     assert again.exit_code == 0 and trained[len(geometries.SETTINGS) :] == [geometries.SETTINGS[-1]]
     assert path.read_text() == whole
+
+    def stopped(setting: Setting, *, seeds: int) -> Found:
+        if setting.features == 3:
+            raise KeyboardInterrupt
+        return counted(setting, seeds=seeds)
+
+    path.write_text("".join(line for line in lines if not line.startswith(("2,", "3,"))))
+    monkeypatch.setattr(geometries, "find_geometries", stopped)
+    assert CliRunner().invoke(app, ["toy", "geometries", "-o", str(path), "--seeds", "2"]).exit_code != 0
+    assert path.read_text() == "".join(line for line in lines if not line.startswith("3,"))  # nothing else is lost

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import time
 from pathlib import Path
 from typing import Annotated, Any
@@ -91,20 +92,26 @@ def geometries(
 
     options.check_file("--output", output)
     kept = list(csv.DictReader(output.open(newline="", encoding="utf-8"))) if output.is_file() else []
+    known = [_kept(kept, setting, seeds) for setting in SETTINGS]
     rows: list[dict[str, Any]] = []
     with options.progress("geometries") as progress:
         for index, setting in enumerate(SETTINGS):
             n, m, S = setting.features, setting.dimensions, setting.sparsity
             progress(index, len(SETTINGS), f"n = {n}, m = {m}, S = {S}")
-            wanted = {"features": str(n), "dimensions": str(m), "sparsity": str(S), "seeds": str(seeds)}
-            known = [row for row in kept if wanted.items() <= row.items()]
-            found = known or as_rows(find_geometries(setting, seeds=seeds))
+            found = known[index] or as_rows(find_geometries(setting, seeds=seeds))
             rows += found
-            write_table(output, rows)
+            write_table(output, [*rows, *itertools.chain(*known[index + 1 :])])
             counts = ", ".join(f"{row['figure']} {row['models']}" for row in found)
             options.out.print(f"n = {n}, m = {m}, S = {S}: {counts}", soft_wrap=True)
         progress(len(SETTINGS), len(SETTINGS), "")
     _print_paths([output])
+
+
+def _kept(rows: list[dict[str, Any]], setting: Any, seeds: int) -> list[dict[str, Any]]:
+    """The rows of one setting."""
+    names = ("features", "dimensions", "sparsity")
+    wanted = {name: str(getattr(setting, name)) for name in names} | {"seeds": str(seeds)}
+    return [row for row in rows if wanted.items() <= row.items()]
 
 
 def _print_paths(paths: Any) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import operator
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,12 +26,17 @@ def mixed(*numbers: int) -> int:
     return state >> 1
 
 
-def check_count(function: str, name: str, number: object, least: int) -> None:
-    """Raises unless the number is an integer of at least ``least``."""
-    if isinstance(number, bool) or not isinstance(number, int):
+def checked_count(function: str, name: str, number: Any, least: int) -> int:
+    """The number as an int, numpy's integers too; raises unless it is one and at least ``least``."""
+    try:
+        count = operator.index(number)
+    except TypeError:
+        count = None
+    if count is None or isinstance(number, bool):
         raise TypeError(message(function, name, "be an integer", repr(number)))
-    if number < least:
-        raise ValueError(message(function, name, f"be at least {least}", number))
+    if count < least:
+        raise ValueError(message(function, name, f"be at least {least}", count))
+    return count
 
 
 class SparseInputs:

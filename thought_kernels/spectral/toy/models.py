@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from thought_kernels.ops.library import message
-from thought_kernels.spectral.toy.inputs import SparseInputs, check_count, mixed
+from thought_kernels.spectral.toy.inputs import SparseInputs, checked_count, mixed
 
 _INITIAL = 1  # the second word of a seed: what is drawn from it
 
@@ -75,17 +75,15 @@ def toy_models(
 
     Source: SS §4 and Elhage et al. (2022); the paper leaves the initialisation open, which is theirs here.
     """
-    check_count("toy_models", "features", features, 1)
-    check_count("toy_models", "dimensions", dimensions, 1)
+    features = checked_count("toy_models", "features", features, 1)
+    dimensions = checked_count("toy_models", "dimensions", dimensions, 1)
     if dtype not in (torch.float32, torch.float64):
         raise TypeError(message("toy_models", "dtype", "be float32 or float64", dtype))
     count = len(seeds)
     if count == 0:
         raise ValueError(message("toy_models", "seeds", "name at least one model", "none"))
-    streams = tuple(seeds if streams is None else streams)
-    for name, numbers in (("seeds", seeds), ("streams", streams)):
-        for number in numbers:
-            check_count("toy_models", name, number, 0)
+    seeds = [checked_count("toy_models", "seeds", seed, 0) for seed in seeds]
+    streams = tuple(seeds if streams is None else (checked_count("toy_models", "streams", s, 0) for s in streams))
     if len(streams) != count:
         raise ValueError(message("toy_models", "streams", f"be one for each of {count} models", len(streams)))
     chosen = _per_model("sparsity", sparsity, count, features, device, dtype)

@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 from thought_kernels.ops.checks import check_number
 from thought_kernels.ops.library import message
-from thought_kernels.spectral.toy.inputs import check_count, mixed
+from thought_kernels.spectral.toy.inputs import checked_count, mixed
 from thought_kernels.spectral.toy.models import ToyModels, toy_models
 from thought_kernels.spectral.toy.summary import RTOL, as_row, rounded, summarize
 from thought_kernels.spectral.toy.training import Schedule, checkpoint_steps, history, train
@@ -67,11 +67,10 @@ class Plan:
         for name in ("dimensions", "sparsities"):
             if not getattr(self, name):
                 raise ValueError(message("Plan", name, "name at least one", "none"))
-        check_count("Plan", "features", self.features, 1)
-        check_count("Plan", "seeds", self.seeds, 1)
-        check_count("Plan", "checkpoints", self.checkpoints, 0)
-        for m in self.dimensions:
-            check_count("Plan", "dimensions", m, 1)
+        for name, least in (("features", 1), ("seeds", 1), ("checkpoints", 0)):
+            object.__setattr__(self, name, checked_count("Plan", name, getattr(self, name), least))
+        dimensions = tuple(checked_count("Plan", "dimensions", m, 1) for m in self.dimensions)
+        object.__setattr__(self, "dimensions", dimensions)
         for sparsity in self.sparsities:
             check_number("Plan", "sparsities", sparsity, or_zero=True)
             if sparsity >= 1:

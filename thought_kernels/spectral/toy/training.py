@@ -18,7 +18,7 @@ from torch import Tensor
 
 from thought_kernels.ops.checks import check_number
 from thought_kernels.ops.library import message
-from thought_kernels.spectral.toy.inputs import check_count
+from thought_kernels.spectral.toy.inputs import checked_count
 from thought_kernels.spectral.toy.models import Gradients, ToyModels, reconstruction_loss
 
 STATE = "state.safetensors"
@@ -45,8 +45,8 @@ class Schedule:
     shape: str = "cosine"
 
     def __post_init__(self) -> None:
-        check_count("Schedule", "steps", self.steps, 0)
-        check_count("Schedule", "batch", self.batch, 1)
+        object.__setattr__(self, "steps", checked_count("Schedule", "steps", self.steps, 0))
+        object.__setattr__(self, "batch", checked_count("Schedule", "batch", self.batch, 1))
         check_number("Schedule", "learning_rate", self.learning_rate, positive=True)
         if self.shape not in SCHEDULES:
             raise ValueError(message("Schedule", "shape", f"be one of {SCHEDULES}", repr(self.shape)))
