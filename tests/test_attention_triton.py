@@ -26,7 +26,7 @@ from tests.tolerances import DIFFERENCES, FLOORS, SOFTMAX_WEIGHTS, allowed_error
 
 pytest.importorskip("triton")
 
-from thought_kernels.triton import attention_plan
+from thought_kernels.triton import attention_plan, paired_attention, shared_prefix_attention
 
 pytestmark = [
     pytest.mark.usefixtures("poisoned_empty"),
@@ -93,6 +93,25 @@ def test_tiles_are_small_where_all_run_at_once(groups: int, block_m: int) -> Non
     chip = {"processors": 132, "capability": (9, 0), "descriptors": True, "shared_memory": 232_448}
     chosen = attention_plan.choose_tiles(torch.bfloat16, 256, 512, groups=groups, **chip)
     assert (chosen.block_m, chosen.block_n) == (block_m, 32)
+
+
+def test_no_batch_is_too_large_for_a_grid(monkeypatch: pytest.MonkeyPatch) -> None:
+    """CUDA's grids have 2^31 − 1 programs along the first axis, and 65,535 along the others."""
+    grids = []
+
+    class Recorder:
+        def __getitem__(self, grid: tuple[int, ...]) -> Any:
+            grids.append(grid)
+            return lambda *arguments, **options: None
+
+    rows = torch.zeros(70_000, 2, 3, 1)
+    prefix = (torch.zeros(1, 1, 1),) * 2
+    monkeypatch.setattr(paired_attention, "paired_attention_kernel", Recorder())
+    monkeypatch.setattr(shared_prefix_attention, "shared_prefix_attention_kernel", Recorder())
+    paired_attention.launch(rows, rows[:, :1], rows[:, :1], prefix, None, None, None, 1.0, None)
+    index = torch.zeros(70_000, dtype=torch.long)
+    shared_prefix_attention.launch(rows, rows[:, :1], rows[:, :1], [prefix], index, None, None, 1.0, None, rows.dtype)
+    assert grids == [(70_000, 1)] * 2
 
 
 @given(data=st.data())

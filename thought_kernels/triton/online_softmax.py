@@ -36,10 +36,11 @@ def locate(lengths, length, window, GROUP: tl.constexpr, BLOCK_M: tl.constexpr, 
     bounds: the first of its tokens, and its own keys first .. middle − 1, which all its queries see but for the window,
     and middle .. last − 1, of which some are masked. A program whose tokens are all padding has last = 0.
     """
-    # The last tiles have the most keys, so they start first.
-    tile = tl.num_programs(0) - 1 - tl.program_id(0)
+    # The last tiles have the most keys, so they start first. Examples share the first axis, which alone is long.
+    tiles = (length * GROUP + BLOCK_M - 1) // BLOCK_M
+    tile = tiles - 1 - tl.program_id(0) % tiles
     row = tile * BLOCK_M + tl.arange(0, BLOCK_M)
-    batch = tl.program_id(2)
+    batch = tl.program_id(0) // tiles
     count = length
     if lengths is not None:
         count = tl.load(lengths + batch).to(tl.int32)

@@ -137,7 +137,7 @@ def paired_attention_kernel(
     HEADER_N: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
 ):
-    """Both outputs of one tile of rows; the grid is (tiles, Hkv, B)."""
+    """Both outputs of one tile of rows; the grid is (B · tiles, Hkv)."""
     batch, head, t, g, count, token, first, middle, last = locate(lengths, length, window, GROUP, BLOCK_M, BLOCK_N)
     # Rows are found from the program's first token in 32 bits: 64-bit offsets of a whole tile would not fit registers.
     heads = tl.num_programs(1) * GROUP
@@ -245,7 +245,7 @@ def launch(
     sources = [describe(tensor, chosen.block_n, chosen) for tensor in (key, value, *parts[:2])]
     sources += [describe(tensor, chosen.header_n, chosen) for tensor in (*header, *parts[2:])]
     scratch = torch.empty_like(delta) if has_header else None
-    grid = (triton.cdiv(length * group, chosen.block_m), key.shape[1], batch)
+    grid = (batch * triton.cdiv(length * group, chosen.block_m), key.shape[1])
     with on(query.device):
         paired_attention_kernel[grid](
             query, *sources, None if lengths is None else lengths.contiguous(), without, delta, scratch, length,

@@ -65,7 +65,7 @@ def shared_prefix_attention_kernel(
     BLOCK_D: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
 ):
-    """The output of one tile of rows; the grid is (tiles, Hkv, B)."""
+    """The output of one tile of rows; the grid is (B · tiles, Hkv)."""
     batch, head, t, g, count, token, first, middle, last = locate(lengths, length, window, GROUP, BLOCK_M, BLOCK_N)
     used = t < count  # not padding
     q = load_queries(
@@ -154,7 +154,7 @@ def launch(
     sources = [describe(tensor, chosen.block_n, chosen) for tensor in (key, value, *joined)]
     # A float32 output of narrower inputs is asked for by who subtracts outputs, to whom rounded weights are errors.
     parts = chosen.parts if output_dtype == torch.float32 else 1
-    grid = (triton.cdiv(length * group, chosen.block_m), key.shape[1], batch)
+    grid = (batch * triton.cdiv(length * group, chosen.block_m), key.shape[1])
     with on(query.device):
         shared_prefix_attention_kernel[grid](
             query, *sources, prefix_index.contiguous(), bounds, None if lengths is None else lengths.contiguous(),
