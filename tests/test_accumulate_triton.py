@@ -104,6 +104,22 @@ def test_float16_factors_outside_its_range():
     )
 
 
+@pytest.mark.parametrize("dtype", [FLOAT32, BFLOAT16], ids=str)
+@pytest.mark.parametrize("size", [1e-30, 1e-22, 1e20])
+def test_w_over_a_squared_norm_may_leave_float32_where_the_products_do_not(size, dtype):
+    generator = torch.Generator().manual_seed(0)
+    delta = torch.randn(24, 8, generator=generator).to(dtype)
+    activation = (torch.randn(24, 12, generator=generator) * size).to(dtype)
+    cross, gram = torch.zeros(8, 12, device=DEVICE), torch.zeros(12, 12, device=DEVICE)
+    launch(cross, delta.to(DEVICE), activation.to(DEVICE), gram=gram, normalization="squared_norm")
+    factor = activation.double().square().sum(1, keepdim=True).reciprocal()
+    for actual, left in ((cross, delta.double()), (gram, activation.double())):
+        truth = (left * factor).T @ activation.double()
+        # One operand is rounded; the other is only moved to another binade.
+        allowed = FLOORS[dtype] * largest((left * factor).abs().T @ activation.double().abs())
+        assert largest(actual.cpu().double() - truth) <= allowed
+
+
 def test_infinite_norm_is_not_dropped_silently():
     activation = torch.ones(4, 8, device=DEVICE)
     activation[2] = float("inf")

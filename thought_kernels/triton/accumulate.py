@@ -49,7 +49,7 @@ def row_statistics_kernel(
     activation,
     weights,  # pointer or None
     factors,  # [rows] float32 or None: w / ν, and 0 for rows that add nothing
-    further,  # [rows] float32 or None: completes factors where w / ν is no normal float32, though its products are
+    further,  # [rows] float32 or None: a power of two that completes factors where w / ν is no normal float32
     sums,  # [programs, d_out + d_in] float32 or None: Σ w δ | Σ w a over the program's rows
     moments,  # [programs, 4] float64 or None
     rows,
@@ -97,7 +97,9 @@ def row_statistics_kernel(
         if further is not None:
             size = tl.abs(factor)
             ordinary = (size == 0) | ((size >= 1.2e-38) & (size <= 3.4e38))
-            root = tl.sqrt(tl.where(ordinary, 1.0, size))
+            # About √(w/ν): w δ/‖a‖ and a/‖a‖ are then float32s wherever their product is.
+            exponent = ((size.to(tl.int64, bitcast=True) >> 52) - 1023) >> 1
+            root = tl.where(ordinary, 1.0, ((exponent + 1023) << 52).to(tl.float64, bitcast=True))
             tl.store(factors + row, (factor / root).to(tl.float32), mask=inside)
             tl.store(further + row, root.to(tl.float32), mask=inside)
         else:
@@ -139,9 +141,9 @@ def _product(
     left_column, right_row, right_column, OPERAND: tl.constexpr, PRECISION: tl.constexpr, BLOCK: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Σ over rows first..last-1 of factor further (left - minus)[row, m] right[row, n], [BLOCK, BLOCK] float32.
+    """Σ over rows first..last-1 of factor (left - minus)[row, m] further right[row, n], [BLOCK, BLOCK] float32.
 
-    minus, factors and further may be None; minus has right's strides.
+    minus, factors and further may be None; minus has right's strides. further holds powers of two, which round nothing.
     """
     m = left_offset + tl.arange(0, BLOCK)
     n = right_offset + tl.arange(0, BLOCK)
@@ -161,7 +163,7 @@ def _product(
         if factors is not None:
             x = x.to(tl.float32) * factor[:, None]
             if further is not None:
-                x *= tl.load(further + row, mask=used, other=1.0)[:, None]
+                y = y.to(tl.float32) * tl.load(further + row, mask=used, other=1.0)[:, None]
         x = x.to(OPERAND)
         if PRECISION == "tf32":
             x = _round_to_tf32(x)
@@ -188,7 +190,7 @@ def product_kernel(
     without,  # pointer, or None unless delta holds the with-context activations
     activation,
     factors,  # [rows] float32, or None where every factor is 1
-    further,  # [rows] float32 or None: multiplies the factors
+    further,  # [rows] float32 or None: completes the factors
     partials,  # [grid's tiles, splits, BLOCK, BLOCK] float32
     rows,
     d_out,
