@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -251,3 +254,47 @@ def test_compiled_kernel_checks_direct_calls():
     with pytest.raises(TypeError, match="^accumulate_cpp: moments must be Double, got Float"):
         kernel(cross, rows, rows, False, None, 0, 1.0, None, None, None, torch.zeros(4))
     assert not cross.any()
+
+
+SHORT_OF_MEMORY = """
+import resource
+import torch
+import thought_kernels as tk
+
+torch.set_num_threads(2)
+delta, activation = torch.randn(400, 640), torch.randn(400, 640)
+
+def accumulated(room):
+    made = [torch.zeros(640, 640), torch.zeros(640, 640), torch.zeros(640), torch.zeros(4, dtype=torch.float64)]
+    cross, gram, delta_sum, moments = made
+    pages = int(open("/proc/self/statm").read().split()[0])
+    limit = -1 if room is None else pages * resource.getpagesize() + room
+    resource.setrlimit(resource.RLIMIT_AS, (limit, -1))
+    try:
+        tk.accumulate(cross, delta, activation, gram=gram, delta_sum=delta_sum, moments=moments, backend="cpp")
+        return made, True
+    except (RuntimeError, MemoryError):
+        return made, False
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (-1, -1))
+
+whole, _ = accumulated(None)
+
+def finishes(room):
+    made, finished = accumulated(room)
+    for sums, right in zip(made, whole):
+        assert torch.equal(sums, right if finished else torch.zeros_like(sums)), f"half written with {room} bytes"
+    return finished
+
+enough = next(room for room in range(0, 16 << 20, 1 << 19) if finishes(room))
+assert enough > 0
+for room in range(enough - (1 << 20), enough, 1 << 13):  # the last of the memory is what some threads get
+    finishes(max(room, 0))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux limits a process's address space")
+def test_nothing_is_written_where_memory_runs_out():
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}  # what is freed goes back, and is missing next time
+    run = subprocess.run([sys.executable, "-c", SHORT_OF_MEMORY], env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-2000:]

@@ -4,7 +4,6 @@
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/from_blob.h>
 #include <torch/library.h>
 
 #include <algorithm>
@@ -34,14 +33,14 @@ constexpr int64_t kSumBytes = 50 << 20;      // cross and gram up to here are su
 constexpr int64_t kTile = 320;          // edge: a tile's sums and its panels of kDepth rows fit into a core's L2 cache
 constexpr int64_t kTasksPerThread = 5;  // enough that a thread which lost its processor holds up little
 
-// Runs task(0) ... task(count - 1), each on whichever thread is free next. Every result has one owner and a fixed order
-// of additions, so nothing depends on who runs what.
+// Runs task(0, worker) ... task(count - 1, worker), each on whichever thread is free next, with that thread's number.
+// Every result has one owner and a fixed order of additions, so nothing depends on who runs what.
 template <typename Task>
 void for_each_task(int64_t count, const Task& task) {
     std::atomic<int64_t> next{0};
-    at::parallel_for(0, std::min<int64_t>(count, at::get_num_threads()), 1, [&](int64_t, int64_t) {
+    at::parallel_for(0, std::min<int64_t>(count, at::get_num_threads()), 1, [&](int64_t worker, int64_t) {
         at::AutoDispatchBelowADInplaceOrView no_autograd;  // thread-local, so once for every worker
-        for (int64_t index = next++; index < count; index = next++) task(index);
+        for (int64_t index = next++; index < count; index = next++) task(index, worker);
     });
 }
 
@@ -171,18 +170,16 @@ void add_symmetric(const at::Tensor& gram, const Product<T>& product, T coeffici
     }
 }
 
-// One tile's sums over the block's rows, on top of those of all blocks before it if they are `kept`; added to cross or
-// gram at once if they are not (null), else after the last block.
+// One tile's sums over the block's rows: on top of those of all blocks before it if they are `kept`, and added to cross
+// or gram after the last block; formed in `scratch` and added at once if they are not kept (null).
 template <typename T>
 void multiply(const Block<T>& block, const Block<T>& next, const std::vector<Tile>& tiles, int64_t index, T* kept,
-              bool first) {
+              T* scratch, bool first) {
     const Tile& tile = tiles[index];
     const bool last = next.n == 0;
     const Arguments& call = block.call;
     const Panels<T>&left = tile.of_gram ? block.a : block.d, &right = block.s;
-    at::Tensor memory;
-    if (kept == nullptr) memory = at::empty({tile.height * tile.width}, call.cross.options());
-    T* const sums = kept == nullptr ? memory.mutable_data_ptr<T>() : kept + tile.offset;
+    T* const sums = kept == nullptr ? scratch : kept + tile.offset;
     const bool resume = kept != nullptr && !first;
     const int64_t diagonal = tile.of_gram ? tile.column - tile.row : -tile.width;
     // Every tile fetches its share of the rows that the next block is made from, supposing that none is left out.
@@ -205,6 +202,15 @@ void multiply(const Block<T>& block, const Block<T>& next, const std::vector<Til
 }
 
 template <typename T>
+void add_sums(const at::Tensor& target, const std::vector<double>& sums, double coefficient) {
+    T* const out = target.mutable_data_ptr<T>();
+    for (size_t k = 0; k < sums.size(); ++k) {
+        T& y = out[static_cast<int64_t>(k) * target.stride(0)];
+        y = static_cast<T>(static_cast<double>(y) + coefficient * sums[k]);
+    }
+}
+
+template <typename T>
 void run(Arguments& call, Instructions instructions) {
     const Kernels<T>& kernels = choose_kernels<T>(instructions);
     const Rows<T> delta(call.delta, kernels, call.pair), activation(call.activation, kernels, call.pair);
@@ -222,6 +228,11 @@ void run(Arguments& call, Instructions instructions) {
     const int64_t kept_size = keep ? tiles.back().offset + tiles.back().height * tiles.back().width : 0;
     const at::Tensor kept_memory = at::empty({kept_size}, call.cross.options());
     T* const kept = keep ? kept_memory.mutable_data_ptr<T>() : nullptr;
+    // Every thread's room for a tile's sums and for copies of rows: nothing is allocated once an accumulator changes.
+    const int64_t sums_size = keep ? 0 : tiles.front().height * tiles.front().width;
+    const int64_t room = round_up(sums_size + Block<T>::copies(d_out, d_in), 64);
+    const at::Tensor scratch_memory = at::empty({at::get_num_threads() * room}, call.cross.options());
+    T* const scratch = scratch_memory.mutable_data_ptr<T>();
     std::vector<double> delta_sum(call.delta_sum ? d_out : 0), activation_sum(call.activation_sum ? d_in : 0);
     std::vector<double> moments(4);
 
@@ -231,15 +242,17 @@ void run(Arguments& call, Instructions instructions) {
     Block<T>*block = &first, *next = &second;
     int64_t cursor = 0;
     block->take(cursor);
-    for_each_task(block->tasks(block->n), [&](int64_t task) { block->prepare(task); });
+    for_each_task(block->tasks(block->n),
+                  [&](int64_t task, int64_t worker) { block->prepare(task, scratch + worker * room + sums_size); });
     for (bool started = false; block->n > 0; started = true, std::swap(block, next)) {
         next->take(cursor);
         const int64_t tile_count = tiles.size();
-        for_each_task(tile_count + next->tasks(next->n), [&](int64_t task) {
+        for_each_task(tile_count + next->tasks(next->n), [&](int64_t task, int64_t worker) {
+            T* const mine = scratch + worker * room;
             if (task < tile_count) {
-                multiply(*block, *next, tiles, task, kept, !started);
+                multiply(*block, *next, tiles, task, kept, mine, !started);
             } else {
-                next->prepare(task - tile_count);
+                next->prepare(task - tile_count, mine + sums_size);
             }
         });
         const double* sum = block->sums.data();
@@ -257,12 +270,9 @@ void run(Arguments& call, Instructions instructions) {
         }
     }
 
-    const auto wide = [](std::vector<double>& sum) {
-        return at::from_blob(sum.data(), {static_cast<int64_t>(sum.size())}, at::TensorOptions().dtype(at::kDouble));
-    };
-    if (call.delta_sum) call.delta_sum->add_(wide(delta_sum), call.coefficient);
-    if (call.activation_sum) call.activation_sum->add_(wide(activation_sum), call.coefficient);
-    if (call.moments) call.moments->add_(wide(moments));
+    if (call.delta_sum) add_sums<T>(*call.delta_sum, delta_sum, call.coefficient);
+    if (call.activation_sum) add_sums<T>(*call.activation_sum, activation_sum, call.coefficient);
+    if (call.moments) add_sums<double>(*call.moments, moments, 1.0);
 }
 
 void accumulate(at::Tensor cross, const at::Tensor& delta, const at::Tensor& activation, bool pair,
@@ -292,7 +302,9 @@ void accumulate(at::Tensor cross, const at::Tensor& delta, const at::Tensor& act
     if (rows == 0) return;
 
     at::AutoDispatchBelowADInplaceOrView no_autograd;
-    Arguments call{cross,       delta, activation, pair,           weights, normalization,
+    std::optional<at::Tensor> wide;
+    if (weights.has_value()) wide = weights->to(at::kDouble).contiguous();
+    Arguments call{cross,       delta, activation, pair,           wide,   normalization,
                    coefficient, gram,  delta_sum,  activation_sum, moments};
     const Instructions set = choose_instructions(kName, instructions);
     if (dtype == at::kFloat) {

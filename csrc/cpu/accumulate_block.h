@@ -77,7 +77,7 @@ struct Arguments {
     const at::Tensor& delta;
     const at::Tensor& activation;
     bool pair;
-    const std::optional<at::Tensor>& weights;
+    const std::optional<at::Tensor>& weights;  // float64, contiguous
     int64_t normalization;
     double coefficient;
     std::optional<at::Tensor> gram, delta_sum, activation_sum, moments;
@@ -188,6 +188,8 @@ struct Block {
           sums(tasks(rows) * sum_columns),
           zeros(delta.columns) {}
 
+    // Numbers that prepare needs room for: copies of a group's rows, and a row of pack_scaled's.
+    static int64_t copies(int64_t d_out, int64_t d_in) { return kGroup * (d_out + d_in) + d_in; }
     static int64_t tasks(int64_t rows) { return (rows + kRowsPerTask - 1) / kRowsPerTask; }
 
     // Takes the next rows from `cursor` on. Those of weight 0 are never read: padding may hold anything.
@@ -196,8 +198,7 @@ struct Block {
         for (n = 0; n < most && cursor < rows;) {
             const int64_t count = std::min(most - n, rows - cursor);
             if (call.weights.has_value()) {
-                const at::Tensor wide = call.weights->narrow(0, cursor, count).to(at::kDouble).contiguous();
-                const double* w = wide.const_data_ptr<double>();
+                const double* w = call.weights->const_data_ptr<double>() + cursor;
                 for (int64_t k = 0; k < count; ++k) {
                     if (w[k] == 0) continue;
                     index[n] = cursor + k;
@@ -215,9 +216,8 @@ struct Block {
     }
 
     // Widens, measures, scales and packs the rows of one task.
-    void prepare(int64_t task) {
+    void prepare(int64_t task, T* copies) {
         const int64_t d_out = delta.columns, d_in = activation.columns;
-        const auto copies = std::make_unique_for_overwrite<T[]>(kGroup * (d_out + d_in));
         double* const sum = sums.data() + task * sum_columns;
         std::fill(sum, sum + sum_columns, 0.0);
         const int64_t end = std::min(n, (task + 1) * kRowsPerTask);
@@ -225,8 +225,8 @@ struct Block {
             const int64_t count = std::min<int64_t>(kGroup, end - k);
             const void *d_rows[kGroup], *a_rows[kGroup];
             for (int64_t r = 0; r < count; ++r) {
-                T* const d_copy = copies.get() + r * d_out;
-                T* const a_copy = copies.get() + kGroup * d_out + r * d_in;
+                T* const d_copy = copies + r * d_out;
+                T* const a_copy = copies + kGroup * d_out + r * d_in;
                 d_rows[r] = delta.row(index[k + r], d_copy);
                 a_rows[r] = activation.row(index[k + r], a_copy);
                 if (call.pair) kernels.subtract(a_copy, d_copy, d_out);
@@ -239,7 +239,7 @@ struct Block {
                 factor[k + r] = v;
                 if (call.moments) energy[k + r] = v == 0 ? 0 : v * delta.reader.sum_of_squares(d_rows[r], d_out);
             }
-            pack_group(k, count, d_rows, a_rows);
+            pack_group(k, count, d_rows, a_rows, copies + kGroup * (d_out + d_in));
             double* next_sum = sum;
             if (call.delta_sum) {
                 delta.reader.add_weighted(d_rows, weight.data() + k, count, d_out, next_sum);
@@ -253,7 +253,7 @@ struct Block {
 
   private:
     // Rows k, k + 1, ... into all panels. The group after them is fetched meanwhile, supposing that no row is left out.
-    void pack_group(int64_t k, int64_t count, const void* const* d_rows, const void* const* a_rows) {
+    void pack_group(int64_t k, int64_t count, const void* const* d_rows, const void* const* a_rows, T* scaled) {
         const T ones[kGroup] = {1, 1, 1, 1};
         T factors[kGroup];
         const void* products[kGroup];  // a row of factor 0 adds nothing, whatever its δ: 0 · NaN would be NaN
@@ -269,17 +269,16 @@ struct Block {
         for (int64_t r = 0; r < count; ++r) {
             const double size = std::abs(factor[k + r]);
             const bool normal = size >= std::numeric_limits<T>::min() && size <= std::numeric_limits<T>::max();
-            if (size != 0 && !normal) pack_scaled(index[k + r], factor[k + r], s.row(k + r));
+            if (size != 0 && !normal) pack_scaled(index[k + r], factor[k + r], scaled, s.row(k + r));
         }
     }
 
-    void pack_scaled(int64_t index, double v, T* panels) const {
+    void pack_scaled(int64_t index, double v, T* scaled, T* panels) const {
         // The factor (1/‖a‖² of a tiny row) has no normal value in T, but its products may have.
-        std::vector<T> scaled(activation.columns);
         activation.memory.load(activation.data + index * activation.row_bytes, activation.stride, activation.columns,
-                               scaled.data());
-        for (T& x : scaled) x = static_cast<T>(v * static_cast<double>(x));
-        const void* const row = scaled.data();
+                               scaled);
+        for (int64_t c = 0; c < activation.columns; ++c) scaled[c] = static_cast<T>(v * static_cast<double>(scaled[c]));
+        const void* const row = scaled;
         const T one = 1;
         activation.copies.pack_right(&row, &one, 1, activation.columns, panels, s.stride(), 0);
     }
