@@ -166,10 +166,11 @@ def test_every_output_is_optional(library, outputs):
 
 @pytest.mark.parametrize("normalization", ["norm", "squared_norm"])
 @pytest.mark.parametrize("size", [1e-24, 3e18])
-def test_tiny_and_huge_rows(library, size, normalization):
-    # ‖a‖² lies outside float32, and 1/‖a‖² too, though δ aᵀ/‖a‖² does not.
+@pytest.mark.parametrize("alike", [False, True])
+def test_tiny_and_huge_rows(library, alike, size, normalization):
+    # ‖a‖² lies outside float32, and 1/‖a‖² too, though δ aᵀ/‖a‖² does not, whether δ is as large as a or not.
     call = random_call(rows=(30,), normalization=normalization)
-    call = call._replace(delta=call.delta * size, activation=call.activation * size)
+    call = call._replace(delta=call.delta * (size if alike else 1), activation=call.activation * size)
     sums = {"cross": torch.zeros(37, 29)}
     run(library, call, sums)
     zeros = {name: torch.zeros_like(tensor) for name, tensor in accumulators(call).items()}

@@ -197,7 +197,7 @@ __device__ inline unsigned char* dynamic_shared() {
     return shared;
 }
 
-// Adds Σ factor further (left - minus)[row, m] right[row, n] over rows [first, last) to this thread's part of one tile.
+// Adds Σ factor (left - minus)[row, m] further right[row, n] over rows [first, last) to this thread's part of one tile.
 template <typename Product, typename Left, typename Right>
 __device__ void multiply_tile(Source<Left> left, Source<Right> minus, Source<Right> right, const float* factors,
                               const float* further, int64_t first, int64_t last, int m, int n,
@@ -242,8 +242,8 @@ __device__ void multiply_tile(Source<Left> left, Source<Right> minus, Source<Rig
             for (int e = 0; e < kVector; ++e) {
                 float value = to_float(x[r].values[e]);
                 if (minus.matrix.data != nullptr) value -= to_float(z[r].values[e]);
-                scaled.values[e] = Product::round(value * factor[r] * further_factor[r]);
-                plain.values[e] = Product::round(to_float(y[r].values[e]));  // exact
+                scaled.values[e] = Product::round(value * factor[r]);
+                plain.values[e] = Product::round(to_float(y[r].values[e]) * further_factor[r]);  // exact
             }
             *reinterpret_cast<Vector<Element>*>(&left_stages[stage][k + r * (kStep / kRows)][column]) = scaled;
             *reinterpret_cast<Vector<Element>*>(&right_stages[stage][k + r * (kStep / kRows)][column]) = plain;
@@ -349,7 +349,8 @@ __device__ inline double warp_sum(double x) {
 
 // factors [rows], sums [blocks, d_out + d_in] (Σ w δ | Σ w a) and moments [blocks, 4]; any of them may be null. Squares
 // are float64, which no float32 overflows or underflows. further [rows] completes factors where w / ν, of a tiny or
-// huge ‖a‖², is no normal float32 though its products are: w / ν = factor · further.
+// huge ‖a‖², is no normal float32: w / ν = factor · further, a power of two near √(w / ν), so that w δ/‖a‖ and a/‖a‖
+// are float32s wherever their product is.
 template <typename Delta, typename Activation>
 __global__ void __launch_bounds__(kThreads, 4)
     row_statistics(Source<Delta> delta, Source<Activation> activation, bool pair, const float* weights,
@@ -400,8 +401,8 @@ __global__ void __launch_bounds__(kThreads, 4)
             energy[r] = v == 0 ? 0.0 : v * delta_squares;
             if (factors != nullptr && row < rows) {
                 const double size = fabs(v);
-                const bool split = further != nullptr && v != 0 && !(size >= 1.2e-38 && size <= 3.4e38);
-                const double root = split ? sqrt(size) : 1.0;
+                const bool split = further != nullptr && v != 0 && (size < 1.2e-38 || size > 3.4e38);
+                const double root = split ? ldexp(1.0, ilogb(size) / 2) : 1.0;
                 factors[row] = static_cast<float>(v / root);
                 if (further != nullptr) further[row] = static_cast<float>(root);
             }
