@@ -32,11 +32,8 @@ def measured(model, tokenizer, name: str, seed: int) -> list[dict[str, object]]:
     task = TASKS[name]
     bench = Bench(model, tokenizer, task, EXAMPLES, seed, on_held_out=True)
     rows = []
-    for where, examples, trial, options in (
-        ("inside", bench.inside, bench.fresh, {}),
-        ("outside", bench.outside, bench.far, {"substitutes": bench.other_words}),
-    ):
-        patch = tk.transmute(model, tokenizer, task.instruction, examples, **options)
+    for where, examples, trial in (("inside", bench.inside, bench.fresh), ("outside", bench.outside, bench.far)):
+        patch = tk.transmute(model, tokenizer, task.instruction, examples)
         report = tk.evaluate(
             model, tokenizer, patch, examples, held_out=trial.questions, answers=trial.answers, sections="baselines",
             sweep_inputs=len(trial), max_new_tokens=20,

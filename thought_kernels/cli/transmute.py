@@ -57,7 +57,7 @@ def transmute(
     ridge: Annotated[
         str | None,
         typer.Option(
-            help=_help("ridge", "In units of the Gram's mean eigenvalue, or auto.", "0.01 with substitutions, else 0.1")
+            help=_help("ridge", "In units of the Gram's mean eigenvalue, or auto.", "0.003 with copies, else 0.1")
         ),
     ] = None,
     substitutions: Annotated[

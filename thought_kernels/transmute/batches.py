@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import normalize
 
 from thought_kernels.models.decoder import Block, Decoder
 from thought_kernels.ops.shared_prefix_attention import shared_prefix_attention
@@ -104,21 +106,23 @@ def _batches(
 def embed(decoder: Decoder, batch: Batch) -> Tensor:
     """The residual streams entering block 0, [B, T, d], with the batch's random vectors in their places.
 
-    A random vector has a direction drawn evenly from all, and the length of the embedding that it replaces: how far a
-    word can move the stream stays what it was. Its draw depends on the row's own seed only.
+    A random vector is as long as the embedding x that it replaces, so that a word can move the stream as far as before:
+    ‖x‖ (√λ x/‖x‖ + √(1 − λ) z) normalised, with λ the row's likeness and z a direction drawn evenly from all. The draw
+    depends on the row's own seed only.
     """
     x = decoder.embed(batch.tokens)
     for row, random in enumerate(batch.random):
         if random is None:
             continue
         generator = torch.Generator().manual_seed(random.seed)
-        directions = torch.nn.functional.normalize(torch.randn(len(random.ids), x.shape[-1], generator=generator))
-        ids = torch.tensor(random.ids)
-        length = int(batch.lengths[row])
-        where = torch.isin(batch.tokens[row, :length], ids).nonzero()[:, 0]
-        vectors = directions[torch.searchsorted(ids, batch.tokens[row, where])].to(x)
+        drawn = normalize(torch.randn(len(random.ids), x.shape[-1], generator=generator))
+        tokens, ids = batch.tokens[row, : batch.lengths[row]], torch.tensor(random.ids)
+        where = torch.isin(tokens, ids).nonzero()[:, 0]
+        z = drawn[torch.searchsorted(ids, tokens[where])].to(x)
         where = where.to(x.device)
-        x[row, where] = vectors * x[row, where].norm(dim=-1, keepdim=True)
+        replaced = x[row, where]
+        mixed = normalize(replaced, dim=-1) * math.sqrt(random.likeness) + z * math.sqrt(1 - random.likeness)
+        x[row, where] = normalize(mixed, dim=-1) * replaced.norm(dim=-1, keepdim=True)
     return x
 
 

@@ -44,10 +44,12 @@ class RandomWords(NamedTuple):
     Attributes:
         ids: of the tokens, ascending.
         seed: of their directions; their lengths are those of the embeddings that they replace.
+        likeness: share of a vector's squared length that keeps the direction of the embedding, 0 to 1.
     """
 
     ids: tuple[int, ...]
     seed: int
+    likeness: float = 0.0
 
 
 class EncodedExample(NamedTuple):

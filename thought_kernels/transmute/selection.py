@@ -30,7 +30,7 @@ from thought_kernels.transmute.logprobs import completion_logprobs, divergence
 from thought_kernels.transmute.prompt import EncodedExample
 
 AUTO = "auto"
-RIDGES = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
+RIDGES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
 SCALES = (0.5, 0.7, 0.85, 1.0, 1.2, 1.5)
 # For estimators that do not solve for a scale, in units of the least-squares scale of one block: over several blocks
 # their effects add up, so smaller ones may be better.
@@ -111,7 +111,7 @@ def choose(
     """Chooses the scale, the ridge, or first the ridge and then the scale.
 
     Cost: one fit per candidate (one for all where Recipe.solved_once) on three quarters of the examples, 64 at most,
-    and one forward per candidate over the quarter held back, 32 at most. There are 6 ridges, and 6 or 7 scales.
+    and one forward per candidate over the quarter held back, 32 at most. There are 7 ridges, and 6 or 7 scales.
 
     Args:
         model: the transformers model that `decoder` describes.

@@ -26,7 +26,10 @@ WORDS = "words"
 # Many examples are diverse by themselves: all copies together are not many more than MOST_COPIES.
 SUBSTITUTIONS, MOST_COPIES = 8, 512
 # What all copies of an example weigh together, the example itself weighing 1.
-COPIES_SHARE = 2.0
+COPIES_SHARE = 4.0
+# A random vector keeps up to this share of its squared length in the direction of the word that it replaces, so that a
+# model which tells numbers from words attends to it a little as it did to the word.
+MOST_LIKENESS = 0.2
 # Characters as tokens come with a few words too, such as the turns' names, but copies made of those are all alike.
 _SHORTEST_WORD, _FEWEST_WORDS = 3, 32
 
@@ -95,7 +98,8 @@ def with_substitutions(
             rng = random.Random(f"{seed} {number} {example.tokens}")
             copy = example._replace(share=example.share * COPIES_SHARE / copies)
             if pool is None:
-                found.append(copy._replace(random=RandomWords(tuple(varying), rng.getrandbits(63))))
+                words = RandomWords(tuple(varying), rng.getrandbits(63), rng.uniform(0.0, MOST_LIKENESS))
+                found.append(copy._replace(random=words))
             elif drawn := _drawn(rng, len(varying), pool, opening):
                 new = dict(zip(varying, drawn, strict=True))
                 found.append(copy._replace(tokens=[new.get(token, token) for token in example.tokens]))

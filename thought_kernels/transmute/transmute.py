@@ -25,7 +25,7 @@ from thought_kernels.transmute.substitution import resolved_substitutes, usual_c
 
 TOKENS = ("all", "answer")
 # docs/recipes.md has the table these were read off.
-RIDGE, RIDGE_WITH_SUBSTITUTIONS = 0.1, 0.01
+RIDGE, RIDGE_WITH_SUBSTITUTIONS = 0.1, 0.003
 
 
 @torch.no_grad()
@@ -75,9 +75,9 @@ def transmute(
         normalization: ν, "none", "norm" (‖a‖) or "squared_norm" (‖a‖²).
         scale: λ, one number or one per site; "mean" needs it tuned, the others are made for 1. "auto" chooses it by
             the KL to the prompted model on a quarter of the examples, held back and then fitted with the others; that
-            needs four examples or more and at most six further fits on 64 examples, see transmute/selection.py.
-        ridge: ε, in units of Z's mean eigenvalue; "auto" chooses it in the same way, before the scale, from six. None
-            is 0.01 with substitutions and 0.1 without.
+            needs four examples or more and at most seven further fits on 64 examples, see transmute/selection.py.
+        ridge: ε, in units of Z's mean eigenvalue; "auto" chooses it in the same way, before the scale, from seven. None
+            is 0.003 with substitutions and 0.1 without.
         substitutions: copies of each example in which random vectors stand for the words, so that the patch learns
             the instruction and not the examples' words, see transmute/substitution.py. None is the recommended recipe,
             8, fewer beyond 64 examples, where neither an estimator nor a number for ridge is given; where one is, it
