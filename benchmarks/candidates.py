@@ -23,7 +23,7 @@ from torch import Tensor
 import thought_kernels as tk
 from thought_kernels.demo.tasks import TASKS, split_by_symbols
 from thought_kernels.models import in_memory
-from thought_kernels.transmute import fitting
+from thought_kernels.transmute import fitting, substitution
 from thought_kernels.transmute.accumulator import ThoughtAccumulator
 from thought_kernels.transmute.batches import Batch, BlockPrefix, Group, embed
 from thought_kernels.transmute.completions import complete, end_of_turn_id, stop_ids
@@ -252,6 +252,11 @@ def _generic(model: Any, tokenizer: Any) -> Moments:
     return generic_moments(model, tokenizer, generic_texts())
 
 
+def with_constant(name: str, value: float) -> Change:
+    """The copies made with another value of one of substitution.py's constants."""
+    return lambda bench: mock.patch.object(substitution, name, value)
+
+
 def by_place(places: Places) -> Change:
     return lambda bench: accumulated_by(functools.partial(ByPlace, places))
 
@@ -296,6 +301,12 @@ def with_own_answers(bench: Any) -> AbstractContextManager[Any]:
     return mock.patch.object(fitting, "with_substitutions", answered)
 
 
+COPIES: dict[str, Change] = {
+    "copies of weight 2": with_constant("COPIES_SHARE", 2.0),
+    "copies of weight 8": with_constant("COPIES_SHARE", 8.0),
+    "vectors with nothing of the word": with_constant("MOST_LIKENESS", 0.0),
+    "vectors with up to half of the word": with_constant("MOST_LIKENESS", 0.5),
+}
 CANDIDATES: dict[str, Change] = {
     "one matrix per head": by_head(math.inf),
     "one matrix per group of heads": by_head(math.inf, groups=True),

@@ -65,10 +65,12 @@ def recipes(blocks: int) -> Iterator[tuple[str, Options]]:
     yield "affine in block 0's attention only", {"change": candidates.by_place(_affine_in_first_attention)}
     for copies in (2, 4, 16):
         yield f"{copies} copies", usual | {"substitutions": copies}
+    for label, change in candidates.COPIES.items():
+        yield label, {"change": change}
     for epsilon in (0.001, 0.003, 0.01, 0.03, 0.1):
         if epsilon != RIDGE_WITH_SUBSTITUTIONS:
             yield f"ridge {epsilon}", usual | {"ridge": epsilon}
-    for at_attention, at_mlp in ((0.01, 0.003), (0.03, 0.003), (0.003, 0.01)):
+    for at_attention, at_mlp in ((0.01, 0.003), (0.03, 0.003), (0.003, 0.001), (0.003, 0.01)):
         yield f"ridge {at_attention} at attention, {at_mlp} at mlp", {"change": _at_sites(at_attention, at_mlp)}
     yield "exact", usual | {"estimator": "exact"}
     for label, change in candidates.CANDIDATES.items():

@@ -236,4 +236,6 @@ def test_rows_are_measured_once_and_in_the_order_asked_for(
 
 def test_the_grid_names_every_row_once_and_holds_the_reports() -> None:
     labels = [label for label, _ in recipes.recipes(6)]
-    assert len(labels) == len(set(labels)) and set(recipes.FINAL) | set(candidates.CANDIDATES) <= set(labels)
+    assert len(labels) == len(set(labels)) and set(recipes.FINAL) | set(candidates.COPIES) | set(
+        candidates.CANDIDATES
+    ) <= set(labels)
