@@ -82,7 +82,7 @@ figures: setup bench experiments
 	for model in thought_kernels/demo/checkpoint benchmarks/models/small benchmarks/models/longer; do \
 		$(PY) benchmarks/recipes.py --seeds 0 --model $$model && \
 		$(PY) benchmarks/recipes.py --final --model $$model || exit 1; done
-	PATH="$$(cd $(VENV)/bin && pwd):$$PATH" benchmarks/recipe_trials.sh
+	$(PY) benchmarks/first_block.py
 	$(PY) benchmarks/baselines.py
 	$(VENV)/bin/thought-kernels toy geometries --output benchmarks/results/toy_geometries.csv
 	@set -e; for preset in reduced reduced-nonuniform; do \

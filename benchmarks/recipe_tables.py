@@ -1,4 +1,4 @@
-"""The tables of docs/recipes.md, from the results of recipes.py, recipe_trials.sh and baselines.py."""
+"""The tables of docs/recipes.md, from the results of recipes.py, first_block.py and baselines.py."""
 
 from __future__ import annotations
 
@@ -94,24 +94,20 @@ def other_models() -> str:
     return markdown(("recipe", *columns), [(row[0], *(f"{value:.3f}" for value in row[1:])) for row in rows])
 
 
-def trials() -> str:
-    """One place solved in another way, on the five hardest instructions and the three models."""
-    hardest = ("sort", "largest", "add_one", "double", "parity")
-    found = {
-        name: by_recipe(row for row in read("recipes_trials.csv", model) if row["task"] in hardest)
-        for name, model in MODELS.items()
-    }
-    lines = [
-        (bold(recipe), *(f"{mean(map(outside, rows[recipe])):.3f}" for rows in found.values()))
-        for recipe in found["shipped"]
-    ]
-    return markdown(("recipe", *found), lines)
+def first_block() -> str:
+    """Error of the first attention patch outside, by model and by what the copies hold."""
+    found: dict[str, dict[str, list[float]]] = {}
+    with (RESULTS / "first_block.csv").open(newline="") as file:
+        for row in csv.DictReader(file):
+            found.setdefault(row["copies"], {}).setdefault(row["model"], []).append(float(row["error"]))
+    lines = [(copies, *(f"{mean(by_model[name]):.2f}" for name in MODELS)) for copies, by_model in found.items()]
+    return markdown(("copies of", *MODELS), lines)
 
 
 def instructions() -> str:
     """Outside accuracy by instruction."""
     found = by_recipe(read("recipes.csv", examples="32", seed="0"))
-    shown = ("default", "affine", "no copies", "affine, no copies", "layerwise", "attention alone")
+    shown = ("default", "words", "affine", "no copies", "affine, no copies", "layerwise", "attention alone")
     tasks = [row["task"] for row in found["default"]]
     lines = []
     for recipe in shown:
@@ -132,5 +128,5 @@ def baselines() -> str:
 
 RECIPES: dict[str, Callable[[], str]] = {
     "development": development, "examples": examples, "reserved": reserved, "baselines": baselines,
-    "other models": other_models, "trials": trials, "instructions": instructions,
+    "other models": other_models, "first block": first_block, "instructions": instructions,
 }  # fmt: skip

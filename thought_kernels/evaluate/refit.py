@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from thought_kernels.evaluate.subject import Subject
+from thought_kernels.models.undisturbed import undisturbed
 from thought_kernels.transmute.accumulator import ThoughtAccumulator
 from thought_kernels.transmute.batches import group_examples
 from thought_kernels.transmute.estimators import Sums
@@ -93,7 +94,7 @@ def refit(
         layers=layers, sites=sites, accumulator=own, solve=solve, header_weight=recipe["header_weight"],
         tick=lambda: None,
     )  # fmt: skip
-    with torch.no_grad():
+    with torch.no_grad(), undisturbed(decoder.model):
         PAIRINGS[recipe["pairing"]](run)
     return solve(layers, sites)
 
