@@ -95,13 +95,17 @@ def other_models() -> str:
 
 
 def first_block() -> str:
-    """Error of the first attention patch outside, by model and by what the copies hold."""
-    found: dict[str, dict[str, list[float]]] = {}
+    """Errors outside of the first attention patch and, in brackets, of u·a = 1, by what the copies hold."""
     with (RESULTS / "first_block.csv").open(newline="") as file:
-        for row in csv.DictReader(file):
-            found.setdefault(row["copies"], {}).setdefault(row["model"], []).append(float(row["error"]))
-    lines = [(copies, *(f"{mean(by_model[name]):.2f}" for name in MODELS)) for copies, by_model in found.items()]
-    return markdown(("copies of", *MODELS), lines)
+        rows = list(csv.DictReader(file))
+
+    def shown(copies: str, model: str) -> str:
+        mine = [row for row in rows if (row["copies"], row["model"]) == (copies, model)]
+        error, constant = (mean(float(row[name]) for row in mine) for name in ("error", "constant_error"))
+        return f"{error:.2f} ({constant:.2f})"
+
+    kinds = dict.fromkeys(row["copies"] for row in rows)
+    return markdown(("copies of", *MODELS), [(copies, *(shown(copies, model) for model in MODELS)) for copies in kinds])
 
 
 def instructions() -> str:

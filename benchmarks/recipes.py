@@ -2,7 +2,7 @@
 
     python benchmarks/recipes.py --list                         # the grid's labels, in the order of measurement
     python benchmarks/recipes.py --seeds 0 [--model DIR] [--recipes LABEL ...] [--tasks a,b,...] [--examples 32]
-    python benchmarks/recipes.py --seeds 0 --final [--model DIR]                # a few rows, reserved instructions
+    python benchmarks/recipes.py --final [--model DIR] [--seeds 0 1 2 3 4] [--recipes LABEL ...]  # reserved instructions
     python benchmarks/recipes.py --output FILE.csv ...                          # elsewhere than benchmarks/results
 
 Every row of the grid is fitted on development instructions only, never on tasks.RESERVED_FOR_FINAL_STUDY, and judged
@@ -73,6 +73,8 @@ def recipes(blocks: int) -> Iterator[tuple[str, Options]]:
     for at_attention, at_mlp in ((0.01, 0.003), (0.03, 0.003), (0.003, 0.001), (0.003, 0.01)):
         yield f"ridge {at_attention} at attention, {at_mlp} at mlp", {"change": _at_sites(at_attention, at_mlp)}
     yield "exact", usual | {"estimator": "exact"}
+    yield "automatic ridge", {"ridge": "auto"}
+    yield "automatic ridge and scale", {"ridge": "auto", "scale": "auto"}
     for label, change in candidates.CANDIDATES.items():
         yield label, {"change": change}
     yield "words, own answers", {"words": True, "change": candidates.with_own_answers}
