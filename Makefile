@@ -75,13 +75,18 @@ bench: setup
 # Every number that the README and docs/ show, all but weightwatcher's (its script says how to install that beside it):
 # hours on two cores. Rows that stand in recipes*.csv, interference.csv and
 # toy_geometries.csv are kept; delete these files to measure them again.
+EVERYWHERE = default words affine "words, affine" "no copies" "affine, no copies"
 figures: setup bench experiments
 	$(PY) benchmarks/bench_transmute.py --model 1b --prefix 32 --no-memory \
 		--providers layerwise,cached,floor,strong,onednn,two_pass,sequential
 	$(PY) benchmarks/commands.py
-	for model in thought_kernels/demo/checkpoint benchmarks/models/small benchmarks/models/longer; do \
-		$(PY) benchmarks/recipes.py --seeds 0 --model $$model && \
-		$(PY) benchmarks/recipes.py --final --model $$model || exit 1; done
+	$(PY) benchmarks/recipes.py --seeds 0
+	@set -e; for count in 4 8 32 64; do $(PY) benchmarks/recipes.py --examples $$count --recipes default; done
+	$(PY) benchmarks/recipes.py --final
+	@set -e; for count in 8 32; do \
+		$(PY) benchmarks/recipes.py --final --seeds 0 1 2 3 4 --examples $$count --recipes default; done
+	@set -e; for model in small longer; do for kind in "" --final; do \
+		$(PY) benchmarks/recipes.py $$kind --model benchmarks/models/$$model --recipes $(EVERYWHERE); done; done
 	$(PY) benchmarks/first_block.py
 	$(PY) benchmarks/baselines.py
 	$(VENV)/bin/thought-kernels toy geometries --output benchmarks/results/toy_geometries.csv

@@ -2,7 +2,7 @@
 
     python benchmarks/recipes.py --list                         # the grid's labels, in the order of measurement
     python benchmarks/recipes.py --seeds 0 [--model DIR] [--recipes LABEL ...] [--tasks a,b,...] [--examples 32]
-    python benchmarks/recipes.py --final [--model DIR] [--seeds 0 1 2 3 4] [--recipes LABEL ...]  # reserved instructions
+    python benchmarks/recipes.py --final [--seeds 0 1] [--model DIR] ...        # a few rows, reserved instructions
     python benchmarks/recipes.py --output FILE.csv ...                          # elsewhere than benchmarks/results
 
 Every row of the grid is fitted on development instructions only, never on tasks.RESERVED_FOR_FINAL_STUDY, and judged
