@@ -264,6 +264,12 @@ def test_a_scorer_that_raises_costs_accuracies_only(model: Any) -> None:
         ({"recipe": {"ridge": -1}}, "recipe must have options .*; solve: ridge must be finite and positive, got -1"),
         ({"recipe": {"substitutions": -1}}, "recipe must have options .*; .*substitutions must be at least 0, got -1"),
         ({"recipe": {"substitutes": [10**9]}}, "recipe must have options .*; .*substitutes must be ids below"),
+        ({"recipe": {"substitutes": "word"}}, "recipe must have options .*; .*substitutes must be .* got 'word'"),
+        ({"recipe": {"substitutes": []}}, "recipe must have options .*; .*substitutes must hold a token id or more"),
+        (
+            {"recipe": {"scale": "auto", "substitutes": "words"}, "examples": EXAMPLES[:2]},
+            "recipe must have options .*; .*examples must be at least 4 for scale 'auto', got 2",
+        ),
         ({"recipe": {"layers": [99]}}, "recipe must have options .*; .*layers must be distinct .* got .99.; give"),
         ({"recipe": {"ridge": "auto", "estimator": "mean"}}, "recipe must have options .*; .*that estimator has no"),
         ({"sweep_inputs": 1}, "sweep_inputs must be at least 2, got 1"),

@@ -17,7 +17,7 @@ from thought_kernels.demo import CHECKPOINT
 from thought_kernels.models import describe
 from thought_kernels.transmute.batches import embed, group_examples
 from thought_kernels.transmute.fitting import Recipe, sums_of
-from thought_kernels.transmute.prompt import EncodedExample
+from thought_kernels.transmute.prompt import EncodedExample, RandomVectors
 from thought_kernels.transmute.substitution import (
     COPIES_SHARE,
     resolved_substitutes,
@@ -74,7 +74,7 @@ def test_a_random_vector_is_as_long_as_the_embedding_it_replaces_and_the_same_wh
     copies = with_substitutions(EXAMPLES, 2, None, seed=0)
     ((batch,),) = (group.batches for group in group_examples(copies, 16, "all", torch.float32))
     plain, streams = decoder.embed(batch.tokens), embed(decoder, batch)
-    rtol = 1e-6 if dtype == torch.float64 else 2**-6  # directions are float32; a bf16 norm and product round
+    rtol = 1e-12 if dtype == torch.float64 else 2**-8  # half a unit in the last place of bf16
     torch.testing.assert_close(streams.norm(dim=-1), plain.norm(dim=-1), rtol=rtol, atol=0)
     seen = []
     for row, random in enumerate(batch.random):
@@ -94,6 +94,38 @@ def test_a_random_vector_is_as_long_as_the_embedding_it_replaces_and_the_same_wh
         rows = [tokens[:count].tolist() == copy.tokens for tokens in batch.tokens]
         row = next(row for row, same in enumerate(rows) if same and batch.random[row] == copy.random)
         assert torch.equal(embed(decoder, alone)[0], streams[row, :count])
+
+
+def test_a_vector_keeps_as_much_of_the_word_as_its_likeness_says() -> None:
+    decoder = describe(tiny_gemma3(vocab_size=400, dtype=torch.float64, hidden_size=160))
+    tokens = list(range(100, 400))
+    for likeness in (0.0, 0.2, 0.7, 1.0):
+        example = EncodedExample([1], [2], tokens, 300, random=RandomVectors(tuple(tokens[10:]), 5, likeness))
+        ((batch,),) = (group.batches for group in group_examples([example], 1, "all", torch.float64))
+        plain, read = decoder.embed(batch.tokens)[0], embed(decoder, batch)[0]
+        assert torch.equal(plain[:10], read[:10])
+        squares = torch.cosine_similarity(plain, read, dim=-1)[10:].square()
+        # λ, and of a random direction's 1/d what the sum's length leaves; 290 draws scatter by less than 0.02.
+        assert abs(float(squares.mean()) - (likeness + (1 - likeness) / 160)) < 0.03 + 0.06 * likeness * (1 - likeness)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_torchs_defaults_do_not_reach_the_draw_and_a_word_without_an_embedding_keeps_none(dtype: torch.dtype) -> None:
+    model = tiny_gemma3(vocab_size=120, dtype=dtype)
+    model.get_input_embeddings().weight.data[13] = 0
+    decoder, copies = describe(model), with_substitutions(EXAMPLES, 2, None, seed=0)
+
+    def read() -> torch.Tensor:
+        ((batch,),) = (group.batches for group in group_examples(copies, 16, "all", torch.float32))
+        return embed(decoder, batch)
+
+    wanted = read()
+    torch.set_default_dtype(torch.float64)
+    try:
+        found = read()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(found, wanted) and wanted.isfinite().all()
 
 
 @torch.no_grad()
@@ -197,6 +229,13 @@ def test_the_recommended_recipe_has_copies_and_a_named_estimator_none(tokenizer:
     assert rows(ridge=0.3, substitutions=2) == 3 * plain
     assert rows(substitutions=0) == plain
 
+    for same in (examples[:1], [examples[0]] * 3):  # nothing varies in them: as without copies
+        patch = tk.transmute(model, tokenizer, "Sum the numbers", same)
+        assert (patch.provenance["substitutions"], patch.provenance["ridge"]) == (0, 0.1)
+        wanted = tk.transmute(model, tokenizer, "Sum the numbers", same, substitutions=0)
+        assert torch.equal(patch.matrix(0, "attention"), wanted.matrix(0, "attention"))
+    assert tk.transmute(model, tokenizer, "Sum the numbers", examples).provenance["ridge"] == 0.003
+
 
 def test_substitutes_are_drawn_from_the_ids_given(tokenizer: Any) -> None:
     model = tiny_gemma3(vocab_size=len(tokenizer), dtype=torch.float64)
@@ -212,7 +251,8 @@ def test_substitutes_are_drawn_from_the_ids_given(tokenizer: Any) -> None:
     assert not torch.equal(patch(substitutes=words), patch(substitutes=words[:20]))
     for substitutes in (None, words):
         assert not torch.equal(patch(substitutes=substitutes), patch(substitutes=substitutes, seed=1))
-        assert torch.equal(patch(substitutes=substitutes), patch(substitutes=substitutes, batch_size=32))
+        one_by_one = patch(substitutes=substitutes, batch_size=1)
+        torch.testing.assert_close(one_by_one, patch(substitutes=substitutes), rtol=0, atol=1e-9)
 
 
 @pytest.mark.parametrize(
@@ -235,6 +275,9 @@ def test_substitutes_come_from_a_text_file_on_the_command_line(tokenizer: Any, t
     assert found.exit_code == 0, found.output
     drawn = tk.ThoughtPatch.from_pretrained(tmp_path / "patch").provenance["substitutes"]
     assert tokenizer.decode(drawn).replace("\n", "").split() and len(drawn) <= 5
+    found = CliRunner().invoke(app, ["transmute", *arguments, "--substitutes", "words"])
+    assert found.exit_code == 0, found.output
+    assert tk.ThoughtPatch.from_pretrained(tmp_path / "patch").provenance["substitutes"] == "words"
 
 
 class Processor:
@@ -253,9 +296,12 @@ def test_the_words_are_those_of_a_processors_tokenizer(tokenizer: Any) -> None:
 def test_substitutes_are_any_integers_and_the_seed_is_one() -> None:
     assert resolved_substitutes(torch.arange(3, 6), None, 10) == (3, 4, 5)
     assert resolved_substitutes(None, None, 10) is None
-    for wrong in (3, ["word"], "word", [1.5], [True]):
+    for wrong in (3, ["word"], b"ab", [1.5], [True]):
         with pytest.raises(TypeError, match="transmute: substitutes must be token ids, "):
-            resolved_substitutes(wrong, None, 10)  # type: ignore[arg-type]
+            resolved_substitutes(wrong, None, 200)  # type: ignore[arg-type]
+    for unfit in ("Words", "", []):
+        with pytest.raises(ValueError, match="transmute: substitutes must "):
+            resolved_substitutes(unfit, None, 200)
     model = tiny_gemma3(0, layer_types=["full_attention"])
     for seed in (None, "0", True):
         with pytest.raises(TypeError, match="transmute: seed must be an integer, got"):

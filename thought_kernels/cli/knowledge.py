@@ -83,10 +83,7 @@ def read_facts(text: str | None) -> str:
 
 
 def lexicon(model: Any, tokenizer: Any, seed: int, batch_size: int) -> KnowledgeReport:
-    """The nearest thing for a model that reads no prose: words it was trained on, those asked for in no example.
-
-    The copies that transmute makes of the examples may hold them, among other tokens and without their translation.
-    """
+    """The nearest thing for a model that reads no prose: words it was trained on, those asked for in no example."""
     task = TASKS["translate"]
     near, far = split_by_symbols(task)
     rng = random.Random(f"knowledge {seed}")

@@ -63,7 +63,11 @@ def transmute(
     substitutions: Annotated[
         int | None,
         typer.Option(
-            help=_help("substitutions", "Copies of each example with strange words.", "8; 0 with --estimator, --ridge")
+            help=_help(
+                "substitutions",
+                "Copies of each example with strange words.",
+                "8; 0 with --estimator or a number for --ridge",
+            )
         ),
     ] = None,
     tokens: Annotated[str | None, typer.Option(help=_help("tokens", "Which tokens are summed, all or answer."))] = None,
@@ -73,7 +77,9 @@ def transmute(
     substitutes: Annotated[
         str | None,
         typer.Option(
-            help=_help("substitutes", "What the copies hold: words, or a text file of words.", "random vectors")
+            help=_help(
+                "substitutes", "What copies hold: words (of the vocabulary), or a text file of words.", "random vectors"
+            )
         ),
     ] = None,
     seed: Annotated[

@@ -48,7 +48,7 @@ from thought_kernels.evaluate.scorers import as_scorer
 from thought_kernels.evaluate.trial import Trial, prompted_texts
 from thought_kernels.models import describe
 from thought_kernels.transmute.patch import ThoughtPatch
-from thought_kernels.transmute.substitution import COPIES_SHARE, MOST_COPIES, MOST_LIKENESS, SUBSTITUTIONS
+from thought_kernels.transmute.substitution import MOST_COPIES, SUBSTITUTIONS, copies_described
 from thought_kernels.transmute.transmute import RIDGE, RIDGE_WITH_SUBSTITUTIONS, transmute
 
 LINES = ("paper", "tuned", "default")
@@ -230,7 +230,7 @@ def default_recipe() -> dict[str, Any]:
         for name, parameter in inspect.signature(transmute).parameters.items()
         if parameter.default is not inspect.Parameter.empty and name != "progress"
     }
-    copies = {"number": SUBSTITUTIONS, "most": MOST_COPIES, "share": COPIES_SHARE, "most_likeness": MOST_LIKENESS}
+    copies = {"number": SUBSTITUTIONS, "most": MOST_COPIES, **copies_described()}
     return defaults | {"usual": {"ridge": RIDGE, "ridge_with_copies": RIDGE_WITH_SUBSTITUTIONS, "copies": copies}}
 
 

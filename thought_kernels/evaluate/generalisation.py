@@ -44,7 +44,7 @@ def _outside(subject: Subject, section: Section) -> None:
     assert outside is not None
     patch = subject.patch
     if outside.examples is not None:
-        patch = subject.fit(subject.instruction, outside.examples, **_unmet_substitutes(subject, outside.inputs))
+        patch = subject.fit(subject.instruction, outside.examples, **unmet_substitutes(subject, outside.inputs))
         section.note(
             f"Outside: a second patch, made in the same way from {len(outside.examples)} other examples, on inputs "
             "none of whose symbols or words they, or the copies made of them, hold."
@@ -52,7 +52,7 @@ def _outside(subject: Subject, section: Section) -> None:
     _case(subject, section, "outside the examples", subject.new_trial(subject.instruction, outside.inputs), patch)
 
 
-def _unmet_substitutes(subject: Subject, inputs: Inputs) -> dict[str, Any]:
+def unmet_substitutes(subject: Subject, inputs: Inputs) -> dict[str, Any]:
     """Where copies hold words of the vocabulary, those that the inputs and their answers do not hold."""
     given = subject.recipe.get("substitutes")
     if given is None:

@@ -18,7 +18,7 @@ from thought_kernels.transmute.patch import ThoughtPatch
 from thought_kernels.transmute.prompt import EncodedExample
 from thought_kernels.transmute.run import Run
 from thought_kernels.transmute.site import SitePatch
-from thought_kernels.transmute.substitution import resolved_substitutes, with_substitutions
+from thought_kernels.transmute.substitution import copies_described, resolved_substitutes, with_substitutions
 
 # Solves one block's and site's sums; the site is told because it may scale.
 Solver = Callable[[Sums, str], SitePatch]
@@ -118,6 +118,11 @@ def full_recipe(subject: Subject) -> dict[str, Any]:
     provenance = subject.patch.provenance
     names = ("layers", "sites", "pairing", "estimator", "normalization", "scale", "ridge", "tokens", "header_weight")
     recipe = {name: provenance.get(name) for name in names}
+    if provenance.get("substitutions") and provenance.get("copies") != copies_described():
+        raise ValueError(
+            f"evaluate: patch must have copies as this version makes them to be fitted again, {copies_described()}, "
+            f"got {provenance.get('copies')}; transmute anew"
+        )
     if recipe["ridge"] is None and recipe["estimator"] not in ("ridge", "affine"):
         recipe["ridge"] = 1.0  # not read by the other estimators
     missing = [name for name, value in recipe.items() if value is None]

@@ -12,7 +12,7 @@ from torch.nn.functional import normalize
 
 from thought_kernels.models.decoder import Block, Decoder
 from thought_kernels.ops.shared_prefix_attention import shared_prefix_attention
-from thought_kernels.transmute.prompt import EncodedExample, RandomWords
+from thought_kernels.transmute.prompt import EncodedExample, RandomVectors
 
 MAX_BATCH_TOKENS = 8192
 
@@ -34,7 +34,7 @@ class Batch:
     lengths: Tensor
     weights: Tensor
     examples: tuple[int, ...]
-    random: tuple[RandomWords | None, ...]
+    random: tuple[RandomVectors | None, ...]
 
 
 @dataclass(frozen=True)
@@ -111,18 +111,20 @@ def embed(decoder: Decoder, batch: Batch) -> Tensor:
     depends on the row's own seed only.
     """
     x = decoder.embed(batch.tokens)
+    wide = torch.promote_types(x.dtype, torch.float32)
     for row, random in enumerate(batch.random):
         if random is None:
             continue
-        generator = torch.Generator().manual_seed(random.seed)
-        drawn = normalize(torch.randn(len(random.ids), x.shape[-1], generator=generator))
-        tokens, ids = batch.tokens[row, : batch.lengths[row]], torch.tensor(random.ids)
+        generator = torch.Generator("cpu").manual_seed(random.seed)
+        shape = (len(random.ids), x.shape[-1])  # torch's default dtype and device must not reach the draw
+        drawn = normalize(torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu"))
+        tokens, ids = batch.tokens[row, : batch.lengths[row]].cpu(), torch.tensor(random.ids, device="cpu")
         where = torch.isin(tokens, ids).nonzero()[:, 0]
-        z = drawn[torch.searchsorted(ids, tokens[where])].to(x)
+        z = drawn[torch.searchsorted(ids, tokens[where])].to(x.device, wide)
         where = where.to(x.device)
-        replaced = x[row, where]
+        replaced = x[row, where].to(wide)
         mixed = normalize(replaced, dim=-1) * math.sqrt(random.likeness) + z * math.sqrt(1 - random.likeness)
-        x[row, where] = normalize(mixed, dim=-1) * replaced.norm(dim=-1, keepdim=True)
+        x[row, where] = (normalize(mixed, dim=-1) * replaced.norm(dim=-1, keepdim=True)).to(x.dtype)
     return x
 
 

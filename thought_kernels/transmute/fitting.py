@@ -18,7 +18,7 @@ from thought_kernels.transmute.pairing import MEMORY_BUDGET, PAIRINGS, Run, pass
 from thought_kernels.transmute.patch import ThoughtPatch
 from thought_kernels.transmute.prompt import EncodedExample
 from thought_kernels.transmute.site import MATRIX_SITES, SitePatch
-from thought_kernels.transmute.substitution import with_substitutions
+from thought_kernels.transmute.substitution import copies_described, with_substitutions
 
 log = logging.getLogger(__name__)
 
@@ -54,6 +54,7 @@ class Recipe:
             "tokens": self.tokens,
             "header_weight": self.header_weight,
             "substitutions": self.substitutions,
+            "copies": copies_described() if self.substitutions else None,
         }
 
 

@@ -38,7 +38,7 @@ class Alignment(NamedTuple):
     e: list[int]
 
 
-class RandomWords(NamedTuple):
+class RandomVectors(NamedTuple):
     """Tokens that are read as random vectors, the same vector wherever one occurs.
 
     Attributes:
@@ -71,7 +71,7 @@ class EncodedExample(NamedTuple):
     answer_start: int
     number: int | None = None
     share: float = 1.0
-    random: RandomWords | None = None
+    random: RandomVectors | None = None
 
 
 class ExplainedToken(NamedTuple):

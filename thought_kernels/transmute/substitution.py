@@ -8,9 +8,9 @@ The prompted model reads the copy, and its activations with and without the inst
 label is needed, and it does not matter that a copy's answer may be wrong: what is fitted is the change that the
 instruction makes, not the answer.
 
-The strange words are random vectors of embedding space rather than words of the vocabulary, unless these are asked for:
-a model attends to words as to words and not as to numbers, and words share directions, while random vectors leave no
-direction out and prefer none (docs/recipes.md has both).
+The strange words are vectors of embedding space, random but for a trace of the word that they replace, unless words of
+the vocabulary are asked for: these have directions in common and are attended to as words, not as numbers are
+(docs/recipes.md has both).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import random
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from thought_kernels.transmute.prompt import EncodedExample, RandomWords, text_tokenizer
+from thought_kernels.transmute.prompt import EncodedExample, RandomVectors, text_tokenizer
 
 WORDS = "words"
 # Many examples are diverse by themselves: all copies together are not many more than MOST_COPIES.
@@ -32,6 +32,11 @@ COPIES_SHARE = 4.0
 MOST_LIKENESS = 0.2
 # Characters as tokens come with a few words too, such as the turns' names, but copies made of those are all alike.
 _SHORTEST_WORD, _FEWEST_WORDS = 3, 32
+
+
+def copies_described() -> dict[str, float]:
+    """What a patch's provenance says of its copies beside their number: the constants that they were made with."""
+    return {"share": COPIES_SHARE, "most_likeness": MOST_LIKENESS}
 
 
 def usual_copies(examples: int) -> int:
@@ -73,8 +78,9 @@ def with_substitutions(
 ) -> list[EncodedExample]:
     """The examples, followed by copies of each with other tokens in place of those that vary between examples.
 
-    The draw for a copy depends on the seed, the example's own tokens and the copy's number only, so that neither the
-    order of the examples nor the batch size matters. Examples that do not differ have no copies: nothing varies.
+    The draw for a copy depends on the seed, the example's own tokens, which of them vary and the copy's number only, so
+    that neither the order of the examples nor the batch size matters. Examples that do not differ have no copies:
+    nothing varies. A token that varies and that the instruction names too is replaced in the example alone.
 
     Args:
         examples: aligned examples.
@@ -98,12 +104,17 @@ def with_substitutions(
             rng = random.Random(f"{seed} {number} {example.tokens}")
             copy = example._replace(share=example.share * COPIES_SHARE / copies)
             if pool is None:
-                words = RandomWords(tuple(varying), rng.getrandbits(63), rng.uniform(0.0, MOST_LIKENESS))
+                words = RandomVectors(tuple(varying), rng.getrandbits(63), rng.uniform(0.0, MOST_LIKENESS))
                 found.append(copy._replace(random=words))
             elif drawn := _drawn(rng, len(varying), pool, opening):
                 new = dict(zip(varying, drawn, strict=True))
                 found.append(copy._replace(tokens=[new.get(token, token) for token in example.tokens]))
     return found
+
+
+def has_copies(examples: Sequence[EncodedExample], substitutes: Sequence[int] | None) -> bool:
+    """Whether anything in the examples varies that the substitutes can replace."""
+    return len(with_substitutions(examples, 1, substitutes, 0)) > len(examples)
 
 
 def _drawn(rng: random.Random, count: int, pool: list[int], opening: set[int]) -> list[int]:
@@ -124,20 +135,28 @@ def resolved_substitutes(
     """What with_substitutions takes, of what transmute was given: None, "words" or token ids below `vocabulary`.
 
     Raises:
-        ValueError: an id that the model does not have.
+        ValueError: an id that the model does not have, no id at all, or another text.
         TypeError: anything else.
     """
     if substitutes is None:
         return None
-    if isinstance(substitutes, str) and substitutes == WORDS:
+    if isinstance(substitutes, str):
+        if substitutes != WORDS:
+            raise ValueError(f"transmute: substitutes must be token ids, {WORDS!r} or None, got {substitutes!r}")
         return tuple(index for index in word_tokens(tokenizer) if index < vocabulary)
     try:
         given: list[Any] = list(substitutes)
         ids = tuple(operator.index(index) for index in given)
+        if isinstance(substitutes, bytes):
+            raise TypeError
     except TypeError:
         raise TypeError(
             f"transmute: substitutes must be token ids, {WORDS!r} or None, got {substitutes!r:.120}"
         ) from None
+    if not ids:
+        raise ValueError(
+            "transmute: substitutes must hold a token id or more, got none; substitutions=0 makes no copies"
+        )
     if any(isinstance(index, bool) for index in given):
         raise TypeError("transmute: substitutes must be token ids, got a bool; give the ids where a mask is true")
     if not all(0 <= index < vocabulary for index in ids):

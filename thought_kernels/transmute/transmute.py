@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from numbers import Integral, Real
 from typing import Any
 
@@ -21,7 +22,7 @@ from thought_kernels.transmute.patch import ThoughtPatch
 from thought_kernels.transmute.prompt import EncodedExample, Instruction, encode, load_examples
 from thought_kernels.transmute.selection import AUTO, check_choosable, choose
 from thought_kernels.transmute.site import SITES
-from thought_kernels.transmute.substitution import resolved_substitutes, usual_copies
+from thought_kernels.transmute.substitution import has_copies, resolved_substitutes, usual_copies
 
 TOKENS = ("all", "answer")
 # docs/recipes.md has the table these were read off.
@@ -77,16 +78,17 @@ def transmute(
             the KL to the prompted model on a quarter of the examples, held back and then fitted with the others; that
             needs four examples or more and at most seven further fits on 64 examples, see transmute/selection.py.
         ridge: ε, in units of Z's mean eigenvalue; "auto" chooses it in the same way, before the scale, from seven. None
-            is 0.003 with substitutions and 0.1 without.
+            is 0.003 with copies and 0.1 without.
         substitutions: copies of each example in which random vectors stand for the words, so that the patch learns
             the instruction and not the examples' words, see transmute/substitution.py. None is the recommended recipe,
             8, fewer beyond 64 examples, where neither an estimator nor a number for ridge is given; where one is, it
-            is 0: the sums are then those of the examples alone.
+            is 0: the sums are then those of the examples alone. One example, or equal ones, have no copies: nothing
+            in them varies.
         substitutes: what the copies hold in place of the examples' words: None for random vectors, "words" for words
             of the tokenizer's vocabulary, or the token ids to draw from.
         tokens: which tokens of e are summed, "all" or "answer" (the completion with its end-of-turn token).
-        header_weight: H's rows join the fit with δ = 0 and this total weight, one example's own being 1; it keeps the
-            patch from moving the keys that e sees in H. 0 leaves them out.
+        header_weight: H's rows join the fit with δ = 0 and this total weight, that of all examples with their copies
+            being 1; it keeps the patch from moving the keys that e sees in H. 0 leaves them out.
         separator: between instruction and example text; part of I.
         batch_size: examples in a batch at most. It changes the result by rounding only.
         memory_budget: bytes of hidden states, 2 GiB unless given. "sequential" keeps 2 · tokens · hidden size numbers
@@ -116,7 +118,6 @@ def transmute(
         substitutions = _count("substitutions", substitutions, at_least=0)
     usual_ridge = RIDGE_WITH_SUBSTITUTIONS if substitutions else RIDGE
     estimator = "ridge" if estimator is None else estimator
-    ridge = usual_ridge if ridge is None else ridge
     chosen_layers, chosen_sites = _layers(layers, len(decoder.blocks)), _sites(sites)
     for name, value, known in (
         ("pairing", pairing, PAIRINGS),
@@ -128,21 +129,21 @@ def transmute(
     batch_size, max_new_tokens = _count("batch_size", batch_size), _count("max_new_tokens", max_new_tokens)
     memory_budget, header_weight = _count("memory_budget", memory_budget), _number("header_weight", header_weight)
     scales = None if scale == AUTO else _scales(scale, chosen_sites)
-    epsilon = None if ridge == AUTO else _number("ridge", ridge)
+    epsilon = None if ridge == AUTO else _number("ridge", usual_ridge if ridge is None else ridge)
     if isinstance(seed, bool) or not isinstance(seed, Integral):  # None would draw anew each time
         raise TypeError(f"transmute: seed must be an integer, got {seed!r}")
     seed = int(seed)
     if header_weight < 0:
         raise ValueError(f"transmute: header_weight must not be negative, got {header_weight}")
     estimators.check_options(estimator, 1.0, 1.0 if epsilon is None else epsilon, normalization)
+    if scales is None or epsilon is None:
+        check_choosable(estimator, scales, epsilon, len(loaded))
     recipe = Recipe(
         layers=chosen_layers, sites=chosen_sites, pairing=pairing, estimator=estimator, normalization=normalization,
         tokens=tokens, header_weight=header_weight, batch_size=batch_size, memory_budget=memory_budget,
         substitutions=substitutions, seed=seed,
         substitutes=resolved_substitutes(substitutes, tokenizer, decoder.config.vocab_size),
     )  # fmt: skip
-    if scales is None or epsilon is None:
-        check_choosable(estimator, scales, epsilon, len(loaded))
     encoded = [
         encode(tokenizer, instruction, example, separator=separator)._replace(number=number)
         for number, example in enumerate(loaded)
@@ -155,6 +156,9 @@ def transmute(
             decoder.model, encoded, end_of_turn=end_of_turn, max_new_tokens=max_new_tokens, batch_size=batch_size
         )
     _check_lengths(decoder, encoded)
+    if substitutions and not has_copies(encoded, recipe.substitutes):
+        recipe, usual_ridge = replace(recipe, substitutions=0), RIDGE
+        epsilon = usual_ridge if ridge is None else epsilon
 
     described = {
         "instruction": instruction if isinstance(instruction, str) else [dict(turn) for turn in instruction],
