@@ -75,7 +75,8 @@ bench: setup
 # Every number that the README and docs/ show, all but weightwatcher's (its script says how to install that beside it):
 # hours on two cores. Rows that stand in recipes*.csv, interference.csv and
 # toy_geometries.csv are kept; delete these files to measure them again.
-EVERYWHERE = default words affine "words, affine" "no copies" "affine, no copies"
+EVERYWHERE = default "vectors with nothing of the word" words "words of weight 2, ridge 0.01" affine "words, affine" \
+	"no copies" "affine, no copies"
 figures: setup bench experiments
 	$(PY) benchmarks/bench_transmute.py --model 1b --prefix 32 --no-memory \
 		--providers layerwise,cached,floor,strong,onednn,two_pass,sequential

@@ -3,10 +3,10 @@
     python benchmarks/first_block.py [--output FILE.csv]
 
 For every development instruction and model, a patch of block 0's attention is fitted to 32 examples of one half of the
-symbols, without copies, with copies of other words and with copies of random vectors, at one ridge. Its error is
-Σ w ‖Δ a − δ‖² / Σ w ‖δ‖² over the rows of 64 inputs of the other half, none of whose words an example or copy held.
-The second figure is Σ w (u·a − 1)² / Σ w over the same rows, u fitted to u·a = 1 in the same way: what a matrix has in
-place of a vector.
+symbols, without copies, with copies of other words and with copies of random vectors, at the ridge for copies. Its
+error is Σ w ‖Δ a − δ‖² / Σ w ‖δ‖² over the rows of 64 inputs of the other half, none of whose words an example or copy
+held. The second figure is Σ w (u·a − 1)² / Σ w over the same rows, u fitted to u·a = 1 in the same way: what a matrix
+has in place of a vector.
 """
 
 from __future__ import annotations
