@@ -81,8 +81,10 @@ figures: setup bench experiments
 	$(PY) benchmarks/bench_transmute.py --model 1b --prefix 32 --no-memory \
 		--providers layerwise,cached,floor,strong,onednn,two_pass,sequential
 	$(PY) benchmarks/commands.py
-	$(PY) benchmarks/recipes.py --seeds 0
-	@set -e; for count in 4 8 32 64; do $(PY) benchmarks/recipes.py --examples $$count --recipes default; done
+	@set -e; for model in thought_kernels/demo/checkpoint benchmarks/models/small; do \
+		$(PY) benchmarks/recipes.py --model $$model --seeds 0; \
+		for count in 4 8 32 64; do \
+		$(PY) benchmarks/recipes.py --model $$model --examples $$count --recipes default; done; done
 	$(PY) benchmarks/recipes.py --final
 	@set -e; for count in 8 32; do \
 		$(PY) benchmarks/recipes.py --final --seeds 0 1 2 3 4 --examples $$count --recipes default; done

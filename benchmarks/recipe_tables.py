@@ -45,26 +45,30 @@ def bold(recipe: str) -> str:
 def development() -> str:
     """Every recipe on the twelve development instructions, the best outside first."""
     lines = []
-    recipes = by_recipe(read("recipes.csv", examples="32", seed="0"))
+    recipes, small = (
+        by_recipe(read("recipes.csv", MODELS[name], examples="32", seed="0")) for name in ("shipped", "small")
+    )
     for recipe, rows in sorted(recipes.items(), key=lambda item: -mean(map(outside, item[1]))):
         recovered = mean(float(row["recovered"]) for row in rows)
         good = sum(outside(row) >= GOOD for row in rows)
         shares = (f"{mean(map(inside, rows)):.3f}", f"{recovered:.4f}", f"{mean(map(outside, rows)):.3f}")
-        lines.append((bold(recipe), *shares, str(good)))
-    return markdown(("recipe", "patched / prompted", "recovered", "outside", f"of 12 at ≥ {GOOD} outside"), lines)
+        others = (f"{mean(map(share, small[recipe])):.3f}" for share in (inside, outside))
+        lines.append((bold(recipe), *shares, str(good), *others))
+    head = ("recipe", "patched / prompted", "recovered", "outside", f"of 12 at ≥ {GOOD} outside", "*small*", "outside")
+    return markdown(head, lines)
 
 
 def examples() -> str:
-    """The default recipe by the number of examples."""
+    """The default recipe by the number of examples, on the shipped and the small model."""
     lines = []
-    rows = read("recipes.csv", recipe="default")
-    for count in sorted({int(row["examples"]) for row in rows}):
-        mine = [row for row in rows if row["examples"] == str(count)]
+    shipped, small = (read("recipes.csv", MODELS[name], recipe="default") for name in ("shipped", "small"))
+    for count in sorted({int(row["examples"]) for row in shipped}):
+        mine, theirs = ([row for row in rows if row["examples"] == str(count)] for rows in (shipped, small))
         recovered = mean(float(row["recovered"]) for row in mine)
-        lines.append(
-            (str(count), f"{mean(map(inside, mine)):.3f}", f"{recovered:.4f}", f"{mean(map(outside, mine)):.3f}")
-        )
-    return markdown(("examples", "patched / prompted", "recovered", "outside"), lines)
+        shares = (f"{mean(map(inside, mine)):.3f}", f"{recovered:.4f}", f"{mean(map(outside, mine)):.3f}")
+        others = (f"{mean(map(share, theirs)):.3f}" for share in (inside, outside))
+        lines.append((str(count), *shares, *others))
+    return markdown(("examples", "patched / prompted", "recovered", "outside", "*small*", "outside"), lines)
 
 
 def reserved() -> str:
