@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -111,20 +110,29 @@ def embed(decoder: Decoder, batch: Batch) -> Tensor:
     depends on the row's own seed only.
     """
     x = decoder.embed(batch.tokens)
-    wide = torch.promote_types(x.dtype, torch.float32)
+    rows, places, which, drawn = [], [], [], []
+    likeness: list[float] = []
     for row, random in enumerate(batch.random):
         if random is None:
             continue
+        first = {token: len(likeness) + index for index, token in enumerate(random.ids)}
+        for place, token in enumerate(batch.tokens[row, : batch.lengths[row]].tolist()):
+            if token in first:
+                rows.append(row)
+                places.append(place)
+                which.append(first[token])
         generator = torch.Generator("cpu").manual_seed(random.seed)
         shape = (len(random.ids), x.shape[-1])  # torch's default dtype and device must not reach the draw
-        drawn = normalize(torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu"))
-        tokens, ids = batch.tokens[row, : batch.lengths[row]].cpu(), torch.tensor(random.ids, device="cpu")
-        where = torch.isin(tokens, ids).nonzero()[:, 0]
-        z = drawn[torch.searchsorted(ids, tokens[where])].to(x.device, wide)
-        where = where.to(x.device)
-        replaced = x[row, where].to(wide)
-        mixed = normalize(replaced, dim=-1) * math.sqrt(random.likeness) + z * math.sqrt(1 - random.likeness)
-        x[row, where] = (normalize(mixed, dim=-1) * replaced.norm(dim=-1, keepdim=True)).to(x.dtype)
+        drawn.append(torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu"))
+        likeness += [random.likeness] * len(random.ids)
+    if not drawn:
+        return x
+    wide = torch.promote_types(x.dtype, torch.float32)
+    z = normalize(torch.cat(drawn), dim=-1)[which].to(x.device, wide)
+    share = torch.tensor(likeness, dtype=torch.float64, device="cpu")[which, None].to(x.device)
+    replaced = x[rows, places].to(wide)
+    mixed = normalize(replaced, dim=-1) * share.sqrt().to(wide) + z * (1 - share).sqrt().to(wide)
+    x[rows, places] = (normalize(mixed, dim=-1) * replaced.norm(dim=-1, keepdim=True)).to(x.dtype)
     return x
 
 
