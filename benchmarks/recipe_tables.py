@@ -92,7 +92,7 @@ def other_models() -> str:
     for name in ("small", "longer"):
         columns[name] = by_recipe(read("recipes.csv", MODELS[name], examples="32"))
         columns[f"{name}, reserved"] = by_recipe(read("recipes_final.csv", MODELS[name], examples="32"))
-    shared = set.intersection(*(set(found) for found in columns.values()))
+    shared = [recipe for recipe in columns["small"] if all(recipe in found for found in columns.values())]
     rows = [(bold(recipe), *(mean(map(outside, found[recipe])) for found in columns.values())) for recipe in shared]
     rows.sort(key=lambda row: -row[1])
     return markdown(("recipe", *columns), [(row[0], *(f"{value:.3f}" for value in row[1:])) for row in rows])

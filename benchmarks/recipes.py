@@ -49,6 +49,7 @@ FINAL = (
     "words of weight 2, ridge 0.01",
     "no copies",
     "affine",
+    "words, affine",
     "affine, no copies",
     *(f"paper, c1 {c1}" for c1 in PAPER_C1),
 )
@@ -60,7 +61,8 @@ def recipes(blocks: int) -> Iterator[tuple[str, Options]]:
     """The default and changes to it, each with what transmute is told.
 
     Beside transmute's own options: `words`, to make copies of words instead of random vectors; `rank`, to truncate the
-    patch to; `change`, see candidates.py. "No copies" and the rows after it have the ridge that is best without copies.
+    patch to; `change`, see candidates.py. "No copies" and the rows named after it have the
+    ridge that is best without copies on the shipped model, and `affine` one of 0.1, unless they say otherwise.
     """
     usual: Options = {"estimator": "ridge", "ridge": RIDGE_WITH_SUBSTITUTIONS, "substitutions": 8}
     yield "default", {}

@@ -28,7 +28,7 @@ from thought_kernels.evaluate.steering import (
     common_suffix,
     mean_differences,
 )
-from thought_kernels.evaluate.subject import Inputs, Subject, Tolerant
+from thought_kernels.evaluate.subject import Inputs, Subject, Tolerant, recipe_of
 from thought_kernels.evaluate.trial import Trial
 from thought_kernels.models import describe
 from thought_kernels.transmute.accumulator import ThoughtAccumulator
@@ -180,7 +180,10 @@ def test_a_refit_with_nothing_changed_is_the_patch_itself(model: Any, recipe: di
 
 def test_copies_of_another_making_are_not_refitted(model: Any) -> None:
     found = subject(model)
+    assert recipe_of(found.patch)["substitutions"] == 8
     found.patch.provenance["copies"] = {"share": 2.0}
+    with pytest.raises(ValueError, match=r"evaluate: patch must have copies .* got {'share': 2.0}; transmute anew, or"):
+        recipe_of(found.patch)
     with pytest.raises(ValueError, match=r"evaluate: patch must have copies as this version .* got {'share': 2.0}; tr"):
         full_recipe(found)
 

@@ -296,7 +296,7 @@ def test_the_words_are_those_of_a_processors_tokenizer(tokenizer: Any) -> None:
 def test_substitutes_are_any_integers_and_the_seed_is_one() -> None:
     assert resolved_substitutes(torch.arange(3, 6), None, 10) == (3, 4, 5)
     assert resolved_substitutes(None, None, 10) is None
-    for wrong in (3, ["word"], b"ab", [1.5], [True]):
+    for wrong in (3, ["word"], b"ab", bytearray(b"ab"), [1.5], [True], torch.tensor([True, False])):
         with pytest.raises(TypeError, match="transmute: substitutes must be token ids, "):
             resolved_substitutes(wrong, None, 200)  # type: ignore[arg-type]
     for unfit in ("Words", "", []):

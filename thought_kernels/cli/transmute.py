@@ -83,7 +83,7 @@ def transmute(
         ),
     ] = None,
     seed: Annotated[
-        int | None, typer.Option(help=_help("seed", "Of the substitutes and of what auto holds back."))
+        int | None, typer.Option(help=_help("seed", "Of what the copies hold and of what auto holds back."))
     ] = None,
     separator: options.Separator = options.DEFAULT_SEPARATOR,
     batch_size: Annotated[int | None, typer.Option(help=_help("batch_size", "Examples at a time."))] = None,

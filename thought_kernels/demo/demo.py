@@ -43,7 +43,7 @@ class Row:
         recovered_values: the same over the value tokens alone: in an answer with an equals sign those after the last
             "= ", otherwise the whole answer without its end-of-turn token. A ratio of two small sums where the bare
             model's copy opens with the same tokens ("first": all that differs is where the answer ends).
-        outside_inputs: inputs none of whose numbers or words occurs in any example of a second patch, or in its copies.
+        outside_inputs: inputs none of whose numbers or words occurs in any example of a second patch.
         prompted_outside, patched_outside: accuracy on those.
         replay_error, replay_control: worst relative error over blocks and logits of the exact replay on one prompt,
             and the logits' error without patches.

@@ -113,7 +113,7 @@ def full_recipe(subject: Subject) -> dict[str, Any]:
     """Every option that refit needs, as the evaluated patch's provenance has it.
 
     Raises:
-        ValueError: a patch whose provenance does not say how it was fitted.
+        ValueError: a patch whose provenance does not say how it was fitted, or whose copies were made in another way.
     """
     provenance = subject.patch.provenance
     names = ("layers", "sites", "pairing", "estimator", "normalization", "scale", "ridge", "tokens", "header_weight")

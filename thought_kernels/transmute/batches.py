@@ -129,9 +129,10 @@ def embed(decoder: Decoder, batch: Batch) -> Tensor:
         return x
     wide = torch.promote_types(x.dtype, torch.float32)
     z = normalize(torch.cat(drawn), dim=-1)[which].to(x.device, wide)
-    share = torch.tensor(likeness, dtype=torch.float64, device="cpu")[which, None].to(x.device)
+    share = torch.tensor(likeness, dtype=torch.float64, device="cpu")[which, None]  # not every device has float64
     replaced = x[rows, places].to(wide)
-    mixed = normalize(replaced, dim=-1) * share.sqrt().to(wide) + z * (1 - share).sqrt().to(wide)
+    mixed = normalize(replaced, dim=-1) * share.sqrt().to(x.device, wide)
+    mixed += z * (1 - share).sqrt().to(x.device, wide)
     x[rows, places] = (normalize(mixed, dim=-1) * replaced.norm(dim=-1, keepdim=True)).to(x.dtype)
     return x
 

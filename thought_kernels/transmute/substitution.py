@@ -2,7 +2,7 @@
 
 A few examples hold a few symbols or words, and a patch fitted to them answers to these: on inputs of other words its
 matrices meet directions of activation space in which nothing told them what to do. Here the model itself fills them in.
-In every copy of an example each token that varies between examples is read as another one, the same wherever it
+In every copy of an example each token that varies between examples is read as a strange word, the same wherever it
 occurs in the copy, in the completion too; tokens that all examples share, the chat's turns and the answer's form, stay.
 The prompted model reads the copy, and its activations with and without the instruction are rows like any others. No
 label is needed, and it does not matter that a copy's answer may be wrong: what is fitted is the change that the
@@ -19,6 +19,8 @@ import operator
 import random
 from collections.abc import Iterable, Sequence
 from typing import Any
+
+from torch import Tensor
 
 from thought_kernels.transmute.prompt import EncodedExample, RandomVectors, text_tokenizer
 
@@ -76,7 +78,7 @@ def _texts(tokenizer: Any, ids: list[int]) -> list[str]:
 def with_substitutions(
     examples: Sequence[EncodedExample], copies: int, substitutes: Sequence[int] | None, seed: int
 ) -> list[EncodedExample]:
-    """The examples, followed by copies of each with other tokens in place of those that vary between examples.
+    """The examples, followed by copies of each with random vectors or other tokens for those that vary between them.
 
     The draw for a copy depends on the seed, the example's own tokens, which of them vary and the copy's number only, so
     that neither the order of the examples nor the batch size matters. Examples that do not differ have no copies:
@@ -145,9 +147,9 @@ def resolved_substitutes(
             raise ValueError(f"transmute: substitutes must be token ids, {WORDS!r} or None, got {substitutes!r}")
         return tuple(index for index in word_tokens(tokenizer) if index < vocabulary)
     try:
-        given: list[Any] = list(substitutes)
+        given: list[Any] = substitutes.tolist() if isinstance(substitutes, Tensor) else list(substitutes)
         ids = tuple(operator.index(index) for index in given)
-        if isinstance(substitutes, bytes):
+        if isinstance(substitutes, (bytes, bytearray, memoryview)):
             raise TypeError
     except TypeError:
         raise TypeError(

@@ -95,7 +95,7 @@ def transmute(
             between blocks, for all examples: first on the model's device and, where that is not the CPU, as many bytes
             again in CPU memory; what is left over lies in a temporary file. The others need none of it.
         max_new_tokens: longest completion that is generated.
-        seed: of the substitutes and of the examples that "auto" holds back; nothing else is random.
+        seed: of what the copies hold and of the examples that "auto" holds back; nothing else is random.
         progress: show a progress bar on stderr.
 
     Returns:
