@@ -78,8 +78,8 @@ def main() -> None:
             if name not in RESERVED_FOR_FINAL_STUDY:
                 for copies, (error, constant) in errors(model, tokenizer, task).items():
                     rows.append(
-                        {"model": shown, "task": name, "copies": copies, "error": round(error, 4),
-                         "constant_error": round(constant, 4)}
+                        {"model": shown, "task": name, "copies": copies, "error": round(error, 3),
+                         "constant_error": round(constant, 3)}
                     )  # fmt: skip
     write_csv(rows, args.output)
     print(*(",".join(map(str, row.values())) for row in rows), sep="\n")

@@ -54,7 +54,15 @@ def development() -> str:
         shares = (f"{mean(map(inside, rows)):.3f}", f"{recovered:.4f}", f"{mean(map(outside, rows)):.3f}")
         others = (f"{mean(map(share, small[recipe])):.3f}" for share in (inside, outside))
         lines.append((bold(recipe), *shares, str(good), *others))
-    head = ("recipe", "patched / prompted", "recovered", "outside", f"of 12 at ≥ {GOOD} outside", "*small*", "outside")
+    head = (
+        "recipe",
+        "patched / prompted",
+        "recovered",
+        "outside",
+        f"of 12 at ≥ {GOOD} outside",
+        "*small*: patched",
+        "outside",
+    )
     return markdown(head, lines)
 
 
@@ -68,7 +76,7 @@ def examples() -> str:
         shares = (f"{mean(map(inside, mine)):.3f}", f"{recovered:.4f}", f"{mean(map(outside, mine)):.3f}")
         others = (f"{mean(map(share, theirs)):.3f}" for share in (inside, outside))
         lines.append((str(count), *shares, *others))
-    return markdown(("examples", "patched / prompted", "recovered", "outside", "*small*", "outside"), lines)
+    return markdown(("examples", "patched / prompted", "recovered", "outside", "*small*: patched", "outside"), lines)
 
 
 def reserved() -> str:

@@ -234,7 +234,14 @@ def test_the_recommended_recipe_has_copies_and_a_named_estimator_none(tokenizer:
         assert (patch.provenance["substitutions"], patch.provenance["ridge"]) == (0, 0.1)
         wanted = tk.transmute(model, tokenizer, "Sum the numbers", same, substitutions=0)
         assert torch.equal(patch.matrix(0, "attention"), wanted.matrix(0, "attention"))
+        for asked in ({"substitutions": 2}, {"substitutes": "words"}):
+            with pytest.warns(UserWarning, match="transmute: examples must differ in a token .* got . without"):
+                patch = tk.transmute(model, tokenizer, "Sum the numbers", same, **asked)
+            assert (patch.provenance["substitutions"], patch.provenance["substitutes"]) == (0, None)
     assert tk.transmute(model, tokenizer, "Sum the numbers", examples).provenance["ridge"] == 0.003
+    named = tk.transmute(model, tokenizer, "Sum the numbers", examples, ridge=0.3, substitutes="words")
+    assert named.provenance["substitutions"] == 8 and named.provenance["substitutes"] == "words"
+    assert "substitutions: 8" in str(named)
 
 
 def test_substitutes_are_drawn_from_the_ids_given(tokenizer: Any) -> None:
@@ -275,6 +282,13 @@ def test_substitutes_come_from_a_text_file_on_the_command_line(tokenizer: Any, t
     assert found.exit_code == 0, found.output
     drawn = tk.ThoughtPatch.from_pretrained(tmp_path / "patch").provenance["substitutes"]
     assert tokenizer.decode(drawn).replace("\n", "").split() and len(drawn) <= 5
+    (tmp_path / "none.txt").write_text(" \n\n")
+    for wrong, message in (
+        (["--substitutes", str(tmp_path / "none.txt")], "got none in"),
+        (["-e", " "], "an empty one"),
+    ):
+        found = CliRunner().invoke(app, ["transmute", *arguments, *wrong])
+        assert found.exit_code == 2 and message in " ".join(found.output.replace("│", " ").split())
     found = CliRunner().invoke(app, ["transmute", *arguments, "--substitutes", "words"])
     assert found.exit_code == 0, found.output
     assert tk.ThoughtPatch.from_pretrained(tmp_path / "patch").provenance["substitutes"] == "words"

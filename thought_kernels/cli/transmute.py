@@ -57,7 +57,11 @@ def transmute(
     ridge: Annotated[
         str | None,
         typer.Option(
-            help=_help("ridge", "In units of the Gram's mean eigenvalue, or auto.", "0.003 with copies, else 0.1")
+            help=_help(
+                "ridge",
+                "In units of the Gram's mean eigenvalue; a number means no copies, or auto.",
+                "0.003 with copies",
+            )
         ),
     ] = None,
     substitutions: Annotated[
@@ -106,6 +110,8 @@ def transmute(
     told = options.read_instruction(instruction, demonstrations)
     if examples is None and not example:
         raise typer.BadParameter("give --examples FILE.jsonl, or --example TEXT once or more, or both")
+    if not all(text.strip() for text in example or ()):
+        raise typer.BadParameter("--example must be a text, got an empty one")
     options.check_folder(output)
     given = options.pairs({
         "layers": None if layers is None else read_layers(layers), "sites": site and tuple(options.listed(site)),
@@ -123,6 +129,10 @@ def transmute(
     else:
         ids = tokenizer(words, add_special_tokens=False)["input_ids"]
         settings["substitutes"] = sorted(set(ids) - set(tokenizer.all_special_ids))
+        if not words.strip() or not settings["substitutes"]:
+            raise typer.BadParameter(
+                f"--substitutes must be {WORDS} or a file that holds some, got none in {substitutes}"
+            )
     patch = run_transmute(
         found,
         tokenizer,

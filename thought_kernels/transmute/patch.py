@@ -251,7 +251,17 @@ class ThoughtPatch:
         return "\n".join([repr(self), *self._lines()])
 
     def _lines(self) -> Iterator[str]:
-        for name in ("instruction", "model", "pairing", "estimator", "normalization", "scale", "ridge", "factor"):
+        for name in (
+            "instruction",
+            "model",
+            "pairing",
+            "estimator",
+            "normalization",
+            "scale",
+            "ridge",
+            "substitutions",
+            "factor",
+        ):
             if self.provenance.get(name) is not None:
                 yield f"  {name}: {self.provenance[name]}"
         yield f"  {'block':>5}  {'site':<9}  {'rank':>5}  {'‖Δ‖':>9}  {'‖v‖':>9}  {'residual':>9}  {'condition':>9}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
+import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from numbers import Integral, Real
@@ -81,9 +82,9 @@ def transmute(
             is 0.003 with copies and 0.1 without.
         substitutions: copies of each example in which random vectors stand for the words, so that the patch learns
             the instruction and not the examples' words, see transmute/substitution.py. None is the recommended recipe,
-            8, fewer beyond 64 examples, where neither an estimator nor a number for ridge is given; where one is, it
-            is 0: the sums are then those of the examples alone. One example, or equal ones, have no copies: nothing
-            in them varies.
+            8, fewer beyond 64 examples, where neither an estimator nor a number for ridge is given, or where
+            substitutes are; else it is 0, and the sums are those of the examples alone. One example, or equal ones,
+            have no copies: nothing in them varies.
         substitutes: what the copies hold in place of the examples' words: None for random vectors, "words" for words
             of the tokenizer's vocabulary, or the token ids to draw from.
         tokens: which tokens of e are summed, "all" or "answer" (the completion with its end-of-turn token).
@@ -113,8 +114,11 @@ def transmute(
     decoder = in_memory("transmute", model)
     loaded = load_examples(examples)
     if substitutions is None:
-        substitutions = usual_copies(len(loaded)) if estimator is None and ridge in (None, AUTO) else 0
+        wanted = substitutes is not None or (estimator is None and ridge in (None, AUTO))
+        substitutions = usual_copies(len(loaded)) if wanted else 0
+        told = substitutes is not None
     else:
+        told = True
         substitutions = _count("substitutions", substitutions, at_least=0)
     usual_ridge = RIDGE_WITH_SUBSTITUTIONS if substitutions else RIDGE
     estimator = "ridge" if estimator is None else estimator
@@ -159,6 +163,12 @@ def transmute(
     if substitutions and not has_copies(encoded, recipe.substitutes):
         recipe, usual_ridge = replace(recipe, substitutions=0), RIDGE
         epsilon = usual_ridge if ridge is None else epsilon
+        if told:
+            warnings.warn(
+                "transmute: examples must differ in a token that substitutes can replace to have copies, got "
+                f"{len(encoded)} without; the sums are those of the examples alone",
+                stacklevel=2,
+            )
 
     described = {
         "instruction": instruction if isinstance(instruction, str) else [dict(turn) for turn in instruction],
@@ -169,7 +179,7 @@ def transmute(
         "num_hidden_layers": len(decoder.blocks),
         "examples": len(encoded),
         "generated_completions": generated,
-        "substitutes": substitutes if isinstance(substitutes, str) else _listed(recipe.substitutes),
+        "substitutes": _described(substitutes, recipe),
         "seed": seed,
     }
     if scales is None or epsilon is None:
@@ -234,8 +244,10 @@ def _count(name: str, value: Any, *, at_least: int = 1) -> int:
     return count
 
 
-def _listed(ids: Iterable[int] | None) -> list[int] | None:
-    return None if ids is None else list(ids)
+def _described(substitutes: Iterable[int] | str | None, recipe: Recipe) -> list[int] | str | None:
+    if not recipe.substitutions or recipe.substitutes is None:
+        return None
+    return substitutes if isinstance(substitutes, str) else list(recipe.substitutes)
 
 
 def _choice(name: str, value: str, known: Iterable[str]) -> None:
