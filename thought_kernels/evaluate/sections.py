@@ -47,7 +47,9 @@ SECTIONS: dict[str, SectionKind] = {
     "patch": SectionKind("The patch", "How large it is in each block, and how well it fits its own examples.", patch),
     "effect": SectionKind("Effect", "Patched should be as good as prompted, and far from bare.", effect),
     "controls": SectionKind(
-        "Controls", "All of these should fail. One that does not fail explains the effect better.", controls
+        "Controls",
+        "All but parts of the patch itself should fail. One that does not fail explains the effect better.",
+        controls,
     ),
     "baselines": SectionKind(
         "Baselines from the same examples", "The patch should be at least as good as simpler edits.", baselines
