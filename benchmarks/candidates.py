@@ -33,7 +33,7 @@ from thought_kernels.transmute.pairing import Run, sequential
 from thought_kernels.transmute.prompt import EncodedExample, encode
 from thought_kernels.transmute.streams import attend, through_mlp
 
-# (block, site) -> what to solve there and ε: an estimator, or "centred", affine's matrix without its vector.
+# (block, site) -> the estimator there and its ε.
 Places = Callable[[int, str], tuple[str, float]]
 Change = Callable[[Any], AbstractContextManager[Any]]  # of a Bench
 Moments = Mapping[tuple[int, str], tuple[Tensor, Tensor]]  # Σ w a aᵀ and Σ w a, with Σ w = 1
@@ -57,11 +57,8 @@ class ByPlace(ThoughtAccumulator):
         entries = {}
         for layer, site in itertools.product(self.layers if layers is None else layers, sites or self.sites):
             estimator, options["ridge"] = self._places(layer, site)
-            solved = super().solve(
-                "affine" if estimator == "centred" else estimator, layers=[layer], sites=[site], **options
-            )
-            entry = solved.entries[layer, site]
-            entries[layer, site] = replace(entry, vector=None, fit=None) if estimator == "centred" else entry
+            solved = super().solve(estimator, layers=[layer], sites=[site], **options)
+            entries[layer, site] = solved.entries[layer, site]
         return tk.ThoughtPatch(entries, solved.provenance)
 
 

@@ -24,7 +24,7 @@ from thought_kernels.models.load import load
 from thought_kernels.transmute.estimators import Sums, ridge_solve
 from thought_kernels.transmute.fitting import Recipe, sums_of
 from thought_kernels.transmute.prompt import encode
-from thought_kernels.transmute.substitution import word_tokens
+from thought_kernels.transmute.substitution import without_words_of, word_tokens
 from thought_kernels.transmute.transmute import RIDGE_WITH_SUBSTITUTIONS
 
 OUTPUT = Path(__file__).parent / "results" / "first_block.csv"
@@ -36,7 +36,7 @@ def errors(model: Any, tokenizer: Any, task: Task) -> dict[str, tuple[float, flo
     """Outside, by what the copies hold: the patch's error, and that of the direction fitted to u·a = 1."""
     rng = random.Random(f"first block {task.name}")
     near, far = (rng.sample(texts, count) for texts, count in zip(split_by_symbols(task), (32, 64), strict=True))
-    others = word_tokens(tokenizer, without=[*far, *map(task.answer, far)])
+    others = without_words_of(tokenizer, word_tokens(tokenizer), [*far, *map(task.answer, far)])
     decoder = describe(model)
 
     def sums(texts: list[str], **copies: Any) -> Sums:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from models import tiny_gemma3, tiny_tokenizer
+from tolerances import FLOORS, SOLVED, largest
 from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
@@ -23,6 +24,7 @@ from thought_kernels.transmute.substitution import (
     resolved_substitutes,
     usual_copies,
     with_substitutions,
+    without_words_of,
     word_tokens,
 )
 
@@ -74,8 +76,7 @@ def test_a_random_vector_is_as_long_as_the_embedding_it_replaces_and_the_same_wh
     copies = with_substitutions(EXAMPLES, 2, None, seed=0)
     ((batch,),) = (group.batches for group in group_examples(copies, 16, "all", torch.float32))
     plain, streams = decoder.embed(batch.tokens), embed(decoder, batch)
-    rtol = 1e-12 if dtype == torch.float64 else 2**-8  # half a unit in the last place of bf16
-    torch.testing.assert_close(streams.norm(dim=-1), plain.norm(dim=-1), rtol=rtol, atol=0)
+    torch.testing.assert_close(streams.double().norm(dim=-1), plain.double().norm(dim=-1), rtol=FLOORS[dtype], atol=0)
     seen = []
     for row, random in enumerate(batch.random):
         of_token: dict[int, torch.Tensor] = {}
@@ -203,7 +204,7 @@ def test_words_of_a_vocabulary(tokenizer: Any) -> None:
     texts = [text.strip() for text in tokenizer.batch_decode([[index] for index in word_tokens(tokenizer)])]
     assert {"maison", "garden", "odd"} <= set(texts)
     assert not {"a", "5", "+", "<end_of_turn>", "<bos>"} & set(texts)
-    fewer = word_tokens(tokenizer, without=["garden sees maison"])
+    fewer = without_words_of(tokenizer, word_tokens(tokenizer), ["garden sees maison"])
     lost = [text.strip() for text in tokenizer.batch_decode([[i] for i in set(word_tokens(tokenizer)) - set(fewer)])]
     assert set(lost) == {"garden", "sees", "maison"} and len(lost) > 3  # with and without the space before them
 
@@ -259,7 +260,8 @@ def test_substitutes_are_drawn_from_the_ids_given(tokenizer: Any) -> None:
     for substitutes in (None, words):
         assert not torch.equal(patch(substitutes=substitutes), patch(substitutes=substitutes, seed=1))
         one_by_one = patch(substitutes=substitutes, batch_size=1)
-        torch.testing.assert_close(one_by_one, patch(substitutes=substitutes), rtol=0, atol=1e-9)
+        wanted = patch(substitutes=substitutes)
+        torch.testing.assert_close(one_by_one, wanted, rtol=0, atol=SOLVED * largest(wanted))
 
 
 @pytest.mark.parametrize(

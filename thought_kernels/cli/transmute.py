@@ -60,7 +60,7 @@ def transmute(
             help=_help(
                 "ridge",
                 "In units of the Gram's mean eigenvalue; a number means no copies, or auto.",
-                "0.003 with copies",
+                "0.003 with copies, 0.1 without",
             )
         ),
     ] = None,

@@ -252,16 +252,9 @@ class ThoughtPatch:
 
     def _lines(self) -> Iterator[str]:
         for name in (
-            "instruction",
-            "model",
-            "pairing",
-            "estimator",
-            "normalization",
-            "scale",
-            "ridge",
-            "substitutions",
+            "instruction", "model", "pairing", "estimator", "normalization", "scale", "ridge", "substitutions",
             "factor",
-        ):
+        ):  # fmt: skip
             if self.provenance.get(name) is not None:
                 yield f"  {name}: {self.provenance[name]}"
         yield f"  {'block':>5}  {'site':<9}  {'rank':>5}  {'‖Δ‖':>9}  {'‖v‖':>9}  {'residual':>9}  {'condition':>9}"

@@ -46,25 +46,27 @@ def usual_copies(examples: int) -> int:
     return max(1, min(SUBSTITUTIONS, MOST_COPIES // examples))
 
 
-def word_tokens(tokenizer: Any, *, without: Iterable[str] = ()) -> list[int]:
+def word_tokens(tokenizer: Any) -> list[int]:
     """Ids of tokens that are words or long pieces of words: three or more letters, perhaps after a space.
 
     Every id but the special ones where the tokenizer has only a few such tokens.
 
     Args:
         tokenizer: a fast transformers tokenizer, or a processor that holds one.
-        without: texts whose words are left out, so that a patch can be judged on words that it has never met.
     """
     tokenizer = text_tokenizer(tokenizer)
     special = set(tokenizer.all_special_ids)
     ids = [index for index in range(len(tokenizer)) if index not in special]
     found = list(zip(ids, _texts(tokenizer, ids), strict=True))
     words = [index for index, text in found if text.isalpha() and len(text) >= _SHORTEST_WORD]
-    return without_words_of(tokenizer, words if len(words) >= _FEWEST_WORDS else ids, without)
+    return words if len(words) >= _FEWEST_WORDS else ids
 
 
 def without_words_of(tokenizer: Any, ids: Iterable[int], texts: Iterable[str]) -> list[int]:
-    """The ids but those of the texts' tokens, and of the same words with or without a space before them."""
+    """The ids but those of the texts' tokens, and of the same words with or without a space before them.
+
+    So that a patch whose copies are made of the others can be judged on words that it has never met.
+    """
     tokenizer, ids = text_tokenizer(tokenizer), list(ids)
     met = {index for text in texts for index in tokenizer(text, add_special_tokens=False)["input_ids"]}
     words = set(_texts(tokenizer, sorted(met)))
