@@ -73,25 +73,12 @@ bench: setup
 	@set -e; for script in benchmarks/bench_*.py; do echo "== $$script"; $(PY) $$script; done
 
 # Every number that the README and docs/ show, all but weightwatcher's (its script says how to install that beside it):
-# hours on two cores. Rows that stand in recipes*.csv, interference.csv and
-# toy_geometries.csv are kept; delete these files to measure them again.
-EVERYWHERE = default "vectors with nothing of the word" words "words of weight 2, ridge 0.01" affine "words, affine" \
-	"no copies" "affine, no copies"
+# hours on two cores. Rows that stand in interference.csv and toy_geometries.csv
+# are kept; delete these files to measure them again.
 figures: setup bench experiments
 	$(PY) benchmarks/bench_transmute.py --model 1b --prefix 32 --no-memory \
 		--providers layerwise,cached,floor,strong,onednn,two_pass,sequential
 	$(PY) benchmarks/commands.py
-	@set -e; for model in thought_kernels/demo/checkpoint benchmarks/models/small; do \
-		$(PY) benchmarks/recipes.py --model $$model --seeds 0; \
-		for count in 4 8 32 64; do \
-		$(PY) benchmarks/recipes.py --model $$model --examples $$count --recipes default; done; done
-	$(PY) benchmarks/recipes.py --final
-	@set -e; for count in 8 32; do \
-		$(PY) benchmarks/recipes.py --final --seeds 0 1 2 3 4 --examples $$count --recipes default; done
-	@set -e; for model in small longer; do for kind in "" --final; do \
-		$(PY) benchmarks/recipes.py $$kind --model benchmarks/models/$$model --recipes $(EVERYWHERE); done; done
-	$(PY) benchmarks/first_block.py
-	$(PY) benchmarks/baselines.py
 	$(VENV)/bin/thought-kernels toy geometries --output benchmarks/results/toy_geometries.csv
 	@set -e; for preset in reduced reduced-nonuniform; do \
 		$(VENV)/bin/thought-kernels toy sweep --preset $$preset --output build/toy-$$preset; \

@@ -20,7 +20,6 @@ from typing import Any
 from cpu_tables import CPU_TABLES
 from experiment_tables import EXPERIMENTS
 from markdown_table import markdown
-from recipe_tables import RECIPES
 
 from thought_kernels.evaluate.files import write_text
 
@@ -57,7 +56,6 @@ def demo() -> str:
 
 TABLES: dict[str, Callable[[], str]] = {
     "demo": demo,
-    **RECIPES,
     **CPU_TABLES,
     **EXPERIMENTS,
 }

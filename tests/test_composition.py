@@ -53,7 +53,7 @@ def model() -> Any:
 
 @pytest.fixture(scope="module")
 def run(model: Any) -> Composition:
-    return Composition(model, TOKENIZER, BEHAVIOURS, EXAMPLES, FRESH, recipe={"substitutions": 0}, max_new_tokens=4)
+    return Composition(model, TOKENIZER, BEHAVIOURS, EXAMPLES, FRESH, max_new_tokens=4)
 
 
 def trial_of(model: Any, name: str) -> Trial:
@@ -199,13 +199,13 @@ def test_the_composition_command(model: Any, tmp_path: Path) -> None:
 
 def test_knowledge_is_asked_with_other_questions_than_it_was_fitted_on(model: Any) -> None:
     fit, ask = [Pair("who", "Ann"), Pair("when", "now")], [Pair("where", "here"), Pair("what", "x")]
-    options = {"recipe": {"substitutions": 0}, "max_new_tokens": 3}
+    options = {"max_new_tokens": 3}
     report = run_knowledge(model, TOKENIZER, "Ann is here", fit, ask, match=lambda *_: True, **options)
     assert (report.fitted, report.asked, report.answerable, report.patched_answerable) == (2, 2, 2, 1.0)
     assert "nothing about knowledge can be shown" in report.verdict  # right without the facts too
     trial = Trial(model, TOKENIZER, "Ann is here", ["where", "what"], ["here", "x"], max_new_tokens=3)
     examples = ["who", "when"]
-    patch = tk.transmute(model, TOKENIZER, "Ann is here", examples, substitutions=0, max_new_tokens=3)
+    patch = tk.transmute(model, TOKENIZER, "Ann is here", examples, max_new_tokens=3)
     with patch.applied(model):
         assert [row["patched"] for row in report.rows] == trial.score(model).texts
     assert [row["prompted"] for row in report.rows] == trial.prompted_texts
@@ -227,7 +227,7 @@ def test_of_a_compiled_model_the_one_inside_is_measured(model: Any, run: Composi
         raise AssertionError("compiled, which every patch would have done anew")
 
     compiled = torch.compile(model, backend=refused)
-    options = {"recipe": {"substitutions": 0}, "max_new_tokens": 4}
+    options = {"max_new_tokens": 4}
     found = Composition(compiled, TOKENIZER, BEHAVIOURS, EXAMPLES, FRESH, **options)
     assert found.together("reverse", "commas") == run.together("reverse", "commas")
     pairs = [Pair("who", "Ann")], [Pair("where", "here")]
@@ -238,7 +238,7 @@ def test_of_a_compiled_model_the_one_inside_is_measured(model: Any, run: Composi
 def test_predictions_do_not_depend_on_the_mode_that_the_model_was_left_in(run: Composition) -> None:
     wild = build(attention_dropout=0.5)
     wild.train()
-    found = Composition(wild, TOKENIZER, BEHAVIOURS, EXAMPLES, FRESH, recipe={"substitutions": 0}, max_new_tokens=4)
+    found = Composition(wild, TOKENIZER, BEHAVIOURS, EXAMPLES, FRESH, max_new_tokens=4)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         again = found.together("reverse", "commas")
     assert again == run.together("reverse", "commas") and all(module.training for module in wild.modules())

@@ -221,7 +221,7 @@ def test_tasks() -> None:
 
 @pytest.mark.slow
 def test_the_shipped_model_reaches_its_figures() -> None:
-    """The figures that the README states, on four instructions that choices were made on."""
+    """The README's figures inside the examples' range, on four instructions that choices were made on."""
     from thought_kernels.models.load import load
 
     model, tokenizer = load(CHECKPOINT)

@@ -223,9 +223,7 @@ def test_an_overflow_on_the_way_names_the_block_it_arose_in(pairing: str) -> Non
 
     model.model.layers[0].mlp.register_forward_hook(overflow)
     with pytest.raises(ValueError, match=r"the block's output for examples\[2\]; block 0\."):
-        tk.transmute(
-            model, TOKENIZER, INSTRUCTION, EXAMPLES, pairing=pairing, layers=[2], sites=("attention",), substitutions=0
-        )
+        tk.transmute(model, TOKENIZER, INSTRUCTION, EXAMPLES, pairing=pairing, layers=[2], sites=("attention",))
 
 
 def test_nan_in_padding_is_no_error() -> None:
@@ -244,4 +242,4 @@ def test_examples_keep_their_place_in_the_users_list() -> None:
         model.model.embed_tokens.weight[TOKENIZER.convert_tokens_to_ids("9")] = torch.nan
     examples = [EXAMPLES[0], EXAMPLES[1], EXAMPLES[0], EXAMPLES[2], EXAMPLES[1], EXAMPLES[0]]
     with pytest.raises(ValueError, match=r"examples\[3\]; block 0"):
-        tk.transmute(model, TOKENIZER, INSTRUCTION, examples, layers=[0], substitutions=0)
+        tk.transmute(model, TOKENIZER, INSTRUCTION, examples, layers=[0])

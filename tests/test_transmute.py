@@ -236,7 +236,7 @@ def test_options_of_another_type_are_refused(options: dict) -> None:
 
 
 def test_numpy_numbers_are_numbers() -> None:
-    arrays = {"layers": np.arange(2), "scale": np.float32(0.5), "batch_size": np.int64(2), "seed": np.int64(3)}
+    arrays = {"layers": np.arange(2), "scale": np.float32(0.5), "batch_size": np.int64(2)}
     patch = tk.transmute(model_of(0), TOKENIZER, "Sum now", [EXAMPLE], **arrays).truncate(np.int64(2))
     assert patch.layers == (0, 1)
     json.dumps(patch.provenance)

@@ -9,16 +9,15 @@ from typing import Annotated, Any
 import typer
 
 from thought_kernels.cli import options
-from thought_kernels.transmute.substitution import WORDS
 from thought_kernels.transmute.transmute import transmute as run_transmute
 
 _DEFAULTS = {name: parameter.default for name, parameter in inspect.signature(run_transmute).parameters.items()}
 
 
-def _help(name: str, text: str, none: str = "all") -> str:
-    """The option's help with transmute's own default, so that the two cannot drift apart; `none` says what None is."""
+def _help(name: str, text: str) -> str:
+    """The option's help with transmute's own default, so that the two cannot drift apart."""
     default = _DEFAULTS[name]
-    shown = ",".join(default) if isinstance(default, tuple) else none if default is None else str(default)
+    shown = ",".join(default) if isinstance(default, tuple) else "all" if default is None else str(default)
     return f"{text} (default {shown})"
 
 
@@ -46,48 +45,18 @@ def transmute(
     ] = None,
     pairing: Annotated[str | None, typer.Option(help=_help("pairing", "two_pass, layerwise or sequential."))] = None,
     estimator: Annotated[
-        str | None, typer.Option(help=_help("estimator", "mean, exact, ridge, second_order or affine.", "ridge"))
+        str | None, typer.Option(help=_help("estimator", "mean, exact, ridge, second_order or affine."))
     ] = None,
     normalization: Annotated[
         str | None, typer.Option(help=_help("normalization", "none, norm or squared_norm."))
     ] = None,
     scale: Annotated[
-        str | None, typer.Option(help=_help("scale", "A number, one per site: mlp=0.5,residual=0.1, or auto."))
+        str | None, typer.Option(help=_help("scale", "A number, or one per site: mlp=0.5,residual=0.1."))
     ] = None,
-    ridge: Annotated[
-        str | None,
-        typer.Option(
-            help=_help(
-                "ridge",
-                "In units of the Gram's mean eigenvalue; a number means no copies, or auto.",
-                "0.003 with copies, 0.1 without",
-            )
-        ),
-    ] = None,
-    substitutions: Annotated[
-        int | None,
-        typer.Option(
-            help=_help(
-                "substitutions",
-                "Copies of each example with strange words.",
-                "8; 0 with --estimator or a number for --ridge",
-            )
-        ),
-    ] = None,
+    ridge: Annotated[float | None, typer.Option(help=_help("ridge", "In units of the Gram's mean eigenvalue."))] = None,
     tokens: Annotated[str | None, typer.Option(help=_help("tokens", "Which tokens are summed, all or answer."))] = None,
     header_weight: Annotated[
         float | None, typer.Option(help=_help("header_weight", "Weight of the header's rows."))
-    ] = None,
-    substitutes: Annotated[
-        str | None,
-        typer.Option(
-            help=_help(
-                "substitutes", "What copies hold: words (of the vocabulary), or a text file of words.", "random vectors"
-            )
-        ),
-    ] = None,
-    seed: Annotated[
-        int | None, typer.Option(help=_help("seed", "Of what the copies hold and of what auto holds back."))
     ] = None,
     separator: options.Separator = options.DEFAULT_SEPARATOR,
     batch_size: Annotated[int | None, typer.Option(help=_help("batch_size", "Examples at a time."))] = None,
@@ -116,23 +85,13 @@ def transmute(
     given = options.pairs({
         "layers": None if layers is None else read_layers(layers), "sites": site and tuple(options.listed(site)),
         "pairing": pairing, "estimator": estimator, "normalization": normalization,
-        "scale": None if scale is None else read_scale(scale), "ridge": None if ridge is None else read_ridge(ridge),
-        "tokens": tokens, "header_weight": header_weight, "substitutions": substitutions, "seed": seed,
-        "batch_size": batch_size, "memory_budget": memory_budget, "max_new_tokens": max_new_tokens,
+        "scale": None if scale is None else read_scale(scale), "ridge": ridge, "tokens": tokens,
+        "header_weight": header_weight, "batch_size": batch_size, "memory_budget": memory_budget,
+        "max_new_tokens": max_new_tokens,
     })  # fmt: skip
     settings = _recipe(recipe, options.pairs({"c1": c1, "c2": c2, "steps": steps})) | given
-    words = None if substitutes is None or substitutes == WORDS else read_words(Path(substitutes))
     loaded = [*(load_examples(examples) if examples is not None else []), *(example or [])]
     found, tokenizer = options.load_model(model, dtype, device, offline)
-    if words is None:
-        settings |= options.pairs({"substitutes": substitutes})
-    else:
-        ids = tokenizer(words, add_special_tokens=False)["input_ids"]
-        settings["substitutes"] = sorted(set(ids) - set(tokenizer.all_special_ids))
-        if not words.strip() or not settings["substitutes"]:
-            raise typer.BadParameter(
-                f"--substitutes must be {WORDS} or a file that holds some, got none in {substitutes}"
-            )
     patch = run_transmute(
         found,
         tokenizer,
@@ -159,16 +118,6 @@ def _recipe(name: str, constants: dict[str, Any]) -> dict[str, Any]:
     return {}
 
 
-def read_words(path: Path) -> str:
-    """A text file's content."""
-    if not path.is_file():
-        raise typer.BadParameter(f"--substitutes must be {WORDS} or a text file, got {path}, where no file is")
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise typer.BadParameter(f"--substitutes must be text in UTF-8, got other bytes in {path}; {error}") from error
-
-
 def read_layers(text: str) -> list[int]:
     """ "0,3,5-7" to [0, 3, 5, 6, 7]."""
     found: list[int] = []
@@ -180,21 +129,11 @@ def read_layers(text: str) -> list[int]:
     return found
 
 
-def read_ridge(text: str) -> float | str:
-    """ "0.1" to 0.1, "auto" as it is."""
-    try:
-        return text if text == "auto" else float(text)
-    except ValueError:
-        raise typer.BadParameter(f"--ridge must be a number or auto, got {text!r}") from None
-
-
-def read_scale(text: str) -> float | str | dict[str, float]:
-    """ "0.5" to 0.5, "mlp=0.5,residual=0.1" to a dict, "auto" as it is."""
-    if text == "auto":
-        return text
+def read_scale(text: str) -> float | dict[str, float]:
+    """ "0.5" to 0.5, "mlp=0.5,residual=0.1" to a dict."""
     try:
         if "=" not in text:
             return float(text)
         return {name.strip(): float(value) for name, value in (part.split("=") for part in options.listed([text]))}
     except ValueError:
-        raise typer.BadParameter(f"--scale must be a number, or site=number,..., or auto, got {text!r}") from None
+        raise typer.BadParameter(f"--scale must be a number, or site=number,..., got {text!r}") from None

@@ -48,8 +48,7 @@ from thought_kernels.evaluate.scorers import as_scorer
 from thought_kernels.evaluate.trial import Trial, prompted_texts
 from thought_kernels.models import describe
 from thought_kernels.transmute.patch import ThoughtPatch
-from thought_kernels.transmute.substitution import MOST_COPIES, SUBSTITUTIONS, copies_described
-from thought_kernels.transmute.transmute import RIDGE, RIDGE_WITH_SUBSTITUTIONS, transmute
+from thought_kernels.transmute.transmute import transmute
 
 LINES = ("paper", "tuned", "default")
 MAX_KEPT_LOGITS = 2**28  # of the prompted model at the validation inputs; see Trial
@@ -224,14 +223,12 @@ def _model_name(model: Any) -> str:
 
 
 def default_recipe() -> dict[str, Any]:
-    """transmute's own defaults, as JSON values, and the numbers that stand behind its Nones: what results depend on."""
-    defaults = {
+    """transmute's own defaults, as JSON values: what results depend on."""
+    return {
         name: list(parameter.default) if isinstance(parameter.default, tuple) else parameter.default
         for name, parameter in inspect.signature(transmute).parameters.items()
         if parameter.default is not inspect.Parameter.empty and name != "progress"
     }
-    copies = {"number": SUBSTITUTIONS, "most": MOST_COPIES, **copies_described()}
-    return defaults | {"usual": {"ridge": RIDGE, "ridge_with_copies": RIDGE_WITH_SUBSTITUTIONS, "copies": copies}}
 
 
 def write_report(report: ExperimentReport, output: Path) -> None:

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from thought_kernels.evaluate.report import Section
 from thought_kernels.evaluate.subject import Inputs, Intervention, Subject
 from thought_kernels.evaluate.trial import Trial
 from thought_kernels.transmute.prompt import Example, Instruction
-from thought_kernels.transmute.substitution import resolved_substitutes, without_words_of
 
 PARAPHRASES = 3
 CHAT_INPUTS = 64
@@ -44,23 +41,12 @@ def _outside(subject: Subject, section: Section) -> None:
     assert outside is not None
     patch = subject.patch
     if outside.examples is not None:
-        patch = subject.fit(subject.instruction, outside.examples, **unmet_substitutes(subject, outside.inputs))
+        patch = subject.fit(subject.instruction, outside.examples)
         section.note(
             f"Outside: a second patch, made in the same way from {len(outside.examples)} other examples, on inputs "
-            "none of whose symbols or words they, or the copies made of them, hold."
+            "none of whose symbols or words they hold."
         )
     _case(subject, section, "outside the examples", subject.new_trial(subject.instruction, outside.inputs), patch)
-
-
-def unmet_substitutes(subject: Subject, inputs: Inputs) -> dict[str, Any]:
-    """Where copies hold words of the vocabulary, those that the inputs and their answers do not hold."""
-    given = subject.recipe.get("substitutes")
-    if given is None:
-        return {}
-    limit = subject.decoder.config.vocab_size
-    texts = [*(question.messages[-1]["content"] for question in inputs.questions), *(inputs.answers or [])]
-    ids = resolved_substitutes(given, subject.tokenizer, limit)
-    return {"substitutes": without_words_of(subject.tokenizer, ids or (), texts)}
 
 
 def _paraphrases(subject: Subject, section: Section) -> None:

@@ -15,10 +15,8 @@ from thought_kernels.transmute.batches import group_examples
 from thought_kernels.transmute.estimators import Sums
 from thought_kernels.transmute.pairing import PAIRINGS
 from thought_kernels.transmute.patch import ThoughtPatch
-from thought_kernels.transmute.prompt import EncodedExample
 from thought_kernels.transmute.run import Run
 from thought_kernels.transmute.site import SitePatch
-from thought_kernels.transmute.substitution import copies_described, resolved_substitutes, with_substitutions
 
 # Solves one block's and site's sums; the site is told because it may scale.
 Solver = Callable[[Sums, str], SitePatch]
@@ -58,7 +56,7 @@ def refit(
 
     Args:
         subject: with examples.
-        recipe: numbers and names as a patch's provenance records them ("auto" has become a number there).
+        recipe: numbers and names as a patch's provenance records them.
         solver: replaces the recipe's estimator, None keeps it.
         accumulator: receives the rows, None for a plain one.
 
@@ -90,7 +88,7 @@ def refit(
 
     layers, sites = frozenset(recipe["layers"]), frozenset(recipe["sites"])
     run = Run(
-        decoder=decoder, groups=group_examples(_rows(subject, recipe), subject.batch_size, recipe["tokens"], dtype),
+        decoder=decoder, groups=group_examples(subject.encoded, subject.batch_size, recipe["tokens"], dtype),
         layers=layers, sites=sites, accumulator=own, solve=solve, header_weight=recipe["header_weight"],
         tick=lambda: None,
     )  # fmt: skip
@@ -99,30 +97,15 @@ def refit(
     return solve(layers, sites)
 
 
-def _rows(subject: Subject, recipe: Mapping[str, Any]) -> list[EncodedExample]:
-    """The examples, with the copies that the recipe makes of them."""
-    copies = recipe.get("substitutions") or 0
-    if not copies:
-        return subject.encoded
-    vocabulary = subject.decoder.config.vocab_size
-    substitutes = resolved_substitutes(recipe.get("substitutes"), subject.tokenizer, vocabulary)
-    return with_substitutions(subject.encoded, copies, substitutes, recipe.get("seed") or 0)
-
-
 def full_recipe(subject: Subject) -> dict[str, Any]:
     """Every option that refit needs, as the evaluated patch's provenance has it.
 
     Raises:
-        ValueError: a patch whose provenance does not say how it was fitted, or whose copies were made in another way.
+        ValueError: a patch whose provenance does not say how it was fitted.
     """
     provenance = subject.patch.provenance
     names = ("layers", "sites", "pairing", "estimator", "normalization", "scale", "ridge", "tokens", "header_weight")
     recipe = {name: provenance.get(name) for name in names}
-    if provenance.get("substitutions") and provenance.get("copies") != copies_described():
-        raise ValueError(
-            f"evaluate: patch must have copies as this version makes them to be fitted again, {copies_described()}, "
-            f"got {provenance.get('copies')}; transmute anew"
-        )
     if recipe["ridge"] is None and recipe["estimator"] not in ("ridge", "affine"):
         recipe["ridge"] = 1.0  # not read by the other estimators
     missing = [name for name, value in recipe.items() if value is None]
@@ -131,7 +114,7 @@ def full_recipe(subject: Subject) -> dict[str, Any]:
             f"evaluate: patch must know how it was fitted to be fitted again, got none of {', '.join(missing)}; "
             "transmute records that"
         )
-    return recipe | {name: provenance.get(name) for name in ("substitutions", "substitutes", "seed")}
+    return recipe
 
 
 def vector_of(sums: Sums, site: str) -> SitePatch:

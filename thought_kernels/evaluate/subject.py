@@ -21,7 +21,6 @@ from thought_kernels.models.decoder import Decoder
 from thought_kernels.transmute.completions import end_of_turn_id, with_completions
 from thought_kernels.transmute.patch import ThoughtPatch
 from thought_kernels.transmute.prompt import EncodedExample, Example, Instruction, encode
-from thought_kernels.transmute.substitution import copies_described
 from thought_kernels.transmute.transmute import transmute
 
 # Hyper-parameters of the baselines are chosen on this many of the examples at most: a choice needs no more.
@@ -186,11 +185,11 @@ class Subject:
                 "give the ones the patch was fitted on"
             )
 
-    def fit(self, instruction: Instruction, examples: Sequence[Example], **changes: Any) -> ThoughtPatch:
-        """transmute with the recipe and changes to it."""
+    def fit(self, instruction: Instruction, examples: Sequence[Example]) -> ThoughtPatch:
+        """transmute with the recipe."""
         return transmute(
             self.model, self.tokenizer, instruction, list(examples), separator=self.separator,
-            max_new_tokens=self.max_new_tokens, **(self.recipe | changes),
+            max_new_tokens=self.max_new_tokens, **self.recipe,
         )  # fmt: skip
 
     def other_patch(self, name: str) -> ThoughtPatch:
@@ -260,16 +259,7 @@ def sums(divergences: Sequence[torch.Tensor]) -> list[float]:
 
 
 def recipe_of(patch: ThoughtPatch) -> dict[str, Any]:
-    """The arguments of transmute that a patch's provenance records, so that other fits are made like it.
-
-    Raises:
-        ValueError: a patch whose copies of the examples were made in another way.
-    """
+    """The arguments of transmute that a patch's provenance records, so that other fits are made like it."""
     names = set(inspect.signature(transmute).parameters) - NOT_RECIPE
     recorded: Mapping[str, Any] = patch.provenance
-    if recorded.get("substitutions") and recorded.get("copies") != copies_described():
-        raise ValueError(
-            f"evaluate: patch must have copies as this version makes them, {copies_described()}, "
-            f"got {recorded.get('copies')}; transmute anew, or give recipe= for the fits beside it"
-        )
     return {name: recorded[name] for name in sorted(names) if recorded.get(name) is not None}

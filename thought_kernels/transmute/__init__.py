@@ -11,7 +11,6 @@
     replay        the exactness theorem on real weights
     fitting       one recipe on one set of examples
     logprobs      what a model thinks of given completions; divergences
-    selection     scale="auto" and ridge="auto"
     transmute     the function that joins them
 
 All of it is about block indices counted from 0 and the sites "attention", "mlp" and "residual".

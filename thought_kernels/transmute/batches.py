@@ -7,11 +7,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize
 
 from thought_kernels.models.decoder import Block, Decoder
 from thought_kernels.ops.shared_prefix_attention import shared_prefix_attention
-from thought_kernels.transmute.prompt import EncodedExample, RandomVectors
+from thought_kernels.transmute.prompt import EncodedExample
 
 MAX_BATCH_TOKENS = 8192
 
@@ -23,17 +22,14 @@ class Batch:
     Attributes:
         tokens: ids of e, [B, T].
         lengths: real tokens per row, [B].
-        weights: w_i, share/n_e at the tokens of e that are summed and 0 elsewhere, [B, T]; the share of a user's
-            example is 1 (theory §5).
+        weights: w_i, 1/n_e at the tokens of e that are summed and 0 elsewhere, [B, T] (theory §5).
         examples: each row's place in the user's list of examples, for messages.
-        random: each row's tokens that are read as random vectors, None where it has none.
     """
 
     tokens: Tensor
     lengths: Tensor
     weights: Tensor
     examples: tuple[int, ...]
-    random: tuple[RandomVectors | None, ...]
 
 
 @dataclass(frozen=True)
@@ -45,9 +41,9 @@ class Group:
     batches: tuple[Batch, ...]
 
     @property
-    def weight(self) -> float:
-        """Total weight of the examples, which is their number where none has copies."""
-        return sum(float(batch.weights.sum()) for batch in self.batches)
+    def weight(self) -> int:
+        """Total weight of the examples, which is their number."""
+        return sum(len(batch.examples) for batch in self.batches)
 
     def positions(self, length: int) -> Tensor:
         """Positions of e's tokens in the full prompt [H, I, e], [1, T]. The stream without context uses them too."""
@@ -95,46 +91,10 @@ def _batches(
             length = len(example.tokens)
             first = example.answer_start if tokens == "answer" else 0
             ids[row, :length] = torch.as_tensor(example.tokens)
-            weights[row, first:length] = example.share / (length - first)
+            weights[row, first:length] = 1 / (length - first)
         lengths = torch.tensor([len(example.tokens) for _, example in rows])
-        random = tuple(example.random for _, example in rows)
-        yield Batch(ids, lengths, weights, tuple(number for number, _ in rows), random)
+        yield Batch(ids, lengths, weights, tuple(number for number, _ in rows))
         start = stop
-
-
-def embed(decoder: Decoder, batch: Batch) -> Tensor:
-    """The residual streams entering block 0, [B, T, d], with the batch's random vectors in their places.
-
-    A random vector is as long as the embedding x that it replaces, so that a word can move the stream as far as before:
-    ‖x‖ (√λ x/‖x‖ + √(1 − λ) z) normalised, with λ the row's likeness and z a direction drawn evenly from all. The draw
-    depends on the row's own seed only.
-    """
-    x = decoder.embed(batch.tokens)
-    rows, places, which, drawn = [], [], [], []
-    likeness: list[float] = []
-    for row, random in enumerate(batch.random):
-        if random is None:
-            continue
-        first = {token: len(likeness) + index for index, token in enumerate(random.ids)}
-        for place, token in enumerate(batch.tokens[row, : batch.lengths[row]].tolist()):
-            if token in first:
-                rows.append(row)
-                places.append(place)
-                which.append(first[token])
-        generator = torch.Generator("cpu").manual_seed(random.seed)
-        shape = (len(random.ids), x.shape[-1])  # torch's default dtype and device must not reach the draw
-        drawn.append(torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu"))
-        likeness += [random.likeness] * len(random.ids)
-    if not drawn:
-        return x
-    wide = torch.promote_types(x.dtype, torch.float32)
-    z = normalize(torch.cat(drawn), dim=-1)[which].to(x.device, wide)
-    share = torch.tensor(likeness, dtype=torch.float64, device="cpu")[which, None]  # not every device has float64
-    replaced = x[rows, places].to(wide)
-    mixed = normalize(replaced, dim=-1) * share.sqrt().to(x.device, wide)
-    mixed += z * (1 - share).sqrt().to(x.device, wide)
-    x[rows, places] = (normalize(mixed, dim=-1) * replaced.norm(dim=-1, keepdim=True)).to(x.dtype)
-    return x
 
 
 @dataclass(frozen=True)

@@ -252,8 +252,7 @@ class ThoughtPatch:
 
     def _lines(self) -> Iterator[str]:
         for name in (
-            "instruction", "model", "pairing", "estimator", "normalization", "scale", "ridge", "substitutions",
-            "factor",
+            "instruction", "model", "pairing", "estimator", "normalization", "scale", "ridge", "factor",
         ):  # fmt: skip
             if self.provenance.get(name) is not None:
                 yield f"  {name}: {self.provenance[name]}"

@@ -38,20 +38,6 @@ class Alignment(NamedTuple):
     e: list[int]
 
 
-class RandomVectors(NamedTuple):
-    """Tokens that are read as random vectors, the same vector wherever one occurs.
-
-    Attributes:
-        ids: of the tokens, ascending.
-        seed: of their directions; their lengths are those of the embeddings that they replace.
-        likeness: share of a vector's squared length that keeps the direction of the embedding, 0 to 1.
-    """
-
-    ids: tuple[int, ...]
-    seed: int
-    likeness: float = 0.0
-
-
 class EncodedExample(NamedTuple):
     """An aligned example.
 
@@ -61,8 +47,6 @@ class EncodedExample(NamedTuple):
         tokens: e, the ids after it, up to and with the completion's end-of-turn token, or the generation prompt.
         answer_start: index in `tokens` of the completion's first token; len(tokens) without a completion.
         number: place in the user's list of examples, 0-based, for messages; None if unknown.
-        share: total weight of its tokens; an example of the user's has 1.
-        random: which of the tokens are read as random vectors, None for none.
     """
 
     header: list[int]
@@ -70,8 +54,6 @@ class EncodedExample(NamedTuple):
     tokens: list[int]
     answer_start: int
     number: int | None = None
-    share: float = 1.0
-    random: RandomVectors | None = None
 
 
 class ExplainedToken(NamedTuple):

@@ -44,6 +44,5 @@ def paper_recipe(
         "normalization": "norm",
         "tokens": "all",
         "header_weight": 0.0,
-        "substitutions": 0,
         "scale": {"mlp": c1 / steps, "residual": c2 / steps},
     }

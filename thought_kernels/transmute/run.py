@@ -33,7 +33,7 @@ class Run:
             take 2 · blocks · rows · width numbers, more than all else beside weights and sums; to subtract them again
             would leave rounding behind.)
         solve: (layers, sites) -> the patch of what has been accumulated there.
-        header_weight: total weight of H's rows, which enter with δ = 0, relative to that of the examples and copies.
+        header_weight: total weight of H's rows, which enter with δ = 0, relative to that of the examples.
         tick: called after each batch and block.
         memory_budget: bytes of hidden states that `sequential` keeps in memory, see spill.py.
     """

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import math
 import operator
-import warnings
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
-from numbers import Integral, Real
+from numbers import Real
 from typing import Any
 
 import torch
@@ -17,17 +15,13 @@ from thought_kernels.models.decoder import Decoder
 from thought_kernels.transmute import estimators
 from thought_kernels.transmute.accumulator import NORMALIZATIONS
 from thought_kernels.transmute.completions import end_of_turn_id, with_completions
-from thought_kernels.transmute.fitting import Recipe, Setting, fit
+from thought_kernels.transmute.fitting import Recipe, fit
 from thought_kernels.transmute.pairing import MEMORY_BUDGET, PAIRINGS
 from thought_kernels.transmute.patch import ThoughtPatch
 from thought_kernels.transmute.prompt import EncodedExample, Instruction, encode, load_examples
-from thought_kernels.transmute.selection import AUTO, check_choosable, choose
 from thought_kernels.transmute.site import SITES
-from thought_kernels.transmute.substitution import has_copies, resolved_substitutes, usual_copies
 
 TOKENS = ("all", "answer")
-# docs/recipes.md has the table these were read off.
-RIDGE, RIDGE_WITH_SUBSTITUTIONS = 0.1, 0.003
 
 
 @torch.no_grad()
@@ -40,19 +34,16 @@ def transmute(
     layers: Iterable[int] | None = None,
     sites: Iterable[str] = ("attention", "mlp"),
     pairing: str = "sequential",
-    estimator: str | None = None,
+    estimator: str = "ridge",
     normalization: str = "none",
-    scale: float | Mapping[str, float] | str = 1.0,
-    ridge: float | str | None = None,
-    substitutions: int | None = None,
-    substitutes: Iterable[int] | str | None = None,
+    scale: float | Mapping[str, float] = 1.0,
+    ridge: float = 0.1,
     tokens: str = "all",
     header_weight: float = 0.0,
     separator: str = "\n",
     batch_size: int = 32,
     memory_budget: int = MEMORY_BUDGET,
     max_new_tokens: int = 64,
-    seed: int = 0,
     progress: bool = False,
 ) -> ThoughtPatch:
     """Turns an instruction into a weight update: the patched model follows it without being told. No training.
@@ -73,35 +64,23 @@ def transmute(
         sites: of "attention", "mlp", "residual". With "attention" and another, the other is fitted after the same
             block's attention patch is applied: "mlp" then mends what "attention" left.
         pairing: "two_pass", "layerwise" or "sequential", see transmute/pairing.py.
-        estimator: "mean", "exact", "ridge", "second_order" or "affine", see estimators.solve; None is "ridge".
+        estimator: "mean", "exact", "ridge", "second_order" or "affine", see estimators.solve.
         normalization: ν, "none", "norm" (‖a‖) or "squared_norm" (‖a‖²).
-        scale: λ, one number or one per site; "mean" needs it tuned, the others are made for 1. "auto" chooses it by
-            the KL to the prompted model on a quarter of the examples, held back and then fitted with the others; that
-            needs four examples or more and at most seven further fits on 64 examples, see transmute/selection.py.
-        ridge: ε, in units of Z's mean eigenvalue; "auto" chooses it in the same way, before the scale, from seven. None
-            is 0.003 with copies and 0.1 without.
-        substitutions: copies of each example in which random vectors stand for the words, so that the patch learns
-            the instruction and not the examples' words, see transmute/substitution.py. None is the recommended recipe,
-            8, fewer beyond 64 examples, where neither an estimator nor a number for ridge is given, or where
-            substitutes are; else it is 0, and the sums are those of the examples alone. One example, or equal ones,
-            have no copies: nothing in them varies.
-        substitutes: what the copies hold in place of the examples' words: None for random vectors, "words" for words
-            of the tokenizer's vocabulary, or the token ids to draw from.
+        scale: λ, one number or one per site; "mean" needs it tuned, the others are made for 1.
+        ridge: ε, in units of Z's mean eigenvalue.
         tokens: which tokens of e are summed, "all" or "answer" (the completion with its end-of-turn token).
-        header_weight: H's rows join the fit with δ = 0 and this total weight, that of all examples with their copies
-            being 1; it keeps the patch from moving the keys that e sees in H. 0 leaves them out.
+        header_weight: H's rows join the fit with δ = 0 and this total weight, that of all examples being 1; it keeps
+            the patch from moving the keys that e sees in H. 0 leaves them out.
         separator: between instruction and example text; part of I.
         batch_size: examples in a batch at most. It changes the result by rounding only.
         memory_budget: bytes of hidden states, 2 GiB unless given. "sequential" keeps 2 · tokens · hidden size numbers
             between blocks, for all examples: first on the model's device and, where that is not the CPU, as many bytes
             again in CPU memory; what is left over lies in a temporary file. The others need none of it.
         max_new_tokens: longest completion that is generated.
-        seed: of what the copies hold and of the examples that "auto" holds back; nothing else is random.
         progress: show a progress bar on stderr.
 
     Returns:
-        A ThoughtPatch, float32 (float64 for a float64 model), with the settings in its provenance; there "selection"
-        holds the table that "auto" chose from.
+        A ThoughtPatch, float32 (float64 for a float64 model), with the settings in its provenance.
 
     Raises:
         ValueError: an unknown or unfit option, a prompt that does not align, an example longer than the model's
@@ -113,15 +92,6 @@ def transmute(
     """
     decoder = in_memory("transmute", model)
     loaded = load_examples(examples)
-    if substitutions is None:
-        wanted = substitutes is not None or (estimator is None and ridge in (None, AUTO))
-        substitutions = usual_copies(len(loaded)) if wanted else 0
-        told = substitutes is not None
-    else:
-        told = True
-        substitutions = _count("substitutions", substitutions, at_least=0)
-    usual_ridge = RIDGE_WITH_SUBSTITUTIONS if substitutions else RIDGE
-    estimator = "ridge" if estimator is None else estimator
     chosen_layers, chosen_sites = _layers(layers, len(decoder.blocks)), _sites(sites)
     for name, value, known in (
         ("pairing", pairing, PAIRINGS),
@@ -132,21 +102,14 @@ def transmute(
         _choice(name, value, known)
     batch_size, max_new_tokens = _count("batch_size", batch_size), _count("max_new_tokens", max_new_tokens)
     memory_budget, header_weight = _count("memory_budget", memory_budget), _number("header_weight", header_weight)
-    scales = None if scale == AUTO else _scales(scale, chosen_sites)
-    epsilon = None if ridge == AUTO else _number("ridge", usual_ridge if ridge is None else ridge)
-    if isinstance(seed, bool) or not isinstance(seed, Integral):  # None would draw anew each time
-        raise TypeError(f"transmute: seed must be an integer, got {seed!r}")
-    seed = int(seed)
+    scales, ridge = _scales(scale, chosen_sites), _number("ridge", ridge)
     if header_weight < 0:
         raise ValueError(f"transmute: header_weight must not be negative, got {header_weight}")
-    estimators.check_options(estimator, 1.0, 1.0 if epsilon is None else epsilon, normalization)
-    if scales is None or epsilon is None:
-        check_choosable(estimator, scales, epsilon, len(loaded))
+    estimators.check_options(estimator, 1.0, ridge, normalization)
     recipe = Recipe(
         layers=chosen_layers, sites=chosen_sites, pairing=pairing, estimator=estimator, normalization=normalization,
-        tokens=tokens, header_weight=header_weight, batch_size=batch_size, memory_budget=memory_budget,
-        substitutions=substitutions, seed=seed,
-        substitutes=resolved_substitutes(substitutes, tokenizer, decoder.config.vocab_size),
+        scales=scales, ridge=ridge, tokens=tokens, header_weight=header_weight, batch_size=batch_size,
+        memory_budget=memory_budget,
     )  # fmt: skip
     encoded = [
         encode(tokenizer, instruction, example, separator=separator)._replace(number=number)
@@ -160,16 +123,6 @@ def transmute(
             decoder.model, encoded, end_of_turn=end_of_turn, max_new_tokens=max_new_tokens, batch_size=batch_size
         )
     _check_lengths(decoder, encoded)
-    if substitutions and not has_copies(encoded, recipe.substitutes):
-        recipe, usual_ridge = replace(recipe, substitutions=0), RIDGE
-        epsilon = usual_ridge if ridge is None else epsilon
-        if told:
-            warnings.warn(
-                "transmute: examples must differ in a token that substitutes can replace to have copies, got "
-                f"{len(encoded)} without; the sums are those of the examples alone",
-                stacklevel=2,
-            )
-
     described = {
         "instruction": instruction if isinstance(instruction, str) else [dict(turn) for turn in instruction],
         "separator": separator,
@@ -179,19 +132,8 @@ def transmute(
         "num_hidden_layers": len(decoder.blocks),
         "examples": len(encoded),
         "generated_completions": generated,
-        "substitutes": _described(substitutes, recipe),
-        "seed": seed,
     }
-    if scales is None or epsilon is None:
-        choice = choose(
-            decoder.model, decoder, recipe, encoded, scale=scales, ridge=epsilon, usual_ridge=usual_ridge, seed=seed,
-            progress=progress,
-        )  # fmt: skip
-        setting = choice.setting
-        described["selection"] = choice.record
-    else:
-        setting = Setting(scales, epsilon)
-    return fit(decoder, recipe, encoded, setting, provenance=described, progress=progress)
+    return fit(decoder, recipe, encoded, provenance=described, progress=progress)
 
 
 def _layers(layers: Iterable[int] | None, blocks: int) -> frozenset[int]:
@@ -216,7 +158,7 @@ def _sites(sites: Iterable[str]) -> frozenset[str]:
     return frozenset(chosen)
 
 
-def _scales(scale: float | Mapping[str, float] | str, sites: frozenset[str]) -> dict[str, float]:
+def _scales(scale: float | Mapping[str, float], sites: frozenset[str]) -> dict[str, float]:
     if not isinstance(scale, Mapping):
         number = _number("scale", scale)
         return {site: number for site in SITES if site in sites}  # in one order, and so the patch's file
@@ -227,27 +169,20 @@ def _scales(scale: float | Mapping[str, float] | str, sites: frozenset[str]) -> 
 
 def _number(name: str, value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, Real):
-        choice = " or 'auto'" if name in ("scale", "ridge") else ""
-        raise TypeError(f"transmute: {name} must be a number{choice}, got {value!r}")
+        raise TypeError(f"transmute: {name} must be a number, got {value!r}")
     if not math.isfinite(value):
         raise ValueError(f"transmute: {name} must be finite, got {value}")
     return float(value)
 
 
-def _count(name: str, value: Any, *, at_least: int = 1) -> int:
+def _count(name: str, value: Any) -> int:
     try:
         count = operator.index(value)
     except TypeError:
         raise TypeError(f"transmute: {name} must be an integer, got {value!r}") from None
-    if count < at_least:
-        raise ValueError(f"transmute: {name} must be at least {at_least}, got {count}")
+    if count < 1:
+        raise ValueError(f"transmute: {name} must be at least 1, got {count}")
     return count
-
-
-def _described(substitutes: Iterable[int] | str | None, recipe: Recipe) -> list[int] | str | None:
-    if not recipe.substitutions or recipe.substitutes is None:
-        return None
-    return substitutes if isinstance(substitutes, str) else list(recipe.substitutes)
 
 
 def _choice(name: str, value: str, known: Iterable[str]) -> None:
