@@ -112,8 +112,7 @@ class Task:
 
     @property
     def width(self) -> int:
-        block = self.decoder.blocks[0]
-        return block.num_attention_heads * block.head_dim
+        return self.decoder.blocks[0].attention_width
 
     def naive(self, batch: int, examples: int) -> ThoughtAccumulator:
         return naive(self.model, self.header, self.instruction, self.tokens[:examples], batch)

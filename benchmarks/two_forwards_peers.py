@@ -127,6 +127,6 @@ def one_forward(decoder: Decoder, prefixes: list[tuple[Tensor, Tensor]], tokens:
             o = o.transpose(1, 2).flatten(2)
             if block is not decoder.blocks[-1]:
                 h = block.attention_residual(x, o)
-                x = block.mlp_output(h, block.mlp_input(h))
+                x = block.mlp_output(h, block.mlp_input(h, x), x=x)
         outputs.append(o)
     return torch.cat(outputs)

@@ -14,7 +14,7 @@ from tolerances import allowed_error, largest
 from torch import Tensor, nn
 
 from thought_kernels.models import describe
-from thought_kernels.models.decoder import hooked
+from thought_kernels.models.norm import hooked
 from thought_kernels.transmute.patch import ThoughtPatch
 from thought_kernels.transmute.site import SitePatch
 
@@ -33,7 +33,7 @@ def by_hand(model: nn.Module, patch: ThoughtPatch) -> nn.Module:
         if site == "residual":
             add(block.layer, entry.vector)
             continue
-        for linear in (block.o_proj,) if site == "attention" else (block.gate_proj, block.up_proj):
+        for linear in (block.o_proj,) if site == "attention" else block.mlp_inputs:
             weight = linear.weight.detach().clone()
             add(linear, weight @ entry.vector)
             with torch.no_grad():

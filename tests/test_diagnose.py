@@ -32,7 +32,7 @@ def one_site(matrix: Tensor, site: str = "mlp", layer: int = 1) -> ThoughtPatch:
 def features(model: nn.Module, site: str = "mlp", layer: int = 1) -> Tensor:
     """The rows of the edited weights as columns."""
     block = describe(model).blocks[layer]
-    modules = (block.o_proj,) if site == "attention" else (block.gate_proj, block.up_proj)
+    modules = (block.o_proj,) if site == "attention" else block.mlp_inputs
     return torch.cat([module.weight for module in modules]).double().T
 
 

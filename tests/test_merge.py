@@ -236,16 +236,17 @@ def test_only_plain_weights_are_written(spoil: Callable[[Any], None], message: s
     model = tiny_gemma3()
     spoil(describe(model).blocks[2].layer.self_attn)
     block = describe(model).blocks[0]
-    before = {name: getattr(block, name).weight.clone() for name in ("o_proj", "gate_proj", "up_proj")}
+    linears = (block.o_proj, *block.mlp_inputs)
+    before = [linear.weight.clone() for linear in linears]
     with pytest.raises(ValueError, match=f"{message}.*block 2.*use applied"):
         matrix_patch().merge_(model)
-    assert all(torch.equal(getattr(block, name).weight, weight) for name, weight in before.items())
+    assert all(torch.equal(linear.weight, weight) for linear, weight in zip(linears, before, strict=True))
 
 
 def test_shared_weights_are_not_written() -> None:
     model = tiny_gemma3()
     blocks = describe(model).blocks
-    blocks[1].layer.mlp.gate_proj = blocks[0].gate_proj  # one module in two blocks
+    blocks[1].layer.mlp.gate_proj = blocks[0].mlp_inputs[0]  # one module in two blocks
     before = weights(model)
     with pytest.raises(ValueError, match=r"must not be shared, got .*layers.0.mlp.gate_proj.weight and .*layers.1.mlp"):
         matrix_patch().merge_(model)

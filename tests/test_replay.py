@@ -53,11 +53,11 @@ def test_patches_act_on_what_is_recomputed() -> None:
     block = decoder.blocks[0]
     handle = block.o_proj.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
     without = torch.tensor([tokens[:3] + tokens[9:]])
-    module.run_patched(decoder, without, patches)
+    module.run_patched(decoder, without, patches, torch.arange(23)[None])
     v_proj = block.layer.self_attn.v_proj
     with torch.no_grad():
         v_proj.weight.mul_(0.5)
-    module.run_patched(decoder, without, patches)
+    module.run_patched(decoder, without, patches, torch.arange(23)[None])
     handle.remove()
     torch.testing.assert_close(seen[1], 0.5 * seen[0])
 

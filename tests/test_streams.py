@@ -216,7 +216,7 @@ def test_an_overflow_on_the_way_names_the_block_it_arose_in(pairing: str) -> Non
         out[marked(args[0])] = torch.inf
         return out
 
-    largest_u = describe(model).blocks[0].mlp_input(describe(model).embed(torch.tensor([[nine]]))).abs().max()
+    largest_u = describe(model).blocks[0].mlp_input(*2 * (describe(model).embed(torch.tensor([[nine]])),)).abs().max()
 
     def marked(u: torch.Tensor) -> torch.Tensor:
         return u.abs().amax(-1) >= 0.9 * largest_u

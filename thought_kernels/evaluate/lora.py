@@ -17,7 +17,6 @@ from thought_kernels.transmute.logprobs import may_pad
 
 RANK, ALPHA, BATCH = 8, 16, 16
 RATES = (1e-3, 3e-3, 1e-2)
-MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
 @dataclass(frozen=True)
@@ -146,10 +145,8 @@ def _targets(model: Any) -> list[str]:
     """Full names, so that the vision tower of a multimodal model is left alone."""
     from thought_kernels.models import describe
 
-    layers = {id(block.layer) for block in describe(model).blocks}
-    prefixes = [name for name, module in model.named_modules() if id(module) in layers]
-    return [
-        name
-        for name, _ in model.named_modules()
-        if name.rpartition(".")[2] in MODULES and any(name.startswith(f"{prefix}.") for prefix in prefixes)
-    ]
+    wanted = set()
+    for block in describe(model).blocks:
+        wanted |= {id(getattr(block.attention, name)) for name in block.parts.qkv}
+        wanted |= {id(module) for module in (block.o_proj, *block.mlp_inputs, block.down_proj)}
+    return [name for name, module in model.named_modules() if id(module) in wanted]

@@ -1,28 +1,28 @@
-"""Model adapters: `describe(model)` turns a transformers model into the one description the rest of the package uses.
+"""Model families: `describe(model)` turns a transformers model into the one description the rest of the package uses.
 
-    decoder    Block and Decoder, the description, and the arithmetic of a block (no architecture named)
-    linear     which library forms the float32 products of linear modules on a CPU
-    gemma3     where Gemma 3 keeps its parts, for every class and size that transformers has
+    families   one short description per family: what modules are called, and what its block does with them
+    build      the Decoder of a model by its family's description
+    decoder    Decoder: embedding, blocks, final norm, head
+    block      Block: the arithmetic between the sites that patches act on (no architecture named)
+    norm       RMSNorm and LayerNorm, and their change in difference form
+    linear     weights of linear modules, and which library forms their float32 products on a CPU
+    load       a model and its tokenizer from a folder, the hub or a GGUF file
     undisturbed  dropout and autocast off while activations are compared
 
-A further architecture is one more file with a `describe` function and one more line in `ADAPTERS`.
+A further family is one more description in `families.FAMILIES`.
 """
 
 from __future__ import annotations
 
-from importlib import import_module
 from typing import Any
 
 from torch import nn
 
+from thought_kernels.models.build import build
 from thought_kernels.models.decoder import Block, Decoder
+from thought_kernels.models.families import FAMILIES, MISSING
 
-__all__ = ["ADAPTERS", "Block", "Decoder", "describe", "in_memory"]
-
-ADAPTERS = {  # config.model_type of transformers -> the module whose describe(model) serves it
-    "gemma3": "thought_kernels.models.gemma3",
-    "gemma3_text": "thought_kernels.models.gemma3",
-}
+__all__ = ["FAMILIES", "Block", "Decoder", "describe", "family_names", "in_memory", "unsupported"]
 
 
 def describe(model: nn.Module | Decoder) -> Decoder:
@@ -33,14 +33,14 @@ def describe(model: nn.Module | Decoder) -> Decoder:
     peft it is the model inside that is described, adapters included.
 
     Args:
-        model: a transformers model whose `config.model_type` is in `ADAPTERS`, such as Gemma3ForCausalLM or
+        model: a transformers model whose `config.model_type` is in `families.FAMILIES`, such as LlamaForCausalLM or
             Gemma3ForConditionalGeneration, on any device or several.
 
     Returns:
         The Decoder.
 
     Raises:
-        TypeError: if no adapter serves the model.
+        TypeError: if no family's description serves the model.
         ValueError: if the model is of a supported kind with a feature that the mathematics does not cover, such as
             bidirectional attention, or peft puts tokens of its own before the prompt.
     """
@@ -48,13 +48,24 @@ def describe(model: nn.Module | Decoder) -> Decoder:
         return model
     model = _unwrapped(model)
     model_type = getattr(getattr(model, "config", None), "model_type", None)
-    if model_type not in ADAPTERS:
-        raise TypeError(
-            f"describe: model must be a transformers model of type {' or '.join(ADAPTERS)}, got {type(model).__name__}"
-            f" of type {model_type!r}; a further architecture needs one file like thought_kernels/models/gemma3.py"
-        )
-    adapter: Decoder = import_module(ADAPTERS[model_type]).describe(model)
-    return adapter
+    if model_type not in FAMILIES:
+        raise TypeError(unsupported("describe", f"{type(model).__name__} of type {model_type!r}", model_type))
+    return build(model, FAMILIES[model_type])
+
+
+def family_names() -> str:
+    """The families as people write them, for messages."""
+    return ", ".join(dict.fromkeys(family.name for family in FAMILIES.values()))
+
+
+def unsupported(function: str, actual: str, model_type: str | None) -> str:
+    """The sentence that refuses a model of a type that no description serves."""
+    missing = MISSING.get(model_type or "", "")
+    return f"{function}: model must be of one of the families {family_names()}, got {actual}; " + (
+        f"its blocks have {missing}, which no description covers yet"
+        if missing
+        else "a further family needs a description in thought_kernels/models/families.py"
+    )
 
 
 def in_memory(function: str, model: Any) -> Decoder:

@@ -1,4 +1,4 @@
-"""Float32 products of linear modules on CPUs, by oneDNN instead of the BLAS that torch takes for them.
+"""Linear modules: their weights whichever way round they are stored, and their float32 products on CPUs by oneDNN.
 
 torch hands float32 products to MKL, which on AMD processors uses half of the vector units' width: oneDNN takes less
 than half of its time there (benchmarks/bench_linear.py). It is part of torch; float64 it has not, and bfloat16 torch
@@ -12,6 +12,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+
+
+def is_transposed(module: Any) -> bool:
+    """Whether it is transformers' Conv1D, a linear module (GPT-2's) whose weight is stored as Wᵀ, [d_in, d_out]."""
+    return type(module).__name__ == "Conv1D" and type(module).__module__ == "transformers.pytorch_utils"
+
+
+def linear_weight(module: Any) -> Tensor:
+    """W [d_out, d_in] of a linear module or Conv1D: the weight itself, or a view through which it can be written."""
+    return module.weight.T if is_transposed(module) else module.weight
+
+
+def input_width(module: Any) -> int:
+    """d_in of a linear module, quantised and wrapped ones included."""
+    return module.nx if is_transposed(module) else module.in_features
+
 
 # Below so many multiply-adds oneDNN's fixed cost of some 10 µs a call is more than it saves.
 FEWEST_PRODUCTS = 1 << 20

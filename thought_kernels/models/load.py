@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from thought_kernels.models import ADAPTERS
+from thought_kernels.models import FAMILIES, unsupported
 
 DTYPES = {
     "auto": "auto",
@@ -28,7 +28,7 @@ def load(
     device: torch.device | str = "cpu",
     offline: bool = False,
 ) -> tuple[Any, Any]:
-    """Loads a causal language model that the package has an adapter for, in eval mode, and its tokenizer.
+    """Loads a causal language model of a family that the package describes, in eval mode, and its tokenizer.
 
     Args:
         model: a folder with config.json, or a hub id such as "google/gemma-3-1b-it".
@@ -41,7 +41,7 @@ def load(
 
     Raises:
         ValueError: an unknown dtype or device, a folder that is not there or holds no usable model or tokenizer, a hub
-            id that cannot be had, weights that are missing, or an architecture without an adapter.
+            id that cannot be had, weights that are missing, or a family without a description.
     """
     if dtype not in DTYPES:
         raise ValueError(f"load: dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
@@ -55,11 +55,8 @@ def load(
         ) from error
     local_only = local or offline
     config = _read("a readable config.json", name, transformers.AutoConfig, local_files_only=local_only)
-    if config.model_type not in ADAPTERS:
-        raise ValueError(
-            f"load: model must be of type {' or '.join(ADAPTERS)}, got {config.model_type!r}; "
-            "a further architecture needs an adapter in thought_kernels/models"
-        )
+    if config.model_type not in FAMILIES:
+        raise ValueError(unsupported("load", f"type {config.model_type!r}", config.model_type))
     multimodal = hasattr(config, "vision_config")
     kind = transformers.AutoModelForImageTextToText if multimodal else transformers.AutoModelForCausalLM
     found, information = _read(

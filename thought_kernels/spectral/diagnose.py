@@ -15,12 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from thought_kernels.models import describe
+from thought_kernels.models.linear import is_transposed, linear_weight
 from thought_kernels.ops.library import message
 from thought_kernels.spectral.frames import check_matrix, frame_operator
 from thought_kernels.spectral.overlap import Interference, Overlap, overlap
 from thought_kernels.spectral.site_diagnosis import SiteDiagnosis, diagnose_site
 
-MODULES = {"attention": ("o_proj",), "mlp": ("gate_proj", "up_proj")}
+MATRIX_SITES = ("attention", "mlp")
 _EPS = torch.finfo(torch.float32).eps
 Key = tuple[int, str]
 
@@ -150,7 +151,7 @@ def _interference(shared: Mapping[Key, Overlap], ours: Mapping[Key, Any], theirs
 def _edits(patch: Any, name: str) -> dict[Key, _Edit]:
     """A patch's nonzero matrices."""
     try:
-        keys = [(layer, site) for layer in patch.layers for site in patch.sites if site in MODULES]
+        keys = [(layer, site) for layer in patch.layers for site in patch.sites if site in MATRIX_SITES]
         found = {key: patch.matrix(*key) for key in keys}
     except AttributeError as error:
         rule = "be a patch with layers, sites and matrix(layer, site)"
@@ -190,11 +191,18 @@ def _weights_at(name: str, decoder: Any, key: Key) -> list[Tensor]:
     last = len(decoder.blocks) - 1
     if not 0 <= layer <= last:
         raise ValueError(message("diagnose", name, f"have blocks 0 to {last} only", layer, "which the model lacks"))
+    block = decoder.blocks[layer]
+    names, modules = (block.parts.o_proj,), (block.o_proj,)
+    if site == "mlp":
+        names, modules = block.parts.mlp_inputs, block.mlp_inputs
+    if not modules:
+        actual = "a mixture of experts"
+        raise ValueError(message("diagnose", "model", "have one MLP where the patch acts", actual, _where(key)))
     found = []
-    for module_name in MODULES[site]:
-        module = getattr(decoder.blocks[layer], module_name)
+    for module_name, module in zip(names, modules, strict=True):
         weight = getattr(module, "weight", None)
-        plain = isinstance(module, nn.Linear) and weight is not None and type(weight.data) is Tensor
+        linear = isinstance(module, nn.Linear) or is_transposed(module)
+        plain = linear and weight is not None and type(weight.data) is Tensor
         if weight is None or not plain or not weight.is_floating_point() or weight.is_meta:
             kind = type(module)  # with its module, since packed and wrapped ones are called Linear too
             holds = (
@@ -203,9 +211,9 @@ def _weights_at(name: str, decoder: Any, key: Key) -> list[Tensor]:
             actual = f"{kind.__module__}.{kind.__qualname__} with {holds} at {module_name}"
             raise ValueError(message("diagnose", "model", "have plain floating weights", actual, _where(key)))
         check_matrix("diagnose", weight)
-        found.append(weight.detach())
+        found.append(linear_weight(module).detach())
     if not any(bool(weight.any()) for weight in found):
-        actual = f"zeros at {' and '.join(MODULES[site])}"
+        actual = f"zeros at {' and '.join(names)}"
         raise ValueError(message("diagnose", "model", "have nonzero weights where the patch acts", actual, _where(key)))
     return found
 

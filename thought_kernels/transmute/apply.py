@@ -133,7 +133,12 @@ def targets(function: str, patch: ThoughtPatch, model: Any) -> Iterator[tuple[tu
         )
     for (layer, site), entry in patch.entries.items():
         block = decoder.blocks[layer]
-        width = block.num_attention_heads * block.head_dim if site == "attention" else decoder.hidden_size
+        if site == "mlp" and not block.mlp_inputs:
+            raise ValueError(
+                f"{function}: patch must not have site 'mlp' at block {layer}, whose MLP is a mixture of experts, "
+                f"got one{origin}"
+            )
+        width = block.attention_width if site == "attention" else decoder.hidden_size
         if entry.width != width:
             raise ValueError(
                 f"{function}: patch must have width {width} at block {layer}, site {site!r}, got {entry.width}; the "

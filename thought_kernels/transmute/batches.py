@@ -153,5 +153,5 @@ def prefix_blocks(decoder: Decoder, group: Group, last: int) -> list[BlockPrefix
         prefixes.append(BlockPrefix(moved_keys(decoder, block, k, v, 0), without, *kept))
         if block.index < last:
             h = block.attention_residual(x, o)
-            x = block.mlp_output(h, block.mlp_input(h), x=x)
+            x = block.mlp_output(h, block.mlp_input(h, x), x=x)
     return prefixes

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from thought_kernels.models import describe, in_memory
+from thought_kernels.models.linear import is_transposed, linear_weight
 from thought_kernels.models.undisturbed import undisturbed
 from thought_kernels.transmute.apply import targets
 from thought_kernels.transmute.site import SitePatch, is_finite
@@ -144,7 +145,9 @@ def export_peft(
         dict(_named(tensors, ranks, has_bias)),
         metadata={"format": "pt", "thought_patch": json.dumps(patch.provenance, default=str, ensure_ascii=False)},
     )
-    config = _config(ranks, has_bias, getattr(getattr(root, "config", None), "_name_or_path", "") or None)
+    base = getattr(getattr(root, "config", None), "_name_or_path", "") or None
+    transposed = any(is_transposed(module) for module in root.modules() if names[id(module)] in ranks)
+    config = _config(ranks, has_bias, base, transposed)
     replace_files(folder, {WEIGHT_FILE: payload, CONFIG_FILE: json.dumps(config, indent=2).encode()})
     result = PeftFolder(folder, ranks, carried, truncation, fold_residuals, has_bias)
     for (layer, site), residual in fold_residuals.items():
@@ -159,7 +162,7 @@ def export_peft(
 
 
 def _modules(site: str, block: Any) -> tuple[Any, ...]:
-    return (block.o_proj,) if site == "attention" else (block.gate_proj, block.up_proj) if site == "mlp" else ()
+    return (block.o_proj,) if site == "attention" else block.mlp_inputs if site == "mlp" else ()
 
 
 def _nonzero(tensor: Tensor | None) -> bool:
@@ -233,8 +236,8 @@ def _lora(
 @torch.no_grad()
 def _times_weight(module: nn.Module, columns: Tensor, dtype: torch.dtype) -> Tensor:
     """W times columns [d, k], in float64 for plain weights; other modules (quantised, wrapped) are asked themselves."""
-    weight = getattr(module, "weight", None)
-    if type(module) is nn.Linear and weight is not None and weight.is_floating_point() and not weight.is_meta:
+    weight = linear_weight(module) if type(module) is nn.Linear or is_transposed(module) else None
+    if weight is not None and weight.is_floating_point() and not weight.is_meta:
         columns = columns.to(weight.device)
         rows = [chunk.double() @ columns for chunk in weight.detach().split(_ROWS_PER_CHUNK)]
         return torch.cat(rows)
@@ -258,7 +261,7 @@ def _named(
             yield f"{prefix}.lora_B.bias", b.new_zeros(b.shape[0]) if bias is None else bias
 
 
-def _config(ranks: Mapping[str, int], has_bias: bool, base: str | None) -> dict[str, Any]:
+def _config(ranks: Mapping[str, int], has_bias: bool, base: str | None, transposed: bool) -> dict[str, Any]:
     largest = max(ranks.values())
     others = {name: rank for name, rank in ranks.items() if rank != largest}
     return {
@@ -273,7 +276,7 @@ def _config(ranks: Mapping[str, int], has_bias: bool, base: str | None) -> dict[
         "lora_dropout": 0.0,
         "lora_bias": has_bias,
         "bias": "none",
-        "fan_in_fan_out": False,
+        "fan_in_fan_out": transposed,
         "use_dora": False,
         "use_rslora": False,
         "modules_to_save": None,

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from thought_kernels.models import describe
+from thought_kernels.models.linear import is_transposed, linear_weight
 from thought_kernels.ops.checks import addresses
 from thought_kernels.transmute.apply import targets
 from thought_kernels.transmute.site import DTYPES, SitePatch, is_finite
@@ -40,7 +41,7 @@ class MergedPatch:
         self, patch: ThoughtPatch, model: Any, *, fold: bool, backup_device: torch.device | str | None
     ) -> None:
         self.fold_residuals: dict[tuple[int, str], float | None] = {}
-        plan: list[tuple[nn.Linear, Tensor | None, Tensor | None]] = []
+        plan: list[tuple[Any, Tensor | None, Tensor | None]] = []
         for key, entry, block in targets("merge_", patch, model):
             plan.extend(self._planned(key, entry, block, fold))
         self._model: nn.Module = describe(model).model
@@ -67,12 +68,13 @@ class MergedPatch:
             with torch.no_grad():
                 for linear, matrix, bias in plan:
                     if bias is not None:
-                        shift = _wide(linear.weight) @ bias.to(linear.weight.device, _wide_dtype(linear.weight))
+                        weight = _wide(linear_weight(linear))
+                        shift = weight @ bias.to(weight)
                         self._back_up(names[id(linear.bias)], linear.bias, backup_device)
                         linear.bias.copy_(_wide(linear.bias) + shift)
                     if matrix is not None:
                         self._back_up(names[id(linear.weight)], linear.weight, backup_device)
-                        _multiply(linear.weight, matrix)
+                        _multiply(linear_weight(linear), matrix)
                 for _, parameter, _ in self._originals:
                     if not is_finite(parameter.data):
                         raise ValueError(
@@ -120,7 +122,7 @@ class MergedPatch:
 
     def _planned(
         self, key: tuple[int, str], entry: SitePatch, block: Any, fold: bool
-    ) -> Iterator[tuple[nn.Linear, Tensor | None, Tensor | None]]:
+    ) -> Iterator[tuple[Any, Tensor | None, Tensor | None]]:
         layer, site = key
         vector = entry.vector if entry.vector is not None and bool(entry.vector.any()) else None
         where = f"block {layer}, site {site!r}"
@@ -131,15 +133,17 @@ class MergedPatch:
                     "a constant to a block's output, use applied"
                 )
             return
-        names = ("o_proj",) if site == "attention" else ("gate_proj", "up_proj")
-        linears = {name: _plain_linear(getattr(block, name), name, entry.width, where) for name in names}
+        names, modules = (block.parts.o_proj,), (block.o_proj,)
+        if site == "mlp":
+            names, modules = block.parts.mlp_inputs, block.mlp_inputs
+        linears = [_plain_linear(*named, entry.width, where) for named in zip(modules, names, strict=True)]
         # Factors are multiplied out in float64: their product is not to be rounded before it meets the weights.
         matrix, bias = (entry.to(dtype=torch.float64) if entry.rank else entry).dense(), None
-        if vector is not None and all(linear.bias is not None for linear in linears.values()):
+        if vector is not None and all(linear.bias is not None for linear in linears):
             bias = vector
         elif vector is not None:
             matrix = self._folded(key, entry, vector, matrix, fold, where)
-        for linear in linears.values():
+        for linear in linears:
             yield linear, matrix, bias
 
     def _folded(
@@ -170,8 +174,8 @@ class MergedPatch:
         self._written = []
 
 
-def _plain_linear(module: Any, name: str, width: int, where: str) -> nn.Linear:
-    if not isinstance(module, nn.Linear):
+def _plain_linear(module: Any, name: str, width: int, where: str) -> Any:
+    if not isinstance(module, nn.Linear) and not is_transposed(module):
         raise ValueError(
             f"merge_: {name} must be a torch.nn.Linear, got {type(module).__module__}.{type(module).__name__}; "
             f"{where}: use applied"
@@ -186,8 +190,9 @@ def _plain_linear(module: Any, name: str, width: int, where: str) -> nn.Linear:
                 f"merge_: {name} must have plain floating weights, got {type(parameter.data).__name__} of "
                 f"{parameter.dtype} on {parameter.device}; {where}: quantised weights are never written, use applied"
             )
-    if module.weight.shape[1] != width:
-        raise ValueError(f"merge_: {name} must take inputs of width {width}, got {module.weight.shape[1]}; {where}")
+    if linear_weight(module).shape[1] != width:
+        found = linear_weight(module).shape[1]
+        raise ValueError(f"merge_: {name} must take inputs of width {width}, got {found}; {where}")
     return module
 
 

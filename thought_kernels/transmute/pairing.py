@@ -82,7 +82,7 @@ def _by_stages(run: Run, observe_batch: _Pass) -> None:
 def _layerwise_batch(
     run: Run, group: Group, prefixes: list[BlockPrefix], batch: Batch, stage: frozenset[str], patch: ThoughtPatch | None
 ) -> None:
-    x = run.decoder.embed(batch.tokens)
+    x = run.decoder.embed(batch.tokens, group.positions(batch.tokens.shape[1]))
     for block, prefix in zip(run.blocks, prefixes, strict=True):
         q, k, v = block.qkv(x)
         cos, sin = run.decoder.rotary(block.index, group.positions(x.shape[1]))
@@ -105,7 +105,7 @@ def _layerwise_batch(
 def _two_pass_batch(
     run: Run, group: Group, prefixes: list[BlockPrefix], batch: Batch, stage: frozenset[str], patch: ThoughtPatch | None
 ) -> None:
-    x = run.decoder.embed(batch.tokens).repeat(2, 1, 1)
+    x = run.decoder.embed(batch.tokens, group.positions(batch.tokens.shape[1])).repeat(2, 1, 1)
     for block, prefix in zip(run.blocks, prefixes, strict=True):
         o = attend(run, block, x, group, [prefix.with_context, prefix.without_context], batch)
         if block.index in run.layers:
@@ -130,8 +130,8 @@ def sequential(run: Run) -> None:
     shapes = [(2, *batch.tokens.shape, decoder.hidden_size) for _, _, batch in batches]
     # [2, B, T, d] of each batch: with context, then patched without.
     kept = buffers(shapes, decoder.dtype, decoder.device, run.memory_budget)
-    for (_, _, batch), streams in zip(batches, kept, strict=True):
-        streams.copy_(decoder.embed(batch.tokens))
+    for (group, _, batch), streams in zip(batches, kept, strict=True):
+        streams.copy_(decoder.embed(batch.tokens, group.positions(batch.tokens.shape[1])))
     headers = [decoder.embed(torch.tensor([group.header])) if group.header else None for group in run.groups]
     for block in run.blocks:
         header_outputs: list[Tensor | None] = []

@@ -57,7 +57,8 @@ def replay(model: Any, with_ids: Tensor, span: tuple[int, int]) -> ReplayReport:
 
         o_i ← o_i + δ_i (a_i · o_i) / ‖a_i‖²        at e's tokens, o_i recomputed in the run over [H, e]
 
-    with a and δ of the layerwise pairing. The run over [H, e] is the model's own, from position 0. In a float64 model
+    with a and δ of the layerwise pairing. The run over [H, e] is the model's own, from position 0; learned
+    positions stay as they are in [H, I, e] (theory §3). In a float64 model
     all arithmetic is float64, and the errors are rounding.
 
     Args:
@@ -99,10 +100,11 @@ def replay(model: Any, with_ids: Tensor, span: tuple[int, int]) -> ReplayReport:
     group = Group(tuple(tokens[:start]), tuple(tokens[start:stop]), ())
     e = torch.tensor([tokens[stop:]])
     without = torch.tensor([tokens[:start] + tokens[stop:]])
+    positions = torch.tensor([[*range(start), *range(stop, len(tokens))]])
     with undisturbed(decoder.model):
         patches, blocks, final = token_patches(decoder, group, e)
-        replayed, replayed_final = run_patched(decoder, without, patches)
-        _, control_final = run_patched(decoder, without, None)
+        replayed, replayed_final = run_patched(decoder, without, patches, positions)
+        _, control_final = run_patched(decoder, without, None, positions)
         logits = decoder.logits(final)
         errors = [relative_error(x[:, start:], y) for x, y in zip(replayed, blocks, strict=True)]
         return ReplayReport(
@@ -115,11 +117,12 @@ def replay(model: Any, with_ids: Tensor, span: tuple[int, int]) -> ReplayReport:
 def token_patches(decoder: Decoder, group: Group, e: Tensor) -> tuple[list[TokenPatches], list[Tensor], Tensor]:
     """Runs [H, I, e] and returns each block's per-token patches, each block's output at e [1, n, d], and the last."""
     prefixes = prefix_blocks(decoder, group, len(decoder.blocks) - 1)
-    x = decoder.embed(e)
+    positions = group.positions(e.shape[1])
+    x = decoder.embed(e, positions)
     patches, outputs = [], []
     for block, prefix in zip(decoder.blocks, prefixes, strict=True):
         q, k, v = block.qkv(x)
-        cos, sin = decoder.rotary(block.index, group.positions(e.shape[1]))
+        cos, sin = decoder.rotary(block.index, positions)
         o, delta = paired_attention(
             block.rotate(q, cos, sin), block.rotate(k, cos, sin), v, prefix.with_context, prefix.without_context,
             window=block.window, scale=block.scale, softcap=block.softcap,
@@ -127,14 +130,19 @@ def token_patches(decoder: Decoder, group: Group, e: Tensor) -> tuple[list[Token
         o, delta = heads_last(o), heads_last(delta)
         patches.append(TokenPatches(delta[0], o[0]))
         h = block.attention_residual(x, (o.to(delta.dtype) + delta).to(o.dtype))
-        x = block.mlp_output(h, block.mlp_input(h), x=x)
+        x = block.mlp_output(h, block.mlp_input(h, x), x=x)
         outputs.append(x)
     return patches, outputs, x
 
 
-def run_patched(decoder: Decoder, ids: Tensor, patches: list[TokenPatches] | None) -> tuple[list[Tensor], Tensor]:
-    """Runs ids [1, T] from position 0 with per-token patches at the last tokens; every block's output, and the last."""
-    x = decoder.embed(ids)
+def run_patched(
+    decoder: Decoder, ids: Tensor, patches: list[TokenPatches] | None, positions: Tensor
+) -> tuple[list[Tensor], Tensor]:
+    """Runs ids [1, T] with per-token patches at the last tokens; every block's output, and the last.
+
+    Rotary positions start at 0 and close up; `positions` [1, T] are the learned ones.
+    """
+    x = decoder.embed(ids, positions)
     outputs = []
     for block in decoder.blocks:
         o, _, _ = own_attention(decoder, block, x)
@@ -143,7 +151,7 @@ def run_patched(decoder: Decoder, ids: Tensor, patches: list[TokenPatches] | Non
             count = len(patch.delta)
             o = torch.cat([o[:, :-count], patch(o[0, -count:])[None]], dim=1)
         h = block.attention_residual(x, o)
-        x = block.mlp_output(h, block.mlp_input(h), x=x)
+        x = block.mlp_output(h, block.mlp_input(h, x), x=x)
         outputs.append(x)
     return outputs, x
 

@@ -75,7 +75,7 @@ def through_mlp(block: Block, h: Tensor, x: Tensor, patch: ThoughtPatch | None =
 
     Args:
         h: residual stream after attention, [B, T, d]; overwritten.
-        x: residual stream entering the block, for hooks on the layer.
+        x: residual stream entering the block, [B, T, d].
         patch: None for none.
 
     Returns:
@@ -85,8 +85,9 @@ def through_mlp(block: Block, h: Tensor, x: Tensor, patch: ThoughtPatch | None =
     step = max(1, rows // max(1, h.shape[1]))
     for start in range(0, len(h), step):
         part = h[start : start + step]
-        u = patched(patch, block.index, "mlp", block.mlp_input(part))
-        y = block.mlp_output(part, u, x=x[start : start + step])
+        entering = x[start : start + step]
+        u = patched(patch, block.index, "mlp", block.mlp_input(part, entering))
+        y = block.mlp_output(part, u, x=entering)
         part.copy_(patched(patch, block.index, "residual", y))
     return h
 
@@ -105,7 +106,7 @@ def observe_difference(
             o, delta = (o.to(shift.dtype) + shift).to(o.dtype), delta - shift.to(delta.dtype)
         h, delta_h = block.attention_delta(x, o, delta)
         if "mlp" in stage:
-            u, delta_u = block.mlp_input_delta(h, delta_h)
+            u, delta_u = block.mlp_input_delta(h, delta_h, x)
             run.update(block, "mlp", delta_u, u, weights, batch)
         if "residual" in stage:
             run.update(block, "residual", delta_h, None, weights, batch)
@@ -123,7 +124,7 @@ def observe_streams(
         o = torch.cat([prime, patched(patch, block.index, "attention", plain)]).to(x.dtype)
         h = block.attention_residual(x, o).to(wide)
         if "mlp" in stage:
-            prime, plain = block.mlp_input(h).chunk(2)
+            prime, plain = block.mlp_input(h, x.to(wide)).chunk(2)
             run.update(block, "mlp", prime - plain, plain.to(x.dtype), batch.weights, batch)
         if "residual" in stage:
             prime, plain = h.chunk(2)
@@ -141,7 +142,7 @@ def observe_header(
     if "attention" in stage:
         run.update(block, "attention", torch.zeros_like(o, dtype=wide), o, weights)
     if "mlp" in stage:
-        u = block.mlp_input(block.attention_residual(x, patched(patch, block.index, "attention", o)))
+        u = block.mlp_input(block.attention_residual(x, patched(patch, block.index, "attention", o)), x)
         run.update(block, "mlp", torch.zeros_like(u, dtype=wide), u, weights)
     if "residual" in stage:
         run.update(block, "residual", torch.zeros_like(x, dtype=wide), None, weights)

@@ -61,8 +61,9 @@ def transmute(
         examples: user texts, {"prompt", "completion"} dicts, message lists, a jsonl path, or a dataset of these. Where
             there is no completion the prompted model writes it, greedily.
         layers: 0-based block indices, None for all. Only blocks up to the last of them are run.
-        sites: of "attention", "mlp", "residual". With "attention" and another, the other is fitted after the same
-            block's attention patch is applied: "mlp" then mends what "attention" left.
+        sites: of "attention", "mlp", "residual"; blocks that are mixtures of experts have no "mlp". With "attention"
+            and another, the other is fitted after the same block's attention patch is applied: "mlp" then mends what
+            "attention" left.
         pairing: "two_pass", "layerwise" or "sequential", see transmute/pairing.py.
         estimator: "mean", "exact", "ridge", "second_order" or "affine", see estimators.solve.
         normalization: ν, "none", "norm" (‖a‖) or "squared_norm" (‖a‖²).
@@ -93,6 +94,7 @@ def transmute(
     decoder = in_memory("transmute", model)
     loaded = load_examples(examples)
     chosen_layers, chosen_sites = _layers(layers, len(decoder.blocks)), _sites(sites)
+    _check_sites(decoder, chosen_layers, chosen_sites)
     for name, value, known in (
         ("pairing", pairing, PAIRINGS),
         ("estimator", estimator, estimators.ESTIMATORS),
@@ -156,6 +158,15 @@ def _sites(sites: Iterable[str]) -> frozenset[str]:
     if not chosen or not all(site in SITES for site in chosen):
         raise ValueError(f"transmute: sites must be among {', '.join(SITES)}, got {chosen}")
     return frozenset(chosen)
+
+
+def _check_sites(decoder: Decoder, layers: frozenset[int], sites: frozenset[str]) -> None:
+    experts = [layer for layer in sorted(layers) if not decoder.blocks[layer].mlp_inputs]
+    if "mlp" in sites and experts:
+        raise ValueError(
+            f"transmute: sites must be without 'mlp' where the MLP is a mixture of experts, as at block {experts[0]}, "
+            f"got {sorted(sites)}; give sites=('attention',)"
+        )
 
 
 def _scales(scale: float | Mapping[str, float], sites: frozenset[str]) -> dict[str, float]:
