@@ -76,7 +76,7 @@ def tiny_gemma3(
     """A random Gemma3ForCausalLM in eval mode; `changes` go to Gemma3TextConfig, `attention` is HF's implementation."""
     config = tiny_text_config(**changes)
     config._attn_implementation = attention
-    return _randomised(Gemma3ForCausalLM(config), seed, dtype)
+    return randomised(Gemma3ForCausalLM(config), seed, dtype)
 
 
 def tiny_multimodal_gemma3(
@@ -91,10 +91,10 @@ def tiny_multimodal_gemma3(
         boi_token_index=61, eoi_token_index=62,
     )  # fmt: skip
     config._attn_implementation = "eager"
-    return _randomised(Gemma3ForConditionalGeneration(config), seed, dtype)
+    return randomised(Gemma3ForConditionalGeneration(config), seed, dtype)
 
 
-def _randomised(model: Any, seed: int, dtype: torch.dtype) -> Any:
+def randomised(model: Any, seed: int, dtype: torch.dtype) -> Any:
     """Weights drawn anew from `seed`, large enough that attention is far from uniform; norms and biases not zero."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():

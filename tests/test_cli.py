@@ -165,7 +165,11 @@ def test_verify_passes_and_fails(folder: str) -> None:
 @pytest.mark.parametrize(
     ("arguments", "sentence", "code"),
     [
-        (["generate", "-p", "x", "-m", "./nowhere"], "model must be a folder or a hub id, got './nowhere'", 1),
+        (
+            ["generate", "-p", "x", "-m", "./nowhere"],
+            "model must be a folder, a .gguf file or a hub id, got './nowhere'",
+            1,
+        ),
         (["generate", "-p", "x", "--max-new-tokens", "0"], "--max-new-tokens", 2),
         (["generate", "-p", "x", "--compare"], "--compare needs a patch that knows its instruction", 2),
         (["generate", "-p", "x", "--patch", "nowhere"], "thought_patch.json must be a readable file", 1),

@@ -25,6 +25,7 @@ from thought_kernels.ops.shared_prefix_attention import shared_prefix_attention
 
 if TYPE_CHECKING:
     from thought_kernels.evaluate.evaluate import evaluate as evaluate
+    from thought_kernels.models.load import load as load
     from thought_kernels.transmute.accumulator import ThoughtAccumulator as ThoughtAccumulator
     from thought_kernels.transmute.patch import ThoughtPatch as ThoughtPatch
     from thought_kernels.transmute.prompt import align as align
@@ -42,6 +43,7 @@ __all__ = [
     "align",
     "available_backends",
     "evaluate",
+    "load",
     "paired_attention",
     "paper_recipe",
     "replay",
@@ -54,6 +56,7 @@ _LAZY = {  # public name -> the module that defines it
     "ThoughtAccumulator": "thought_kernels.transmute.accumulator",
     "ThoughtPatch": "thought_kernels.transmute.patch",
     "align": "thought_kernels.transmute.prompt",
+    "load": "thought_kernels.models.load",
     "paper_recipe": "thought_kernels.transmute.recipe",
     "replay": "thought_kernels.transmute.replay",
 }

@@ -82,11 +82,9 @@ def _depends_on_length(rope: dict[str, Any], config: Any) -> bool:
     """Whether a header's keys cannot be rotated further on by themselves."""
     if rope.get("rope_type") != "longrope":
         return rope.get("rope_type") == "dynamic"
-    # The long factors are taken beyond the original length, which some models do not reach.
-    longest = getattr(config, "max_position_embeddings", None)
-    original = rope.get("original_max_position_embeddings") or getattr(config, "original_max_position_embeddings", None)
-    reached = longest is None or original is None or longest > original
-    return reached and rope.get("long_factor") != rope.get("short_factor")
+    # The long factors are taken beyond the original length, which not every model goes beyond.
+    beyond = config.max_position_embeddings > rope["original_max_position_embeddings"]
+    return beyond and rope["long_factor"] != rope["short_factor"]
 
 
 def _block(index: int, layer: Any, config: Any, family: Family) -> Block:

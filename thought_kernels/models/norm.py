@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -41,17 +42,16 @@ class Norm:
 
         With a residual stream the first is residual + n(x), in one kernel unless hooks are to see n(x) itself.
         """
-        options = {"eps": self.eps, "weight_offset": self.weight_offset}
-        weight = self.module.weight
+        run = partial(rms_norm_pair, weight=self.module.weight, eps=self.eps, weight_offset=self.weight_offset)
         if self.centred:
             # In float32 at least: centring in bfloat16 would round what the norm then divides by its size.
             z = self._centre(x.to(wide(x.dtype)))
-            normed, change = rms_norm_pair(z, self._centre(delta), weight, **options)
+            normed, change = run(z, self._centre(delta))
             normed = self._plus_bias(normed).to(x.dtype)
         elif residual is not None and residual.dtype == x.dtype and not self.module._forward_hooks:
-            return rms_norm_pair(x, delta, weight, residual=residual, **options)
+            return run(x, delta, residual=residual)
         else:
-            normed, change = rms_norm_pair(x, delta, weight, **options)
+            normed, change = run(x, delta)
         normed = hooked(self.module, (x,), normed)
         return normed if residual is None else residual + normed, change
 
