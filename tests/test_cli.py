@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
@@ -11,13 +10,12 @@ from typing import Any
 
 import pytest
 import torch
-from models import tiny_gemma3, tiny_multimodal_gemma3, tiny_tokenizer
+from models import tiny_gemma3, tiny_tokenizer
 from typer.testing import CliRunner
 
 import thought_kernels as tk
 from thought_kernels.cli import app, options
 from thought_kernels.cli.transmute import read_layers, read_scale
-from thought_kernels.models.load import load
 from thought_kernels.transmute.transmute import transmute
 
 
@@ -117,7 +115,7 @@ def test_transmute_writes_the_library_s_patch_and_generate_uses_it(folder: str, 
         "--site", "attention,mlp", "--ridge", "0.3", "--max-new-tokens", "3", "--scale", "attention=1,mlp=0.5",
     ))  # fmt: skip
     assert f"saved to {saved}" in shown and "ridge: 0.3" in shown
-    model, tokenizer = load(folder)
+    model, tokenizer = tk.load(folder)
     patch = transmute(
         model, tokenizer, "add", [{"prompt": "1 2", "completion": "3"}, "5 5", "7 1"], layers=[0, 1],
         sites=("attention", "mlp"), ridge=0.3, max_new_tokens=3, scale={"attention": 1.0, "mlp": 0.5},
@@ -144,7 +142,7 @@ def test_the_paper_s_recipe(folder: str, tmp_path: Path) -> None:
     common = ("transmute", "-m", folder, "-i", "add", "-e", "1 2", "--max-new-tokens", "2", "-o", tmp_path / "paper")
     printed(run(*common, "--recipe", "paper", "--layers", "1", "--c1", "0.6", "--c2", "0.2"))
     patch = tk.ThoughtPatch.from_pretrained(tmp_path / "paper")
-    model, tokenizer = load(folder)
+    model, tokenizer = tk.load(folder)
     recipe = tk.paper_recipe(c1=0.6, c2=0.2, layers=[1])
     expected = transmute(model, tokenizer, "add", ["1 2"], max_new_tokens=2, **recipe)
     torch.testing.assert_close(patch.matrix(1, "mlp"), expected.matrix(1, "mlp"))
@@ -238,50 +236,3 @@ def test_the_installed_command(folder: str) -> None:
     bad = subprocess.run([*command, "-i", " "], capture_output=True, text=True, timeout=300)
     assert bad.returncode == 1 and bad.stdout == ""
     assert bad.stderr.startswith("error: align: instruction must not be empty") and bad.stderr.count("\n") == 1
-
-
-def test_load_takes_multimodal_models_and_dtypes(tmp_path: Path) -> None:
-    tokenizer = tiny_tokenizer()
-    model = tiny_multimodal_gemma3(vocab_size=len(tokenizer))
-    model.save_pretrained(tmp_path)
-    tokenizer.save_pretrained(tmp_path)
-    loaded, loaded_tokenizer = load(tmp_path, dtype="bfloat16")
-    assert type(loaded).__name__ == "Gemma3ForConditionalGeneration" and loaded.dtype == torch.bfloat16
-    assert not loaded.training and not any(parameter.requires_grad for parameter in loaded.parameters())
-    assert loaded_tokenizer("a b").input_ids == tokenizer("a b").input_ids
-
-
-def test_load_refuses(folder: str, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="dtype must be one of auto, float64"):
-        load(folder, dtype="int8")
-    with pytest.raises(ValueError, match="device must be one that torch can use here, got 'abacus'"):
-        load(folder, device="abacus")
-    with pytest.raises(ValueError, match="which has none"):
-        load(tmp_path)
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "bloom"}))
-    with pytest.raises(ValueError, match="must be of one of the families Gemma, .*, got type 'bloom'; a further"):
-        load(tmp_path)
-    (tmp_path / "config.json").write_text("{")
-    with pytest.raises(ValueError, match="must have a readable config.json"):
-        load(tmp_path)
-    (tmp_path / "config.json").write_text((Path(folder) / "config.json").read_text())
-    with pytest.raises(ValueError, match="must have weights of this architecture"):
-        load(tmp_path)
-    with pytest.raises(
-        ValueError, match="got none from 'nobody/nothing-of-the-kind', where no folder is; as a hub id: "
-    ):
-        load("nobody/nothing-of-the-kind", offline=True)
-
-
-def test_load_refuses_missing_weights(folder: str, tmp_path: Path) -> None:
-    from safetensors.torch import load_file, save_file
-
-    for file in Path(folder).iterdir():
-        (tmp_path / file.name).write_bytes(file.read_bytes())
-    weights = load_file(tmp_path / "model.safetensors")
-    lost = next(name for name in weights if "o_proj" in name)
-    save_file(
-        {name: t for name, t in weights.items() if name != lost}, tmp_path / "model.safetensors", {"format": "pt"}
-    )
-    with pytest.raises(ValueError, match="must have all its weights, got .* without 1: .*o_proj"):
-        load(tmp_path)
