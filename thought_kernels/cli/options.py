@@ -23,7 +23,7 @@ err = Console(stderr=True, highlight=False)
 Model = Annotated[
     str,
     typer.Option(
-        "--model", "-m", help="A Gemma 3 folder or hub id (default the shipped checkpoint)", show_default=False
+        "--model", "-m", help="A folder, hub id or .gguf file (default the shipped checkpoint)", show_default=False
     ),
 ]
 Dtype = Annotated[str, typer.Option(help="auto (as stored), float64, float32, bfloat16 or float16.")]

@@ -59,7 +59,7 @@ def evaluate(
     on disk as it is finished, and a second call with the same arguments takes up where the first stopped.
 
     Args:
-        model: a transformers causal language model with an adapter (Gemma 3), unpatched. It is as it was afterwards.
+        model: a transformers causal language model of a described family, unpatched. It is as it was afterwards.
         tokenizer: its fast tokenizer, with a chat template.
         patch_or_instruction: a ThoughtPatch, or the instruction that is to become one on `examples`.
         examples: what the patch was, or will be, fitted on, as transmute takes them; the baselines get the same. May be

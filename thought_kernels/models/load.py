@@ -164,6 +164,9 @@ def _weights(source: _Source, config: Any, dtype: str) -> Any:
     multimodal = hasattr(config, "vision_config")
     kind = transformers.AutoModelForImageTextToText if multimodal else transformers.AutoModelForCausalLM
     options: dict[str, Any] = {"config": config, "dtype": DTYPES[dtype], "output_loading_info": True}
+    softcap = FAMILIES[config.model_type].softcap
+    if softcap and getattr(config, softcap):  # some versions' default attention leaves the cap out
+        options["attn_implementation"] = "eager"
     if source.gguf is not None:
         options["dtype"] = torch.float32 if dtype == "auto" else DTYPES[dtype]
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
