@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from models import tiny_gemma3, tiny_tokenizer
 from patches import random_patch, same_bits, token_ids, weights
 
 import thought_kernels as tk
+from thought_kernels.evaluate import journal, resume
 from thought_kernels.evaluate.controls import randomised
 from thought_kernels.evaluate.intervals import mean_interval, recovered_interval
 from thought_kernels.evaluate.lora import train_lora
@@ -52,6 +54,25 @@ def subject(model: Any, **recipe: Any) -> Subject:
         unrelated=examples, scorer=Tolerant(as_scorer("exact")), separator="\n", seed=0, sweep_inputs=2, lora_steps=2,
         batch_size=8, max_new_tokens=4,
     )  # fmt: skip
+
+
+def test_fingerprints_do_not_depend_on_the_number_of_threads(model: Any) -> None:
+    # A sum over so many numbers is split among torch's threads, and rounds otherwise.
+    layer, threads, found = torch.nn.Linear(1024, 1024, bias=False), torch.get_num_threads(), set()
+    whole = replace(subject(model), model=layer, given_patch=random_patch(sites=["mlp"]))
+    try:
+        for count in (1, 2):
+            torch.set_num_threads(count)
+            found.add((journal.fingerprint(layer), resume.fingerprint(whole, {})))
+    finally:
+        torch.set_num_threads(threads)
+    (of_model, of_subject) = found.pop()
+    assert not found
+    patched = replace(whole, given_patch=random_patch(sites=["mlp"], seed=1))
+    assert resume.fingerprint(patched, {}) != of_subject
+    with torch.no_grad():
+        layer.weight[5, 7] *= 1 + 2**-22
+    assert journal.fingerprint(layer) != of_model and resume.fingerprint(whole, {}) != of_subject
 
 
 def test_an_interval_has_the_width_of_the_normal_approximation() -> None:

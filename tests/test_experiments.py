@@ -253,7 +253,8 @@ def test_the_fingerprint_tells_weights_apart(model: Any) -> None:
     other = build()
     assert fingerprint(other) == fingerprint(model)
     with torch.no_grad():
-        other.model.layers[1].mlp.up_proj.weight[0, 0] += 0.01
+        weight = other.model.layers[1].mlp.up_proj.weight
+        weight[0, 0] = torch.nextafter(weight[0, 0], torch.tensor(torch.inf))
     assert fingerprint(other) != fingerprint(model)
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import thought_kernels
 from thought_kernels.evaluate.files import write_json
+from thought_kernels.evaluate.journal import tensors_hash
 from thought_kernels.evaluate.report import FORMAT, Section
 from thought_kernels.evaluate.subject import Subject
 from thought_kernels.transmute.patch import ThoughtPatch
@@ -76,10 +77,8 @@ def fingerprint(subject: Subject, settings: Mapping[str, Any]) -> str:
     feed([FORMAT, thought_kernels.__version__, dict(settings)])
     feed([subject.examples, subject.pool, subject.held_out.questions, subject.held_out.answers, subject.unrelated])
     feed([subject.paraphrases, repr(subject.others), repr(subject.outside), repr(subject.longer)])
-    for name, parameter in subject.model.named_parameters():
-        feed([name, list(parameter.shape), float(parameter.detach().float().sum()), float(parameter.flatten()[0])])
+    feed(tensors_hash(subject.model.named_parameters()))
     if subject.given_patch is not None:
         for key, entry in subject.given_patch.entries.items():
-            sums = {name: float(tensor.double().sum()) for name, tensor in entry.tensors().items()}
-            feed([key, sums, entry.norm()])
+            feed([key, tensors_hash(entry.tensors().items())])
     return digest.hexdigest()
