@@ -33,16 +33,17 @@ def dense_attention(
     scores = query @ key.transpose(2, 3) * (head_dim**-0.5 if scale is None else scale)
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
-    position = torch.arange(length, device=query.device)[:, None]
-    key_position = torch.arange(-num_prefix, length, device=query.device)[None, :]
-    visible = key_position <= position
-    if window is not None:
-        visible &= position - key_position < window
-    output = scores.masked_fill(~visible, -torch.inf).softmax(-1) @ value
+    output = scores.masked_fill(~visible(length, num_prefix, window, query.device), -torch.inf).softmax(-1) @ value
     if lengths is not None:
         real = torch.arange(length, device=query.device) < lengths[:, None]
         output = output.masked_fill(~real[:, None, :, None], 0)
     return output
+
+
+def visible(length: int, num_prefix: int, window: int | None, device: torch.device | None = None) -> Tensor:
+    """Whether query i sees a key: ``[length, num_prefix + length]``, prefix keys first."""
+    distance = torch.arange(length, device=device)[:, None] - torch.arange(-num_prefix, length, device=device)
+    return (distance >= 0) if window is None else (distance >= 0) & (distance < window)
 
 
 def normal(*shape: int, seed: int, dtype: torch.dtype = torch.float32) -> Tensor:

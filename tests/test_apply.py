@@ -10,7 +10,7 @@ import pytest
 import torch
 from models import tiny_gemma3, tiny_multimodal_gemma3
 from patches import ALL, ATTENTION, HIDDEN, MATRICES, hooks, random_patch, same_bits, token_ids, weights
-from tolerances import allowed_error, largest
+from tolerances import FORWARD, allowed_error, largest
 from torch import Tensor, nn
 
 from thought_kernels.models import describe
@@ -56,7 +56,8 @@ def test_each_site_is_changed_as_defined(sites: tuple[str, ...], rank: int | Non
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_applied_errs_no_more_than_twice_as_much_as_merged(dtype: torch.dtype) -> None:
-    patch, ids = random_patch(sites=MATRICES, vectors=False), token_ids()
+    # So many logits that the largest of their errors is no matter of luck.
+    patch, ids = random_patch(sites=MATRICES, vectors=False), token_ids(8, 24)
     model = tiny_gemma3(dtype=dtype)
     truth_model = tiny_gemma3(dtype=dtype).double()
     with torch.no_grad(), patch.applied(truth_model):
@@ -72,7 +73,7 @@ def test_applied_errs_no_more_than_twice_as_much_as_merged(dtype: torch.dtype) -
 def test_model_and_description_run_the_same_patched_model() -> None:
     patch, model, ids = random_patch(), tiny_gemma3(), token_ids()
     with torch.no_grad(), patch.applied(model):
-        assert largest(model(ids).logits - describe(model).forward(ids)) <= 1e-5 * largest(model(ids).logits)
+        assert largest(model(ids).logits - describe(model).forward(ids)) <= FORWARD * largest(model(ids).logits)
 
 
 def test_multimodal_models_are_patched_in_their_text_blocks() -> None:

@@ -11,13 +11,13 @@ from typing import Any
 import pytest
 import torch
 from models import tiny_gemma3
+from tolerances import FORWARD
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
 from thought_kernels.demo import CHECKPOINT
 from thought_kernels.models import attention_interface
 
-SAME = 1e-5  # of the largest logit: two orders of summation in float32 through a whole model
 ROOT = Path(__file__).parents[1]
 SIZES: dict[str, Any] = {
     "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4,
@@ -53,7 +53,7 @@ def test_plain_forward_with_padding(kind: str) -> None:
     model.set_attn_implementation(attention_interface.register())
     actual = model(ids, attention_mask=mask).logits
     for row, length in enumerate((11, 4, 7)):
-        assert relative_error(actual[row, :length], expected[row, :length]) <= SAME
+        assert relative_error(actual[row, :length], expected[row, :length]) <= FORWARD
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -77,7 +77,7 @@ def test_rows_with_prefixes_of_their_own(kind: str) -> None:
         use_cache=False,
     ).logits
     for got, wanted in zip(actual, expected, strict=True):
-        assert relative_error(got[: len(wanted)], wanted) <= SAME
+        assert relative_error(got[: len(wanted)], wanted) <= FORWARD
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -106,11 +106,11 @@ def test_a_pair_of_prefixes(kind: str) -> None:
         observe=lambda layer, without, delta: seen.update({layer: (without, delta)}),
         use_cache=False,
     ).logits
-    assert relative_error(logits[0], expected) <= SAME
+    assert relative_error(logits[0], expected) <= FORWARD
     assert sorted(seen) == [0, 1, 2]
     without, delta = (side[0].transpose(0, 1).flatten(1) for side in seen[0])
-    assert relative_error(without, outputs["without"]) <= SAME
-    assert relative_error(delta, outputs["with"] - outputs["without"]) <= SAME
+    assert relative_error(without, outputs["without"]) <= FORWARD
+    assert relative_error(delta, outputs["with"] - outputs["without"]) <= FORWARD
     assert (outputs["with"] - outputs["without"]).abs().max() > 0.01
 
 
@@ -136,7 +136,7 @@ def test_context_aware_decoding_equals_two_forwards() -> None:
     assert len(forwards) == 1
     expected = [plain(torch.cat(parts)[None]).logits[0, -12:] for parts in ((header, document, ids), (header, ids))]
     for actual, wanted in zip(both, expected, strict=True):
-        assert relative_error(actual, wanted) <= SAME
+        assert relative_error(actual, wanted) <= FORWARD
     assert relative_error(expected[0], expected[1]) > 0.01
 
     def scores(new: list[int]) -> Tensor:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from models import tiny_gemma3, tiny_tokenizer
+from tolerances import FORWARD, largest
 from torch import Tensor
 
 import thought_kernels as tk
@@ -20,13 +21,16 @@ TOKENIZER = tiny_tokenizer()
 END = TOKENIZER.convert_tokens_to_ids("<end_of_turn>")
 PROMPTS = [[2, 7, 9], [2, 30, 31, 8, 40, 11, 12], [2, 9], [2, 25, 26, 27, 28]]
 ANSWERS = [[11, 12, 13], [14], [15, 16], [17, 18, 19, 20]]
-# Float32 log-probabilities of size 10 or so, with sums taken in another order where rows are padded.
-ROUNDING = {"rtol": 0.0, "atol": 1e-5}
 
 
 @pytest.fixture(scope="module")
 def model() -> Any:
     return tiny_gemma3(vocab_size=len(TOKENIZER))
+
+
+def assert_same(found: Tensor, wanted: Tensor) -> None:
+    """Float32 log-probabilities, with sums taken in another order where rows are padded."""
+    torch.testing.assert_close(found.double(), wanted.double(), rtol=0, atol=FORWARD * largest(wanted))
 
 
 def plain_logprobs(model: Any, prompt: list[int], answer: list[int]) -> Tensor:
@@ -46,7 +50,7 @@ def test_log_probabilities_do_not_depend_on_padding(model: Any, batch_size: int)
     found = list(completion_logprobs(model, PROMPTS, ANSWERS, batch_size=batch_size))
     for logprobs, prompt, answer in zip(found, PROMPTS, ANSWERS, strict=True):
         assert logprobs.shape == (len(answer), len(TOKENIZER))
-        torch.testing.assert_close(logprobs.double(), plain_logprobs(model, prompt, answer), **ROUNDING)
+        assert_same(logprobs, plain_logprobs(model, prompt, answer))
 
 
 def test_a_large_vocabulary_makes_batches_smaller(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -60,7 +64,7 @@ def test_a_large_vocabulary_makes_batches_smaller(model: Any, monkeypatch: pytes
     handle.remove()
     assert rows == [4, 2, 1, 1]  # 2 x (3 + 1) tokens; a third row would make 12, and the last two 2 x 5
     for one, other in zip(whole, split, strict=True):
-        torch.testing.assert_close(one, other, **ROUNDING)
+        assert_same(one, other)
 
 
 def test_padding_leaves_float64_models_alone() -> None:
@@ -68,7 +72,7 @@ def test_padding_leaves_float64_models_alone() -> None:
     wide = tiny_gemma3(0, torch.float64, vocab_size=len(TOKENIZER))
     found = list(completion_logprobs(wide, PROMPTS, ANSWERS, batch_size=100))
     for logprobs, prompt, answer in zip(found, PROMPTS, ANSWERS, strict=True):
-        torch.testing.assert_close(logprobs, plain_logprobs(wide, prompt, answer), **ROUNDING)
+        assert_same(logprobs, plain_logprobs(wide, prompt, answer))
     twice = [*PROMPTS, *PROMPTS]
     written = completions(wide, twice, stops=[END], max_new_tokens=3, batch_size=100)
     assert written == [plain_completion(wide, prompt, [END], 3) for prompt in twice]

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import LINEAR_ROPE, YARN_ROPE, tiny_gemma3, tiny_multimodal_gemma3, tiny_text_config
 from patches import random_patch
-from tolerances import DIFFERENCES, allowed_error, largest
+from tolerances import DIFFERENCE, FORWARD, allowed_error, largest
 from torch import Tensor, nn
 from transformers import BloomConfig, Gemma3ForCausalLM, Gemma3Model, Gemma3TextConfig
 
@@ -20,8 +20,6 @@ import thought_kernels as tk
 from thought_kernels.models import describe
 from thought_kernels.ops.rms_norm_pair import rms_norm_pair
 
-# Equality with transformers in float32, relative to the largest logit: what the project claims.
-FORWARD = 1e-5
 SLIDING, FULL = "sliding_attention", "full_attention"
 
 
@@ -115,7 +113,8 @@ def test_float64_is_float64_throughout(full_rope: dict[str, Any], monkeypatch: p
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_errs_no_more_than_transformers(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    model, ids = tiny_gemma3(7, dtype), token_ids(3, 15)
+    # So many logits that the largest of their errors is no matter of luck.
+    model, ids = tiny_gemma3(7, dtype), token_ids(8, 24)
     ours, theirs = describe(model).forward(ids), hf_logits(model, ids)
     assert ours.dtype == dtype
     truth = hf_without_float32_casts(model.double(), ids, monkeypatch)
@@ -166,8 +165,8 @@ def test_attention_delta_keeps_its_accuracy_where_a_subtraction_would_lose_it() 
     wide = describe(model.double()).blocks[0]
     _, truth = wide.attention_delta(x.double(), o.double(), delta.double())
     assert change.dtype == torch.float32
-    assert relative_error(change, truth) <= DIFFERENCES[torch.float32]
-    assert relative_error(subtracted, truth) > DIFFERENCES[torch.float32]
+    assert relative_error(change, truth) <= DIFFERENCE
+    assert relative_error(subtracted, truth) > DIFFERENCE
 
 
 def test_attention_delta_is_wide_in_a_bfloat16_model() -> None:

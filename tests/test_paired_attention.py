@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 import torch
+from attention_condition import difference_error, output_error
 from dense_attention import dense_attention, normal
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tolerances import DIFFERENCES, allowed_error, largest
+from tolerances import DIFFERENCE, allowed_error, largest
 from torch import Tensor
 from torch.library import opcheck
 
@@ -50,9 +51,19 @@ def dense_pair(
     return without, dense_attention(query, key, value, with_prefix, **options) - without
 
 
+def condition_of_output(arguments: dict[str, Any], **options: Any) -> Tensor:
+    own = (arguments["query"], arguments["key"], arguments["value"])
+    return output_error(*own, arguments["without_prefix"], **options)
+
+
 def relative_error(delta: Tensor, truth: Tensor) -> float:
     """The worst query's error, relative to the largest entry of its own true difference."""
-    return ((delta - truth).abs().amax(-1) / truth.abs().amax(-1)).max().item()
+    return share_of(delta, truth, truth)
+
+
+def share_of(delta: Tensor, truth: Tensor, size: Tensor) -> float:
+    """The worst query's error, relative to the largest entry of its own ``size``."""
+    return ((delta - truth).abs().amax(-1) / size.abs().amax(-1)).max().item()
 
 
 def assert_matches(arguments: dict[str, Any], backend: str | None, **options: Any) -> None:
@@ -67,10 +78,13 @@ def assert_outputs_match(outputs: tuple[Tensor, Tensor], arguments: dict[str, An
     plain_without, plain_delta = dense_pair(**arguments, **options, dtype=wide)
     assert without.dtype == dtype and delta.dtype == wide
     assert without.transpose(1, 2).is_contiguous() and delta.transpose(1, 2).is_contiguous()
-    assert largest(without.double() - true_without) <= allowed_error(true_without, plain_without.to(dtype))
+    condition = largest(condition_of_output(arguments, **options, dtype=wide))
+    allowed = allowed_error(true_without, plain_without.to(dtype), condition=condition)
+    assert largest(without.double() - true_without) <= allowed
     # The plain difference errs by the rounding of both outputs, so the outputs' size sets its floor and ours.
     floor = allowed_error(true_without, plain_without)
-    assert largest(delta.double() - true_delta) <= max(floor, allowed_error(true_delta, plain_delta))
+    condition = largest(difference_error(**arguments, **options, dtype=wide))
+    assert largest(delta.double() - true_delta) <= max(floor, allowed_error(true_delta, plain_delta, None, condition))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -125,7 +139,9 @@ def test_delta_keeps_its_accuracy_as_the_prefix_fades(backend: str, header: int 
     _, delta = tk.paired_attention(**arguments, backend=backend)
     _, truth = dense_pair(**arguments)
     assert 0.1 * mass < largest(truth) < 50 * mass
-    assert relative_error(delta, truth) <= DIFFERENCES[torch.float32]
+    allowed = difference_error(**arguments, dtype=torch.float32)
+    assert share_of(delta, truth, allowed) <= 1
+    assert share_of(allowed, torch.zeros(()), truth) < 1e-3  # what is allowed fades as the difference does
     if mass <= 1e-3:
         _, plain = dense_pair(**arguments, dtype=torch.float32)
         assert relative_error(plain, truth) > 4 * relative_error(delta, truth)
@@ -185,7 +201,7 @@ def test_rows_do_not_depend_on_their_batch(backend: str) -> None:
         alone = {name: arguments[name][row : row + 1] for name in ("query", "key", "value")}
         single = tk.paired_attention(**{**arguments, **alone}, backend=backend)
         for part, one in zip(whole, single, strict=True):
-            assert largest(part[row] - one[0]) <= DIFFERENCES[torch.float32] * largest(one)
+            assert largest(part[row] - one[0]) <= DIFFERENCE * largest(one)
     again = tk.paired_attention(**arguments, backend=backend)
     assert all(torch.equal(a, b) for a, b in zip(whole, again, strict=True))
 
