@@ -67,7 +67,8 @@ def test_applied_errs_no_more_than_twice_as_much_as_merged(dtype: torch.dtype) -
     with torch.no_grad(), patch.applied(model):
         applied = model(ids).logits
     assert applied.dtype == dtype
-    assert largest(applied.double() - truth) <= allowed_error(truth, merged)
+    condition = FORWARD * largest(truth) if dtype == torch.float32 else 0.0
+    assert largest(applied.double() - truth) <= allowed_error(truth, merged, condition=condition)
 
 
 def test_model_and_description_run_the_same_patched_model() -> None:
