@@ -28,7 +28,7 @@ import thought_kernels as tk
 from thought_kernels.demo import CHECKPOINT
 from thought_kernels.demo.tasks import TASKS, held_out, inputs
 from thought_kernels.evaluate.experiments import default_recipe
-from thought_kernels.evaluate.journal import data_hash
+from thought_kernels.evaluate.journal import data_hash, fingerprint
 from thought_kernels.evaluate.overlap import rank_correlation
 from thought_kernels.evaluate.trial import Trial
 from thought_kernels.models.load import load
@@ -118,7 +118,7 @@ def main() -> None:
     settings = parser.parse_args()
     model, tokenizer = load(settings.model)
     # Rows of another model or recipe are not gone on from.
-    weights = f"{sum(float(p.double().abs().sum()) for p in model.parameters()):.9g}"
+    weights = fingerprint(model)
     names, strengths = settings.tasks.split(","), [float(part) for part in settings.strengths.split(",")]
     key = {"examples": str(settings.examples), "inputs": str(settings.inputs), "seed": str(settings.seed),
            "weights": weights, "recipe": data_hash(default_recipe())}  # fmt: skip
