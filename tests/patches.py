@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from thought_kernels.transmute.patch import ThoughtPatch
-from thought_kernels.transmute.site import SITES, Fit, SitePatch
+from thought_kernels.transmute.site import MATRIX_SITES, SITES, Fit, SitePatch
 
-HIDDEN, ATTENTION = 36, 40  # of tiny_gemma3: hidden size, heads times head_dim
-MATRICES, ALL = ("attention", "mlp"), SITES
+HIDDEN, ATTENTION, INTERMEDIATE = 36, 40, 52  # of tiny_gemma3: hidden size, heads times head_dim, width of the MLP
+MATRICES, ALL = MATRIX_SITES, SITES
 
 
 def random_patch(
@@ -26,6 +26,7 @@ def random_patch(
     dtype: torch.dtype = torch.float32,
     hidden: int = HIDDEN,
     attention: int = ATTENTION,
+    intermediate: int = INTERMEDIATE,
     provenance: dict[str, Any] | None = None,
 ) -> ThoughtPatch:
     """Matrices of operator norm about 2 · size, vectors with elements of that size."""
@@ -38,16 +39,17 @@ def random_patch(
     for layer in layers:
         for site in sites:
             d = attention if site == "attention" else hidden
+            d_in = intermediate if site == "down" else d
             vector = normal(d) * size if vectors or site == "residual" else None
             if site == "residual":
                 entries[layer, site] = SitePatch(vector=vector, fit=Fit(7, 0.5))
                 continue
             matrix, factors = None, None
             if rank is None:
-                matrix = normal(d, d) * size / d**0.5
+                matrix = normal(d, d_in) * size / d_in**0.5
             else:
-                factors = (normal(d, rank) * size / d**0.5, normal(d, rank) / d**0.5)
-            entries[layer, site] = SitePatch(matrix, factors, vector, normal(d), Fit(7, 0.25, float("inf"), 0.1))
+                factors = (normal(d, rank) * size / d**0.5, normal(d_in, rank) / d_in**0.5)
+            entries[layer, site] = SitePatch(matrix, factors, vector, normal(d_in), Fit(7, 0.25, float("inf"), 0.1))
     return ThoughtPatch(entries, {"hidden_size": hidden, **(provenance or {})})
 
 

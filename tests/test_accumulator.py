@@ -148,7 +148,11 @@ def _nan(tensor: Tensor) -> Tensor:
             "delta must be a floating-point tensor, got torch.int64",
         ),
         (lambda d, a, w: (0, "mlp", d, a, w.long()), TypeError, "weights must be a floating-point tensor"),
-        (lambda d, a, w: (0, "head", d, a, w), ValueError, "site must be one of attention, mlp, residual, got 'head'"),
+        (
+            lambda d, a, w: (0, "head", d, a, w),
+            ValueError,
+            "site must be one of attention, mlp, .*, got 'head'",
+        ),
         (lambda d, a, w: (-1, "mlp", d, a, w), ValueError, "layer must be a 0-based block index, got -1"),
     ],
 )

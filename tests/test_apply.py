@@ -33,16 +33,20 @@ def by_hand(model: nn.Module, patch: ThoughtPatch) -> nn.Module:
         if site == "residual":
             add(block.layer, entry.vector)
             continue
+        if site == "down":
+            add(block.down_proj, entry.vector)
+            block.down_proj.weight += entry.dense()
+            continue
         for linear in (block.o_proj,) if site == "attention" else block.mlp_inputs:
             weight = linear.weight.detach().clone()
             add(linear, weight @ entry.vector)
             with torch.no_grad():
-                linear.weight.copy_(weight @ (torch.eye(entry.width, dtype=weight.dtype) + entry.dense()))
+                linear.weight.copy_(weight @ (torch.eye(entry.output_width, dtype=weight.dtype) + entry.dense()))
     return model
 
 
 @pytest.mark.parametrize("rank", [None, 3])
-@pytest.mark.parametrize("sites", [("attention",), ("mlp",), ("residual",), ALL])
+@pytest.mark.parametrize("sites", [("attention",), ("mlp",), ("down",), ("residual",), ALL])
 def test_each_site_is_changed_as_defined(sites: tuple[str, ...], rank: int | None) -> None:
     patch = random_patch(sites=sites, rank=rank, dtype=torch.float64)
     model, ids = tiny_gemma3(dtype=torch.float64), token_ids()

@@ -32,7 +32,7 @@ def one_site(matrix: Tensor, site: str = "mlp", layer: int = 1) -> ThoughtPatch:
 def features(model: nn.Module, site: str = "mlp", layer: int = 1) -> Tensor:
     """The rows of the edited weights as columns."""
     block = describe(model).blocks[layer]
-    modules = (block.o_proj,) if site == "attention" else block.mlp_inputs
+    modules = {"attention": (block.o_proj,), "down": (block.down_proj,)}.get(site, block.mlp_inputs)
     return torch.cat([module.weight for module in modules]).double().T
 
 
@@ -43,22 +43,23 @@ def test_every_figure_is_its_definition(site: str) -> None:
     found = diagnose(patch, model).sites[1, site]
     delta, X = patch.matrix(1, site), features(model, site)
     assert delta is not None
-    d = len(delta)
+    d_out, d_in = delta.shape
+    change = delta.T if site == "down" else delta.T @ X  # of W's rows
     assert torch.allclose(found.singular_values, torch.linalg.svdvals(delta), atol=1e-12)
     assert found.rank == 4
     energy = found.singular_values.square()
     assert found.stable_rank == pytest.approx(float(energy.sum() / energy[0]), rel=SAME)
     share = energy[:4] / energy.sum()
     assert found.effective_rank == pytest.approx(float((-(share * share.log()).sum()).exp()), rel=1e-6)
-    assert found.strength == pytest.approx(float((X.T @ delta).norm() / X.norm()), rel=SAME)
-    F = X @ X.T
-    amplified = float((X.T @ delta).square().sum() / delta.square().sum()) / (float(F.trace()) / d)
+    assert found.strength == pytest.approx(float(change.norm() / X.norm()), rel=SAME)
+    F, outputs = X @ X.T, X if site == "down" else X.T
+    amplified = float((outputs @ delta).square().sum() / delta.square().sum()) / (float(F.trace()) / d_out)
     assert found.write_gain == pytest.approx(amplified, rel=SAME)
-    heard = float((delta @ F @ delta.T).trace() / delta.square().sum()) / (float(F.trace()) / d)
+    heard = float((delta @ F @ delta.T).trace() / delta.square().sum()) / (float(F.trace()) / d_in)
     assert found.read_gain == pytest.approx(heard, rel=SAME)
 
     changed = found.features
-    edited = X + delta.T @ X
+    edited = X + change
     for measures, W in ((changed.before, X), (changed.after, edited)):
         for name, expected in measure_features(W)._asdict().items():
             if name != "eigenspace":
@@ -71,12 +72,14 @@ def test_every_figure_is_its_definition(site: str) -> None:
     q = (edited.T @ basis).square() / edited.square().sum(0)[:, None]
     expected = ((q - weights).abs().sum(1) + (1 - q.sum(1))) / 2  # all eigenvalues of a random matrix are distinct
     assert torch.allclose(changed.transport, expected, atol=SAME)
-    assert torch.allclose(found.write, (basis.T @ delta).square().sum(1) / delta.square().sum(), atol=SAME)
+    written = X.T @ basis / values.sqrt() if site == "down" else basis
+    assert torch.allclose(found.write, (written.T @ delta).square().sum(1) / delta.square().sum(), atol=SAME)
     assert torch.allclose(found.read, (delta @ basis).square().sum(0) / delta.square().sum(), atol=SAME)
     assert float(found.write.sum()) + found.write_kernel == pytest.approx(1, abs=SAME)
     assert float(found.read.sum()) + found.read_kernel == pytest.approx(1, abs=SAME)
-    # The attention output is wider than what o_proj makes of it: the rest is o_proj's kernel.
+    # The attention output is wider than what o_proj makes of it: the rest is o_proj's kernel, and so at down_proj.
     assert (found.write_kernel > 0.02) == (site == "attention")
+    assert (found.read_kernel > 0.02) == (site != "mlp")
 
 
 def test_a_patch_is_found_in_the_eigenspaces_it_was_built_in() -> None:
@@ -128,6 +131,14 @@ def test_overlap_is_its_definition() -> None:
     assert found.caused == pytest.approx(float(norm(W @ A @ B.T) / norm(W @ B @ B.T)))
 
 
+def test_at_the_down_site_edits_meet_in_down_proj_s_own_output() -> None:
+    patches = [random_patch(seed, layers=[1], sites=["down"], vectors=False, dtype=torch.float64) for seed in (1, 2)]
+    found = diagnose(patches[0], tiny_gemma3(), other=patches[1]).sites[1, "down"].overlap
+    A, B = (patch.matrix(1, "down") for patch in patches)
+    assert found.felt == pytest.approx(float((B @ A.T).norm() / (A @ A.T).norm()))
+    assert found.write == pytest.approx(float((A.T @ B).norm() ** 2 / ((A.T @ A).norm() * (B.T @ B).norm())))
+
+
 def test_overlap_of_equal_opposite_and_separate_edits() -> None:
     F = normal(12, 8).T @ normal(12, 8)
     A = normal(8, 8, seed=1)
@@ -146,16 +157,16 @@ def test_the_report_covers_both_patches_and_prints() -> None:
     b = random_patch(2, layers=(1, 2), sites=["attention"], size=0.6)
     report = diagnose(a, model, other=b)
     assert isinstance(report, Diagnosis)
-    assert list(report.sites) == [(0, "attention"), (0, "mlp"), (1, "attention"), (1, "mlp")]
+    assert list(report.sites) == [(layer, site) for layer in (0, 1) for site in MATRICES]
     common = report.sites[1, "attention"].overlap
     assert common is not None and report.sites[1, "mlp"].overlap is None
-    assert report.felt == pytest.approx((common.felt**2 / 4) ** 0.5)
+    assert report.felt == pytest.approx((common.felt**2 / 6) ** 0.5)
     assert report.caused == pytest.approx((common.caused**2 / 2) ** 0.5)
     back = diagnose(b, model, other=a)
     assert (back.felt, back.caused) == pytest.approx((report.caused, report.felt))
     described = json.loads(json.dumps(report.to_dict(), allow_nan=False))
-    assert [site["layer"] for site in described["sites"]] == [0, 0, 1, 1]
-    assert described["sites"][2]["overlap"]["felt"] == common.felt
+    assert [site["layer"] for site in described["sites"]] == [0, 0, 0, 1, 1, 1]
+    assert described["sites"][3]["overlap"]["felt"] == common.felt
     assert described["sites"][1]["features"]["features"] == 2 * 52
     lines = str(report).splitlines()
     assert len({len(line) for line in lines[:5]}) == 1 and f"felt {report.felt:.3g}" in lines[-1]

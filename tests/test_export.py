@@ -68,13 +68,14 @@ def test_peft_does_what_the_applied_patch_does(config: str, dtype: torch.dtype, 
     model = tiny_gemma3(1, dtype, **CONFIGS[config])
     before = weights(model)
     layers = range(len(describe(model).blocks))
-    patch, ids = matrix_patch(2, layers=layers, dtype=dtype), token_ids(length=13)
+    width = describe(model).blocks[0].mlp_width
+    patch, ids = matrix_patch(2, layers=layers, dtype=dtype, intermediate=width), token_ids(length=13)
     written = patch.export_peft(tmp_path / "lora", model)
     assert isinstance(written, PeftFolder) and not written.lossy
     assert written.ranks.keys() == {
         f"model.layers.{layer}.{part}"
         for layer in layers
-        for part in ("self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj")
+        for part in ("self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
     }
     expected = applied_logits(patch, model, ids)
     assert not close(logits(model, ids), expected, torch.float32)  # the patch does something
@@ -95,6 +96,7 @@ def test_a_shipped_model_and_patch(tmp_path: Path) -> None:
     decoder = describe(model)
     patch = matrix_patch(
         layers=range(len(decoder.blocks)), hidden=decoder.hidden_size, size=0.05,
+        intermediate=decoder.blocks[0].mlp_width,
         attention=decoder.blocks[0].num_attention_heads * decoder.blocks[0].head_dim,
     )  # fmt: skip
     ids = token_ids(length=20)
@@ -108,7 +110,7 @@ def test_a_shipped_model_and_patch(tmp_path: Path) -> None:
 def test_the_multimodal_model_keeps_its_prefix(tmp_path: Path) -> None:
     model, patch, ids = tiny_multimodal_gemma3(), matrix_patch(layers=[1]), token_ids()
     written = patch.export_peft(tmp_path, model)
-    parts = ("self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj")
+    parts = ("self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
     assert written.ranks.keys() == {f"model.language_model.layers.1.{part}" for part in parts}
     assert set(load_file(tmp_path / WEIGHT_FILE)) == {
         f"base_model.model.{name}.lora_{side}.weight" for name in written.ranks for side in "AB"

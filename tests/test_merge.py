@@ -36,13 +36,13 @@ def test_merged_weights_are_rounded_once_and_come_back_bit_for_bit(dtype: torch.
         if torch.equal(weight, before[name]):
             continue
         changed.add(name)
-        site = "attention" if "o_proj" in name else "mlp"
+        site = next((site for part, site in (("o_proj", "attention"), ("down_proj", "down")) if part in name), "mlp")
         old, delta = before[name].double(), patch.to(dtype=torch.float64).matrix(int(name.split(".")[2]), site)
-        expected = old + old @ delta
+        expected = old + (delta if site == "down" else old @ delta)
         assert largest(weight.double() - expected) <= FLOORS[dtype] * largest(expected)
         # Rounded once: where no number of this dtype is nearer, or nearly so, whatever the order of the sums was.
         assert (weight == expected.to(dtype)).double().mean() > 0.99
-    parts = ("self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj")
+    parts = ("self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
     assert changed == {f"model.layers.{layer}.{part}.weight" for layer in (0, 2) for part in parts}
     handle.undo()
     assert same_bits(model, before)

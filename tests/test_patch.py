@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from patches import ATTENTION, HIDDEN, MATRICES, random_patch
+from patches import ATTENTION, HIDDEN, INTERMEDIATE, MATRICES, random_patch
 from tolerances import FLOORS, largest, rounding
 
 import thought_kernels as tk
@@ -51,7 +51,7 @@ def test_sums_cover_the_union() -> None:
     a, b = random_patch(1, layers=(0, 1), sites=("attention",)), random_patch(2, layers=(1, 2), sites=MATRICES)
     total = a + b
     assert total.layers == (0, 1, 2)
-    assert total.sites == ("attention", "mlp")
+    assert total.sites == ("attention", "mlp", "down")
     assert torch.equal(total.matrix(0, "attention"), a.matrix(0, "attention"))
     assert torch.equal(total.matrix(1, "attention"), a.matrix(1, "attention") + b.matrix(1, "attention"))
     assert torch.equal(total.vector(1, "attention"), a.vector(1, "attention") + b.vector(1, "attention"))
@@ -160,10 +160,12 @@ def test_norm_of_factors_is_that_of_their_product() -> None:
 def test_print_shows_each_block_and_site() -> None:
     text = str(random_patch(rank=3, provenance={"instruction": "sum the numbers"}))
     lines = text.splitlines()
-    assert lines[0] == "ThoughtPatch(hidden size 36, blocks [0, 2], sites ['attention', 'mlp', 'residual'])"
+    assert lines[0] == "ThoughtPatch(hidden size 36, blocks [0, 2], sites ['attention', 'mlp', 'down', 'residual'])"
     assert "  instruction: sum the numbers" in lines
     assert [line.split()[:3] for line in lines if line.split()[0] in ("0", "2")] == [
-        [layer, site, rank] for layer in "02" for site, rank in (("attention", "3"), ("mlp", "3"), ("residual", "–"))
+        [layer, site, rank]
+        for layer in "02"
+        for site, rank in (("attention", "3"), ("mlp", "3"), ("down", "3"), ("residual", "–"))
     ]
     assert lines[-2].split()[-2:] == ["0.25", "inf"]
     assert "–" in str(random_patch() * 2)
@@ -180,7 +182,10 @@ def test_to_moves_every_tensor() -> None:
 def test_hidden_size_comes_from_the_sites_or_the_provenance() -> None:
     assert random_patch(sites=("mlp",), provenance={"hidden_size": 1}).hidden_size == HIDDEN
     entry = random_patch().entries[0, "attention"]
-    assert entry.width == ATTENTION
+    assert entry.output_width == entry.input_width == ATTENTION
+    down = random_patch().entries[0, "down"]
+    assert (down.output_width, down.input_width) == (HIDDEN, INTERMEDIATE)
+    assert ThoughtPatch({(0, "down"): down}).hidden_size == HIDDEN
     assert ThoughtPatch({(0, "attention"): entry}).hidden_size is None
     assert ThoughtPatch({(0, "attention"): entry}, {"hidden_size": 36}).hidden_size == 36
     assert tk.ThoughtPatch is ThoughtPatch
@@ -194,12 +199,18 @@ _SQUARE, _VECTOR = torch.ones(3, 3), torch.ones(3)
     [
         (lambda: ThoughtPatch({}), "entries must hold at least one block and site"),
         (lambda: ThoughtPatch({(-1, "mlp"): SitePatch(_SQUARE)}), "layer must be a 0-based block index, got -1"),
-        (lambda: ThoughtPatch({(0, "head"): SitePatch(_SQUARE)}), "site must be one of attention, mlp, residual"),
+        (lambda: ThoughtPatch({(0, "head"): SitePatch(_SQUARE)}), "site must be one of attention, mlp, down, residual"),
         (lambda: ThoughtPatch({(0, "residual"): SitePatch(_SQUARE)}), "'residual' must have a vector, got none"),
         (lambda: ThoughtPatch({(0, "residual"): SitePatch(_SQUARE, None, _VECTOR)}), "a vector only, got a matrix"),
         (lambda: SitePatch(), "must be given, got none of them"),
         (lambda: SitePatch(_SQUARE, (_SQUARE, _SQUARE)), "got both"),
-        (lambda: SitePatch(torch.ones(3, 4)), r"matrix must have shape \[3, 3\], got \[3, 4\]"),
+        (lambda: ThoughtPatch({(0, "mlp"): SitePatch(torch.ones(3, 4))}), "'mlp' must have one width, got 3 from 4"),
+        (lambda: SitePatch(torch.ones(3, 4, 5)), r"matrix must have shape \[3, 5\], got \[3, 4, 5\]"),
+        (lambda: SitePatch(torch.ones(3, 4), None, torch.ones(4)), r"vector must have shape \[3\], got \[4\]"),
+        (
+            lambda: ThoughtPatch({(i, "down"): SitePatch(torch.ones(3, 4 + i)) for i in (0, 1)}),
+            r"share one width per site, got \[4, 5\]",
+        ),
         (lambda: SitePatch(_SQUARE, None, torch.ones(4)), r"vector must have shape \[3\], got \[4\]"),
         (
             lambda: SitePatch(None, (torch.ones(3, 2), torch.ones(3, 1))),

@@ -27,7 +27,7 @@ PROVENANCE = {"instruction": "addiere « été »", "layers": [0, 2], "scale": {
 
 
 def patches() -> list[ThoughtPatch]:
-    shapes = {"attention": 4, "hidden": 3, "provenance": PROVENANCE}
+    shapes = {"attention": 4, "hidden": 3, "intermediate": 5, "provenance": PROVENANCE}
     return [
         random_patch(**shapes),
         random_patch(**shapes, rank=2, dtype=torch.float64),
@@ -152,7 +152,11 @@ def _tensor(name: str, value: torch.Tensor, index: int = 0) -> Change:
         (_set("0.mlp.vector", torch.full((3,), torch.inf)), TENSOR_FILE, "got NaN or an infinity"),
         (_set("0.mlp.matrix", torch.ones(3, 3).int()), TENSOR_FILE, "got torch.int32"),
         (_set("0.mlp.matrix", torch.ones(3, 3).to(torch.float8_e4m3fn)), TENSOR_FILE, "got torch.float8_e4m3fn"),
-        (_set("0.mlp.matrix", torch.ones(3, 4)), TENSOR_FILE, r"block 0, site 'mlp', got .* must have shape \[3, 3\]"),
+        (
+            _set("0.mlp.matrix", torch.ones(3, 4)),
+            TENSOR_FILE,
+            r"block 0, site 'mlp', got .* shape \[4\], got \[3\]",
+        ),
         (_set("0.mlp.matrix", torch.ones(5, 5)), TENSOR_FILE, r"vector must have shape \[5\], got \[3\]"),
         (_set("0.mlp.extra", torch.ones(3)), TENSOR_FILE, r"others: \['0.mlp.extra'\]"),
         (lambda r, t: t.pop("2.residual.vector"), TENSOR_FILE, r"others: \['2.residual.vector'\]"),
@@ -170,6 +174,7 @@ def _tensor(name: str, value: torch.Tensor, index: int = 0) -> Change:
         (lambda r, t: r["entries"][0]["tensors"].append("vector"), RECORD_FILE, "hold a well-formed 'entries'"),
         (_tensor("matrix", torch.eye(3), -1), TENSOR_FILE, "'residual' must have a vector only, got a matrix"),
         (_set("2.residual.vector", torch.ones(7)), TENSOR_FILE, "must share one width per site"),
+        (_set("2.down.matrix", torch.ones(3, 6)), TENSOR_FILE, r"activation_mean must have shape \[6\], got \[5\]"),
     ],
 )
 def test_wrong_content_under_right_checksums_is_refused(

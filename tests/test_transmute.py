@@ -200,7 +200,7 @@ def test_a_multimodal_model_is_transmuted_by_its_text_blocks() -> None:
         ({"layers": []}, "layers must be distinct"),
         ({"layers": [1, 1]}, "layers must be distinct"),
         ({"layers": [-1]}, "layers must be distinct"),
-        ({"sites": ("atention",)}, "sites must be among attention, mlp, residual"),
+        ({"sites": ("atention",)}, "sites must be among attention, mlp, down, residual"),
         ({"sites": ()}, "sites must be among"),
         ({"pairing": "both"}, "pairing must be one of two_pass, layerwise, sequential, got 'both'"),
         ({"estimator": "ols"}, "estimator must be one of"),

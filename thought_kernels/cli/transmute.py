@@ -41,7 +41,7 @@ def transmute(
         str | None, typer.Option(help=_help("layers", "0-based block indices, such as 10-19 or 0,3,5-7."))
     ] = None,
     site: Annotated[
-        list[str] | None, typer.Option(help=_help("sites", "attention, mlp, residual; may be repeated."))
+        list[str] | None, typer.Option(help=_help("sites", "attention, mlp, down, residual; may be repeated."))
     ] = None,
     pairing: Annotated[str | None, typer.Option(help=_help("pairing", "two_pass, layerwise or sequential."))] = None,
     estimator: Annotated[

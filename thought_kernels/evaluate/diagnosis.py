@@ -37,7 +37,8 @@ def diagnosis(subject: Subject, section: Section) -> None:
             section.add(name, "read", found.top_share("read", share), x=share)
     section.note(
         "W is o_proj at the attention site, gate_proj and up_proj at the MLP; its rows are features, and Δ makes each "
-        "w to (1 + Δ)ᵀw. Effective rank: exp of the entropy of Δ's squared singular values. Write, read: how much more "
+        "w to (1 + Δ)ᵀw; at the down site W is down_proj, and Δ is added to it. Effective rank: exp of the entropy of "
+        "Δ's squared singular values. Write, read: how much more "
         "than an average direction W amplifies what Δ writes into, or reads from. ΔD: change of a feature's fractional "
         "dimensionality, which is 1 for one that shares its direction with none. Transport: share of a feature's norm "
         "that changed eigenspace of WᵀW. Means over all features."

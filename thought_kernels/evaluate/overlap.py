@@ -49,6 +49,8 @@ def activation_moments(model: Any, patch: ThoughtPatch) -> Iterator[dict[Key, Te
         for key in patch.entries:
             block = blocks[key[0]]
             module = block.o_proj if key[1] == "attention" else block.mlp
+            if key[1] == "down" and block.down_proj is not None:
+                module = block.down_proj
             handles.append(module.register_forward_pre_hook(
                 lambda _, args, key=key: add(key, args[0]), prepend=True
             ))  # fmt: skip
@@ -95,14 +97,15 @@ def predictions(ours: ThoughtPatch, theirs: ThoughtPatch, moments: Mapping[Key, 
 
 
 def augmented(patch: ThoughtPatch, key: Key) -> Tensor:
-    """[Δ | v] of a site, [d, d + 1], or [v], [d, 1], at the residual site; float64."""
+    """[Δ | v] of a site, [d_out, d_in + 1], or [v], [d, 1], at the residual site; float64."""
     matrix, vector = patch.matrix(*key), patch.vector(*key)
     if key[1] == "residual":
         assert vector is not None
         return vector.double().cpu()[:, None]
     entry = patch.entries[key]
-    dense = torch.zeros(entry.width, entry.width) if matrix is None else matrix
-    column = torch.zeros(entry.width) if vector is None else vector
+    width = entry.output_width
+    dense = torch.zeros(width, entry.input_width or width) if matrix is None else matrix
+    column = torch.zeros(width) if vector is None else vector
     return torch.cat([dense.double().cpu(), column.double().cpu()[:, None]], dim=1)
 
 

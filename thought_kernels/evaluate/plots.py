@@ -272,7 +272,7 @@ def _diagnosis(section: Section, canvas: Any) -> bool:
     canvas.set_size_inches(9.6, 3.1 + (0.9 + 0.34 * len(others) if others else 0))
     top, *rest = canvas.subfigures(2, 1, height_ratios=(3.1, 0.9 + 0.34 * len(others))) if others else (canvas,)
     spectra, spaces, features = top.subplots(1, 3)
-    colours = dict(zip(sites, (BLUE, ORANGE), strict=False))
+    colours = dict(zip(sites, (BLUE, ORANGE, GREEN), strict=False))
     for site, colour in colours.items():
         blocks = [name for name in section.subjects("singular value") if name.startswith(f"{site}, ")]
         for index, name in enumerate(blocks):

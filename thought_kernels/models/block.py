@@ -228,6 +228,35 @@ class Block:
         """
         with OneDNNLinear():
             out = self.mlp(u.to(self.device))
+        return self.mlp_residual(h, out, x=x)
+
+    @torch.no_grad()
+    def mlp_activation(self, u: Tensor) -> tuple[Tensor, Tensor]:
+        """The MLP's output and, from the same call of it, what its down_proj multiplied.
+
+        Args:
+            u: mlp_input(h, x), [B, T, d].
+
+        Returns:
+            down_proj(z) [B, T, d] and z [B, T, mlp_width]. Hooks take part: z is what they left for down_proj.
+
+        Raises:
+            ValueError: a mixture of experts, which has no down_proj.
+        """
+        if self.down_proj is None:
+            raise ValueError(f"mlp_activation: block must have one MLP, got a mixture of experts; block {self.index}")
+        seen: list[Tensor] = []
+        handle = self.down_proj.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+        try:
+            with OneDNNLinear():
+                out = self.mlp(u.to(self.device))
+        finally:
+            handle.remove()
+        return out, seen[0]
+
+    @torch.no_grad()
+    def mlp_residual(self, h: Tensor, out: Tensor, *, x: Tensor) -> Tensor:
+        """y = h + m post_feedforward_norm(out) for an output of the MLP; all [B, T, d], x as mlp_output's."""
         y = h.to(out.device) + self._scaled(self.post_feedforward_norm(out) if self.post_feedforward_norm else out)
         return hooked(self.layer, (x,), y)
 

@@ -2,7 +2,8 @@
 
 A patch turns W x into W (1 + Δ) x. Features here are the rows w_i of W (the neurons that read x; gate_proj's and
 up_proj's together), as columns of Wᵀ [d, n]: they live where Δ acts, F = WᵀW is their frame operator, and the patch
-moves each to (1 + Δ)ᵀ w_i. Δ's column space is what it writes into x, its row space what it reads from x.
+moves each to (1 + Δ)ᵀ w_i. Δ's column space is what it writes into x, its row space what it reads from x. At the down
+site W is down_proj and becomes W + Δ: the patch moves w_i by Δ's own row, and Δ writes into W's outputs beside W.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from thought_kernels.spectral.frames import check_matrix, frame_operator
 from thought_kernels.spectral.overlap import Interference, Overlap, overlap
 from thought_kernels.spectral.site_diagnosis import SiteDiagnosis, diagnose_site
 
-MATRIX_SITES = ("attention", "mlp")
+MATRIX_SITES = ("attention", "mlp", "down")
 _EPS = torch.finfo(torch.float32).eps
 Key = tuple[int, str]
 
@@ -85,7 +86,7 @@ def diagnose(patch: Any, model: Any, *, other: Any = None) -> Diagnosis:
 
     Args:
         patch: a ThoughtPatch, or anything with ``layers``, ``sites`` and ``matrix(layer, site)`` that returns Δ
-            ``[d, d]`` or None. Vectors do not enter.
+            ``[d_out, d_in]`` or None. Vectors do not enter.
         model: a transformers model that ``thought_kernels.models.describe`` knows, with plain floating weights.
         other: another patch of the same model.
 
@@ -105,7 +106,7 @@ def diagnose(patch: Any, model: Any, *, other: Any = None) -> Diagnosis:
     for key, (delta, resolution) in ours.items():
         X = _features(weights[key])
         if key in theirs:
-            shared[key] = overlap(delta, theirs[key].delta, frame_operator(X))
+            shared[key] = overlap(delta, theirs[key].delta, _passed_on(key, X))
         sites[key] = diagnose_site(*key, delta, resolution, X, shared.get(key))
     if other is None:
         return Diagnosis(sites)
@@ -116,7 +117,7 @@ def diagnose(patch: Any, model: Any, *, other: Any = None) -> Diagnosis:
 def interference(patch: Any, others: Sequence[Any], model: Any) -> list[Interference]:
     """Predicts how far a patch and each of several others get in each other's way: diagnose's prediction alone.
 
-    felt² = mean over the patch's sites of ‖W B Aᵀ‖² / ‖W A Aᵀ‖², A its own edits, B the other's
+    felt² = mean over the patch's sites of ‖W B Aᵀ‖² / ‖W A Aᵀ‖², A its own edits, B the other's; no W at down
 
     Args:
         patch, model: as diagnose takes them.
@@ -135,7 +136,7 @@ def interference(patch: Any, others: Sequence[Any], model: Any) -> list[Interfer
     weights = _weights(model, [("patch", ours), *(("others", edits) for edits in theirs)])
     shared: list[dict[Key, Overlap]] = [{} for _ in theirs]
     for key, edit in ours.items():
-        F = frame_operator(_features(weights[key]))
+        F = _passed_on(key, _features(weights[key]))
         for found, edits in zip(shared, theirs, strict=True):
             if key in edits:
                 found[key] = overlap(edit.delta, edits[key].delta, F)
@@ -179,9 +180,10 @@ def _weights(model: Any, named: Sequence[tuple[str, Mapping[Key, _Edit]]]) -> di
         for key, edit in edits.items():
             if key not in weights:
                 weights[key] = _weights_at(name, decoder, key)
-            width = weights[key][0].shape[1]
-            if tuple(edit.delta.shape) != (width, width):
-                rule = f"have matrices of width {width}"
+            d_out, d_in = weights[key][0].shape
+            shape = (d_out, d_in) if key[1] == "down" else (d_in, d_in)
+            if tuple(edit.delta.shape) != shape:
+                rule = f"have matrices of width {d_in}" if key[1] != "down" else f"have matrices {list(shape)}"
                 raise ValueError(message("diagnose", name, rule, list(edit.delta.shape), _where(key)))
     return weights
 
@@ -192,9 +194,12 @@ def _weights_at(name: str, decoder: Any, key: Key) -> list[Tensor]:
     if not 0 <= layer <= last:
         raise ValueError(message("diagnose", name, f"have blocks 0 to {last} only", layer, "which the model lacks"))
     block = decoder.blocks[layer]
-    names, modules = (block.parts.o_proj,), (block.o_proj,)
+    names: tuple[str, ...] = (block.parts.o_proj,)
+    modules: tuple[Any, ...] = (block.o_proj,)
     if site == "mlp":
         names, modules = block.parts.mlp_inputs, block.mlp_inputs
+    elif site == "down":
+        names, modules = (block.parts.down_proj,), (block.down_proj,) if block.down_proj else ()
     if not modules:
         actual = "a mixture of experts"
         raise ValueError(message("diagnose", "model", "have one MLP where the patch acts", actual, _where(key)))
@@ -221,6 +226,11 @@ def _weights_at(name: str, decoder: Any, key: Key) -> list[Tensor]:
 def _features(weights: Sequence[Tensor]) -> Tensor:
     """W's rows as columns ``[d, n]``, float64."""
     return torch.cat([weight.to("cpu", torch.float64) for weight in weights]).T
+
+
+def _passed_on(key: Key, X: Tensor) -> Tensor:
+    """WᵀW, W being what the edit's output goes through: 1 at the down site, whose edit is of W's own output."""
+    return torch.eye(X.shape[1], dtype=X.dtype) if key[1] == "down" else frame_operator(X)
 
 
 def _where(key: tuple[int, str]) -> str:

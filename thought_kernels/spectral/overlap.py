@@ -51,8 +51,8 @@ def overlap(A: Tensor, B: Tensor, F: Tensor) -> Overlap:
     products with Aᵀ stand for the inputs of A's examples, which the patch itself no longer has.
 
     Args:
-        A, B: ``[d, d]`` float64, nonzero.
-        F: WᵀW ``[d, d]`` float64, the frame operator of W's rows.
+        A, B: ``[d_out, d_in]`` float64, nonzero.
+        F: WᵀW ``[d_out, d_out]`` float64, the frame operator of the rows of the W that the edits' outputs go through.
 
     Returns:
         An Overlap.

@@ -64,16 +64,17 @@ class SiteDiagnosis:
     """One block and site of a patch.
 
     Attributes:
-        layer, site: 0-based block index, "attention" or "mlp".
-        singular_values: of Δ ``[d]`` float64, largest first.
+        layer, site: 0-based block index, "attention", "mlp" or "down".
+        singular_values: of Δ ``[min(d_out, d_in)]`` float64, largest first.
         rank: how many are above the rounding, in Δ's dtype and at least float32's, of the largest.
         stable_rank, effective_rank: of Δ; exp of the entropy of its squared singular values' shares.
-        strength: ‖WΔ‖_F / ‖W‖_F.
+        strength: ‖WΔ‖_F / ‖W‖_F; ‖Δ‖_F / ‖W‖_F at down, where Δ is added to W.
         eigenvalues, multiplicities: of F's eigenspaces ``[E]``, largest first.
-        write, read: the share of ‖Δ‖_F² that Δ writes into, and reads from, each eigenspace ``[E]``.
+        write, read: the share of ‖Δ‖_F² that Δ writes into, and reads from, each eigenspace ``[E]``; at down it writes
+            into those of WWᵀ, which have the same eigenvalues.
         write_kernel, read_kernel: the rest, in the kernel of F; what is written there has no effect.
         write_gain, read_gain: Σ share · λ_e over the mean of all d eigenvalues: above 1 where Δ writes into (reads
-            from) directions that W amplifies more than the average one.
+            from) directions that W amplifies more than the average one; at down, that W too writes into (reads from).
         features: FeatureChange.
         overlap: with the other patch, None where there is none or it does nothing here.
     """
@@ -137,33 +138,37 @@ def diagnose_site(
 
     Args:
         layer, site: of the result.
-        delta: Δ ``[d, d]`` float64, nonzero.
+        delta: Δ ``[d_out, d_in]`` float64, nonzero; both widths are W's d_in but at down.
         resolution: singular values up to this share of the largest are Δ's own rounding.
         X: the rows of W as columns ``[d, n]`` float64, not all zero.
         found: overlap with another patch, None for none.
     """
     spectrum = decompose("diagnose", X)
-    u, s, vh = torch.linalg.svd(delta)
+    u, s, vh = torch.linalg.svd(delta, full_matrices=False)
     density = SpectralDensity(s.square(), int((s > 0).sum()))
-    basis = spectrum.frame_basis
+    written = spectrum.gram_basis if site == "down" else spectrum.frame_basis
     total = s.square().sum()
-    write, read = ((basis.T @ side).square() @ s.square() / total for side in (u, vh.T))
+    write, read = (
+        (basis.T @ side).square() @ s.square() / total for basis, side in ((written, u), (spectrum.frame_basis, vh.T))
+    )
     # Eigenvalues as they are in the matrix that was decomposed: a W that was rescaled cancels from every ratio.
-    mean = float(spectrum.all_eigenvalues.sum()) / len(s)
-    gains = [float(profile @ spectrum.all_eigenvalues) / mean for profile in (write, read)]
+    power = float(spectrum.all_eigenvalues.sum())
+    gains = [float(p @ spectrum.all_eigenvalues) * d / power for p, d in zip((write, read), delta.shape, strict=True)]
+    strength = (gains[0] * float(total) / len(s)) ** 0.5
+    if site == "down":
+        strength = (float(total) / power) ** 0.5 * 2.0**-spectrum.exponent
     return SiteDiagnosis(
         layer, site, s, int((s > resolution * s[0]).sum()), density.stable_rank, density.effective_rank,
-        strength=(gains[0] * float(total) / len(s)) ** 0.5,
-        eigenvalues=spectrum.eigenvalues, multiplicities=spectrum.multiplicities,
+        strength=strength, eigenvalues=spectrum.eigenvalues, multiplicities=spectrum.multiplicities,
         write=spectrum.sum_groups(write), read=spectrum.sum_groups(read),
         write_kernel=max(0.0, 1 - float(write.sum())), read_kernel=max(0.0, 1 - float(read.sum())),
-        write_gain=gains[0], read_gain=gains[1], features=_change(spectrum, delta), overlap=found,
+        write_gain=gains[0], read_gain=gains[1], features=_change(spectrum, delta, site), overlap=found,
     )  # fmt: skip
 
 
-def _change(spectrum: FrameSpectrum, delta: Tensor) -> FeatureChange:
+def _change(spectrum: FrameSpectrum, delta: Tensor, site: str) -> FeatureChange:
     X, basis = spectrum.matrix, spectrum.frame_basis
-    edited = X + delta.T @ X
+    edited = X + (delta.T * 2.0**-spectrum.exponent if site == "down" else delta.T @ X)
     moved, transport = [], []
     for columns, old in spectrum.coefficients():
         p, squared_norm = shares(old)

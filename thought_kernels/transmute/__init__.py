@@ -13,7 +13,7 @@
     logprobs      what a model thinks of given completions; divergences
     transmute     the function that joins them
 
-All of it is about block indices counted from 0 and the sites "attention", "mlp" and "residual".
+All of it is about block indices counted from 0 and the sites "attention", "mlp", "down" and "residual".
 """
 
 from thought_kernels.callable_package import make_callable

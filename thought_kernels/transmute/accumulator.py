@@ -14,6 +14,7 @@ import thought_kernels
 from thought_kernels.ops.accumulate import NORMALIZATIONS, accumulate
 from thought_kernels.transmute import estimators
 from thought_kernels.transmute.estimators import Sums
+from thought_kernels.transmute.kept_rows import KeptRows
 from thought_kernels.transmute.patch import ThoughtPatch
 from thought_kernels.transmute.rows import add_vectors, check_rows, check_weights, checked_place
 from thought_kernels.transmute.site import MATRIX_SITES, SITES, is_finite
@@ -25,7 +26,8 @@ class ThoughtAccumulator:
     """Streams rows (δ, a, w) of many blocks and sites into sums small enough to solve.
 
     Formula: C += Σ w δ aᵀ/ν, Z += Σ w a aᵀ/ν, b += Σ w δ, ā += Σ w a, Ω += Σ w, with ν = 1, ‖a‖ or ‖a‖².
-    The residual site keeps b and Ω only. Sums of a block and site are created by its first rows, on their device.
+    The residual site keeps b and Ω only. Sums of a block and site are created by its first rows, on their device. While
+    those rows are fewer than a is wide they are kept as they are, which takes less memory and less time to solve.
 
     Args:
         normalization: ν, ``"none"``, ``"norm"`` or ``"squared_norm"``.
@@ -54,7 +56,7 @@ class ThoughtAccumulator:
         self.normalization = normalization
         self.dtype = dtype
         self.device = None if device is None else torch.device(device)
-        self._sums: dict[tuple[int, str], Sums] = {}
+        self._sums: dict[tuple[int, str], Sums | KeptRows] = {}
 
     def __repr__(self) -> str:
         return (
@@ -73,8 +75,12 @@ class ThoughtAccumulator:
         return tuple(site for site in SITES if any(site == held for _, held in self._sums))
 
     def sums(self, layer: int, site: str) -> Sums | None:
-        """The live sums of one block and site, None before its first rows."""
-        return self._sums.get((layer, site))
+        """The live sums of one block and site, None before its first rows; kept rows are summed for it."""
+        return self._summed((layer, site)) if (layer, site) in self._sums else None
+
+    def drop(self, layer: int, site: str) -> None:
+        """Forgets one block and site, so that its memory is free."""
+        self._sums.pop((layer, site), None)
 
     @torch.no_grad()
     def update(
@@ -86,9 +92,10 @@ class ThoughtAccumulator:
 
         Args:
             layer: 0-based block index.
-            site: ``"attention"``, ``"mlp"`` or ``"residual"``.
-            delta: with-context minus without-context activation, ``[..., d]``, any float dtype.
-            activation: without-context activation, ``[..., d]``; ignored, and may be None, at ``"residual"``.
+            site: ``"attention"``, ``"mlp"``, ``"down"`` or ``"residual"``.
+            delta: with-context minus without-context activation, ``[..., d_out]``, any float dtype.
+            activation: without-context activation, ``[..., d_in]``, d_in = d_out but at ``"down"``; ignored, and may be
+                None, at ``"residual"``.
             weights: w ≥ 0, shape = the leading dimensions of delta, None for all ones.
 
         Raises:
@@ -102,38 +109,31 @@ class ThoughtAccumulator:
             if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
                 kind = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
                 raise TypeError(f"update: {name} must be a floating-point tensor, got {kind}; {where}")
-            if tensor.ndim == 0 or tensor.shape != delta.shape:
+            widths_differ = tensor.shape[-1:] != delta.shape[-1:] and site != "down"
+            if tensor.ndim == 0 or tensor.shape[:-1] != delta.shape[:-1] or widths_differ:
                 raise ValueError(
                     f"update: {name} must have shape [..., d] equal to delta's, "
                     f"got {list(tensor.shape)} and {list(delta.shape)}; {where}"
                 )
-        width = delta.shape[-1]
+        widths = (delta.shape[-1], (delta if activation is None or site == "residual" else activation).shape[-1])
         held = self._sums.get((layer, site))
-        if held is not None and held.delta_sum.shape[0] != width:
-            raise ValueError(f"update: delta must have width {held.delta_sum.shape[0]} as before, got {width}; {where}")
-        device = held.delta_sum.device if held else self.device or delta.device
+        for name, width, before in zip(("delta", "activation"), widths, held.widths if held else widths, strict=True):
+            if width != before:
+                raise ValueError(f"update: {name} must have width {before} as before, got {width}; {where}")
+        device = held.device if held else self.device or delta.device
         check_weights(weights, delta.shape[:-1], where)
         weights = None if weights is None else weights.to(device)
         moved = {name: tensor.to(device) for name, tensor in rows.items() if tensor is not None}
         for name, tensor in moved.items():
             check_rows(name, tensor, weights, where)
 
-        sums = held or self._zeros(site, width, device)
-        if sums.cross is None:
-            add_vectors(sums, moved["delta"], weights)
+        if held is None:
+            held = KeptRows(widths, self.dtype, device) if site in MATRIX_SITES else self._zeros(site, widths, device)
+            self._sums[layer, site] = held
+        if isinstance(held, KeptRows) and held.takes(delta.shape[:-1].numel()):
+            held.add(moved["delta"], moved["activation"], weights)
         else:
-            accumulate(
-                sums.cross,
-                moved["delta"],
-                moved["activation"],
-                weights=weights,
-                normalization=self.normalization,
-                gram=sums.gram,
-                delta_sum=sums.delta_sum,
-                activation_sum=sums.activation_sum,
-                moments=sums.moments,
-            )
-        self._sums[layer, site] = sums
+            self._add(self._summed((layer, site)), moved["delta"], moved.get("activation"), weights)
 
     def merge(self, other: ThoughtAccumulator) -> None:
         """Adds another accumulator's sums to these: the same as having been given its rows too.
@@ -151,18 +151,19 @@ class ThoughtAccumulator:
                 raise ValueError(f"merge: other must have {name} {getattr(self, name)}, got {getattr(other, name)}")
         for key, theirs in other._sums.items():
             ours = self._sums.get(key)
-            if ours is not None and ours.delta_sum.shape != theirs.delta_sum.shape:
+            if ours is not None and ours.widths != theirs.widths:
                 raise ValueError(
-                    f"merge: other must have width {ours.delta_sum.shape[0]}, got {theirs.delta_sum.shape[0]}; "
+                    f"merge: other must have width {_words(ours.widths)}, got {_words(theirs.widths)}; "
                     f"block {key[0]}, site {key[1]!r}"
                 )
         for key, theirs in other._sums.items():
-            ours = self._sums.get(key)
-            if ours is None:
+            if isinstance(theirs, KeptRows):
+                self.update(*key, *theirs.joined())
+            elif key not in self._sums:
                 self._sums[key] = _copied(theirs.tensors(), self.device)
             else:
                 added = theirs.tensors()
-                for name, tensor in ours.tensors().items():
+                for name, tensor in self._summed(key).tensors().items():
                     tensor.add_(added[name].to(tensor.device))
 
     def all_reduce(self, group: dist.ProcessGroup | None = None) -> None:
@@ -180,11 +181,11 @@ class ThoughtAccumulator:
         """
         if not (dist.is_available() and dist.is_initialized()):
             raise ValueError("all_reduce: group must be initialised, got none; call torch.distributed first")
-        widths = {key: sums.delta_sum.shape[0] for key, sums in self._sums.items()}
+        widths = {key: held.widths for key, held in self._sums.items()}
         mine = (self.normalization, self.dtype, widths)
         everyone: list[Any] = [None] * dist.get_world_size(group)
         dist.all_gather_object(everyone, mine, group=group)
-        shared: dict[tuple[int, str], int] = {}
+        shared: dict[tuple[int, str], tuple[int, int]] = {}
         for normalization, dtype, theirs in everyone:
             if (normalization, dtype) != everyone[0][:2]:
                 raise ValueError(
@@ -194,15 +195,15 @@ class ThoughtAccumulator:
             for key, width in theirs.items():
                 if shared.setdefault(key, width) != width:
                     raise ValueError(
-                        f"all_reduce: processes must hold one width, got {shared[key]} and {width}; "
+                        f"all_reduce: processes must hold one width, got {_words(shared[key])} and {_words(width)}; "
                         f"block {key[0]}, site {key[1]!r}"
                     )
         fallback = torch.device("cuda" if dist.get_backend(group) == "nccl" else "cpu")
         for key in sorted(shared):
-            sums = self._sums.get(key) or self._zeros(key[1], shared[key], self.device or fallback)
-            for tensor in sums.tensors().values():
+            if key not in self._sums:
+                self._sums[key] = self._zeros(key[1], shared[key], self.device or fallback)
+            for tensor in self._summed(key).tensors().values():
                 dist.all_reduce(tensor, group=group)
-            self._sums[key] = sums
 
     def state_dict(self) -> dict[str, Any]:
         """A copy of the sums and settings, made of tensors, strings and numbers: it loads under weights_only=True."""
@@ -212,8 +213,8 @@ class ThoughtAccumulator:
             "dtype": str(self.dtype).removeprefix("torch."),
             "sums": {
                 f"{layer}.{site}.{name}": tensor.detach().clone()
-                for (layer, site), sums in self._sums.items()
-                for name, tensor in sums.tensors().items()
+                for layer, site in self._sums
+                for name, tensor in self._summed((layer, site)).tensors().items()
             },
         }
 
@@ -243,10 +244,11 @@ class ThoughtAccumulator:
                     f"got {name!r}, a {type(tensor).__name__}"
                 )
             grouped.setdefault((int(place[0]), place[1]), {})[place[2]] = tensor
-        loaded: dict[tuple[int, str], Sums] = {}
+        loaded: dict[tuple[int, str], Sums | KeptRows] = {}
         for key, tensors in grouped.items():
-            width = tensors["delta_sum"].numel() if "delta_sum" in tensors else 0
-            wanted = self._zeros(key[1], width, torch.device("meta")).tensors()
+            d_out, d_in = (tensors[name].numel() if name in tensors else 0 for name in ("delta_sum", "activation_sum"))
+            widths = (d_out, d_in if key[1] == "down" else d_out)
+            wanted = self._zeros(key[1], widths, torch.device("meta")).tensors()
             expected_kinds = {name: (list(tensor.shape), tensor.dtype) for name, tensor in wanted.items()}
             kinds = {name: (list(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
             if kinds != expected_kinds:
@@ -322,15 +324,40 @@ class ThoughtAccumulator:
         }
         return ThoughtPatch(entries, {**described, **(provenance or {})})
 
-    def _zeros(self, site: str, width: int, device: torch.device) -> Sums:
+    def _summed(self, key: tuple[int, str]) -> Sums:
+        """The sums of a block and site, in place of its rows from now on."""
+        held = self._sums[key]
+        if isinstance(held, KeptRows):
+            rows = held.joined()
+            held = self._sums[key] = self._zeros(key[1], held.widths, held.device)
+            self._add(held, *rows)
+        return held
+
+    def _add(self, sums: Sums, delta: Tensor, activation: Tensor | None, weights: Tensor | None) -> None:
+        if sums.cross is None or activation is None:
+            add_vectors(sums, delta, weights)
+            return
+        accumulate(
+            sums.cross,
+            delta,
+            activation,
+            weights=weights,
+            normalization=self.normalization,
+            gram=sums.gram,
+            delta_sum=sums.delta_sum,
+            activation_sum=sums.activation_sum,
+            moments=sums.moments,
+        )
+
+    def _zeros(self, site: str, widths: tuple[int, int], device: torch.device) -> Sums:
         # Rows may come from inference mode; sums created there could not be added to outside it.
         with torch.inference_mode(False):
-            vector = torch.zeros(width, dtype=self.dtype, device=device)
+            delta_sum, activation_sum = (torch.zeros(width, dtype=self.dtype, device=device) for width in widths)
             moments = torch.zeros(4, dtype=torch.float64, device=device)
             if site not in MATRIX_SITES:
-                return Sums(None, None, vector, None, moments)
-            matrix = torch.zeros(width, width, dtype=self.dtype, device=device)
-            return Sums(matrix, matrix.clone(), vector, vector.clone(), moments)
+                return Sums(None, None, delta_sum, None, moments)
+            cross, gram = (torch.zeros(width, widths[1], dtype=self.dtype, device=device) for width in widths)
+            return Sums(cross, gram, delta_sum, activation_sum, moments)
 
     def _chosen(self, name: str, wanted: Iterable[Any] | None, held: tuple[Any, ...]) -> tuple[Any, ...]:
         if not self._sums:
@@ -339,6 +366,10 @@ class ThoughtAccumulator:
         if not chosen or not set(chosen) <= set(held):
             raise ValueError(f"solve: {name} must be among those accumulated, {list(held)}, got {list(chosen)}")
         return chosen
+
+
+def _words(widths: tuple[int, int]) -> str:
+    return str(widths[0]) if widths[0] == widths[1] else f"{widths[0]} from {widths[1]}"
 
 
 def _is_index(text: str) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -35,6 +35,8 @@ class AppliedPatch:
                 # prepend: the patch applied last changes the activation first, as W (1 + Δ₁)(1 + Δ₂) does.
                 if site == "residual":
                     handle = block.layer.register_forward_hook(change.output_hook, prepend=True)
+                elif site == "down":
+                    handle = block.down_proj.register_forward_hook(change.added_hook, with_kwargs=True)
                 else:
                     module = block.o_proj if site == "attention" else block.mlp
                     handle = module.register_forward_pre_hook(change.input_hook, prepend=True, with_kwargs=True)
@@ -76,38 +78,28 @@ def _forget_compiled() -> None:
 
 
 class _Change:
-    """x -> x + Δ x + v on whatever device and in whatever dtype x comes."""
+    """x -> x + Δ x + v, or y -> y + Δ x + v, on whatever device and in whatever dtype x comes."""
 
     def __init__(self, entry: SitePatch) -> None:
         self._entry = entry
 
-    def _tensors(self, like: Tensor) -> Mapping[str, Tensor]:
-        dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
-        tensors = self._entry.tensors()
-        if any(tensor.device != like.device or tensor.dtype != dtype for tensor in tensors.values()):
+    def __call__(self, x: Tensor, y: Tensor | None = None) -> Tensor:
+        dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+        if any(tensor.device != x.device or tensor.dtype != dtype for tensor in self._entry.tensors().values()):
             # Kept converted: the activations of one block do not change their device or dtype between calls.
-            self._entry = self._entry.to(like.device, dtype)
-            tensors = self._entry.tensors()
-        return tensors
-
-    def __call__(self, x: Tensor) -> Tensor:
-        tensors = self._tensors(x)
-        wide = x.to(next(iter(tensors.values())).dtype)
-        result = wide
+            self._entry = self._entry.to(x.device, dtype)
+        changed = x if y is None else y
         with torch.autocast(x.device.type, enabled=False):
-            if "matrix" in tensors:
-                result = result + wide @ tensors["matrix"].T
-            elif "left" in tensors:
-                result = result + (wide @ tensors["right"]) @ tensors["left"].T
-            if "vector" in tensors:
-                result = result + tensors["vector"]
-        return result.to(x.dtype)
+            return (changed.to(dtype) + self._entry.shift(x.to(dtype))).to(changed.dtype)
 
     def input_hook(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
         if args:
             return (self(args[0]), *args[1:]), kwargs
         name = next(iter(kwargs))
         return args, {**kwargs, name: self(kwargs[name])}
+
+    def added_hook(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
+        return self(args[0] if args else next(iter(kwargs.values())), output)
 
     def output_hook(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         if isinstance(output, tuple):
@@ -133,17 +125,19 @@ def targets(function: str, patch: ThoughtPatch, model: Any) -> Iterator[tuple[tu
         )
     for (layer, site), entry in patch.entries.items():
         block = decoder.blocks[layer]
-        if site == "mlp" and not block.mlp_inputs:
+        if (site == "mlp" and not block.mlp_inputs) or (site == "down" and block.down_proj is None):
             raise ValueError(
-                f"{function}: patch must not have site 'mlp' at block {layer}, whose MLP is a mixture of experts, "
+                f"{function}: patch must not have site {site!r} at block {layer}, whose MLP is a mixture of experts, "
                 f"got one{origin}"
             )
         width = block.attention_width if site == "attention" else decoder.hidden_size
-        if entry.width != width:
-            raise ValueError(
-                f"{function}: patch must have width {width} at block {layer}, site {site!r}, got {entry.width}; the "
-                f"model's hidden size is {decoder.hidden_size}, the patch's {hidden_size or 'unknown'}{origin}"
-            )
+        input_width = block.mlp_width if site == "down" else width
+        for actual, wanted in ((entry.output_width, width), (entry.input_width, input_width)):
+            if actual not in (wanted, None):
+                raise ValueError(
+                    f"{function}: patch must have width {wanted} at block {layer}, site {site!r}, got {actual}; the "
+                    f"model's hidden size is {decoder.hidden_size}, the patch's {hidden_size or 'unknown'}{origin}"
+                )
         for name, tensor in entry.tensors().items():
             if not is_finite(tensor):
                 raise ValueError(

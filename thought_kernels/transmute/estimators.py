@@ -13,8 +13,10 @@ import torch
 from torch import Tensor
 
 from thought_kernels.ops.checks import check_number
+from thought_kernels.transmute.kept_rows import KeptRows, positive_factor, solve_rows
 from thought_kernels.transmute.site import Fit, SitePatch, is_finite
 
+_POWER_STEPS = 8
 ESTIMATORS = ("mean", "exact", "ridge", "second_order", "affine")
 
 
@@ -22,10 +24,10 @@ class Sums(NamedTuple):
     """What one site of one block has accumulated.
 
     Attributes:
-        cross: C = Σ w δ aᵀ/ν ``[d, d]``, None for the residual site.
-        gram: Z = Σ w a aᵀ/ν ``[d, d]``, None for the residual site.
-        delta_sum: b = Σ w δ ``[d]``.
-        activation_sum: ā = Σ w a ``[d]``, None for the residual site.
+        cross: C = Σ w δ aᵀ/ν ``[d_out, d_in]``, None for the residual site.
+        gram: Z = Σ w a aᵀ/ν ``[d_in, d_in]``, None for the residual site.
+        delta_sum: b = Σ w δ ``[d_out]``.
+        activation_sum: ā = Σ w a ``[d_in]``, None for the residual site.
         moments: float64 ``[4]``: Σ w, Σ w/ν, Σ w ‖δ‖²/ν, number of rows with w ≠ 0.
     """
 
@@ -35,13 +37,23 @@ class Sums(NamedTuple):
     activation_sum: Tensor | None
     moments: Tensor
 
+    @property
+    def widths(self) -> tuple[int, int]:
+        """(d_out, d_in)."""
+        return len(self.delta_sum), len(self.delta_sum if self.activation_sum is None else self.activation_sum)
+
+    @property
+    def device(self) -> torch.device:
+        """Where they are."""
+        return self.delta_sum.device
+
     def tensors(self) -> dict[str, Tensor]:
         """The sums that exist, by name."""
         return {name: tensor for name, tensor in self._asdict().items() if tensor is not None}
 
 
 def solve(
-    sums: Sums, estimator: str, *, scale: float = 1.0, ridge: float = 0.1, normalization: str = "none"
+    sums: Sums | KeptRows, estimator: str, *, scale: float = 1.0, ridge: float = 0.1, normalization: str = "none"
 ) -> SitePatch:
     """Estimates the patch of one site, Δ (and v) with Δ a + v ≈ δ over the accumulated rows.
 
@@ -53,11 +65,12 @@ def solve(
         second_order  Δ = λ C − λ² C Z                                            v = λ b / Ω
         affine        Δ = λ ridge on centred C, Z; v = λ (b − Δ/λ ā) / Ω          v = λ b / Ω
 
-    At the attention and mlp sites only ``affine`` yields a vector; the residual site has no matrix. Rows whose
-    activations are all zero leave Z = 0, hence C = 0, and the matrix is then zero.
+    Here d is the activation's width d_in. Of the sites with a matrix only ``affine`` yields a vector; the residual site
+    has no matrix. Rows whose activations are all zero leave Z = 0, hence C = 0, and the matrix is then zero. Rows that
+    are fewer than d_in are solved as they are (kept_rows.py), with the same result to rounding.
 
     Args:
-        sums: float32 or float64 sums of one site; sums without ``gram`` are those of the residual site.
+        sums: float32 or float64 sums of one site, or its rows; sums without ``gram`` are those of the residual site.
         estimator: one of ``ESTIMATORS``.
         scale: λ, finite.
         ridge: ε > 0, in units of Z's mean eigenvalue; read by ``ridge`` and ``affine`` only.
@@ -75,9 +88,11 @@ def solve(
         is ours.
     """
     check_options(estimator, scale, ridge, normalization)
+    if isinstance(sums, KeptRows):
+        _check_weight(float(sums.joined()[2].sum()))
+        return solve_rows(sums, estimator, scale=scale, ridge=ridge, normalization=normalization)
     total, _, energy, rows = sums.moments.tolist()
-    if total <= 0:
-        raise ValueError(f"solve: sums must hold at least one row of positive weight, got Σw = {total:g}")
+    _check_weight(total)
     for name, tensor in sums.tensors().items():
         if not is_finite(tensor):
             raise ValueError(
@@ -110,6 +125,7 @@ def solve(
         matrix = scale * exact(cross, gram, rtol=rtol)
     else:
         matrix = scale * ridge_solve(target, metric, ridge)
+    singular = rows < gram.shape[0] + (estimator == "affine")
     vector = None
     error = energy + float(((matrix @ gram - 2 * cross) * matrix).sum())
     if estimator == "affine":
@@ -118,7 +134,7 @@ def solve(
     fit = Fit(
         rows=int(rows),
         residual=_relative(error, energy),
-        condition=condition_number(metric, rtol=rtol),
+        condition=math.inf if singular else condition_number(metric, rtol=rtol),
         fold_residual=_fold_residual(gram, activation_sum, total) if normalization == "none" else None,
     )
     mean = (activation_sum / total).to(dtype)
@@ -161,14 +177,7 @@ def ridge_solve(cross: Tensor, gram: Tensor, epsilon: float) -> Tensor:
     shift = epsilon * float(gram.trace()) / gram.shape[0]
     if not gram.any():
         return torch.zeros_like(cross)
-    identity = torch.eye(gram.shape[0], dtype=gram.dtype, device=gram.device)
-    factor, info = torch.linalg.cholesky_ex(gram + shift * identity)
-    if int(info) or shift <= 0:
-        raise ValueError(
-            f"solve: ridge must make Z positive definite, got {epsilon:g}; "
-            "rounding in the sums outweighs it: raise it, accumulate in float64, or use estimator 'exact'"
-        )
-    return torch.cholesky_solve(cross.T, factor).T
+    return torch.cholesky_solve(cross.T, positive_factor(gram, shift, epsilon)).T
 
 
 def second_order(cross: Tensor, gram: Tensor, scale: float) -> Tensor:
@@ -180,10 +189,26 @@ def second_order(cross: Tensor, gram: Tensor, scale: float) -> Tensor:
 
 
 def condition_number(gram: Tensor, *, rtol: float) -> float:
-    """λ_max / λ_min of a symmetric matrix, inf where λ_min does not exceed rtol · λ_max."""
+    """λ_max / λ_min of a symmetric matrix, inf where λ_min does not exceed rtol · λ_max.
+
+    Eigenvalues cost ten times what a Cholesky factorisation does, and that tells most singular matrices: with
+    μ <= λ_max, gram − rtol μ 1 has no factor only where λ_min <= rtol λ_max.
+    """
+    x = gram.diagonal()
+    for _ in range(_POWER_STEPS):  # ‖Z x‖ <= λ_max for every unit x
+        x = gram @ (x / torch.linalg.vector_norm(x).clamp_min(torch.finfo(x.dtype).tiny))
+    lowered = gram.clone()
+    lowered.diagonal().sub_(rtol * torch.linalg.vector_norm(x))
+    if int(torch.linalg.cholesky_ex(lowered).info):
+        return math.inf
     eigenvalues = torch.linalg.eigvalsh(gram)
     smallest, largest = float(eigenvalues[0]), float(eigenvalues[-1])
     return largest / smallest if smallest > rtol * largest else math.inf
+
+
+def _check_weight(total: float) -> None:
+    if total <= 0:
+        raise ValueError(f"solve: sums must hold at least one row of positive weight, got Σw = {total:g}")
 
 
 def _relative(error: float, energy: float) -> float:

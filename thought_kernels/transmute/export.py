@@ -1,8 +1,8 @@
 """A patch as a PEFT LoRA folder, which peft, transformers, vLLM and llama.cpp's converter read.
 
 LoRA adds B A x to W x, and a patch asks for W (1 + Δ) x. So Δ = U Vᵀ becomes A = Vᵀ and B = W U: the adapter belongs to
-the one model whose weights W entered it. gate_proj and up_proj read the same input and share A. lora_alpha is the rank,
-module by module, so that every reader's scaling alpha / r is 1.
+the one model whose weights W entered it. gate_proj and up_proj read the same input and share A. The down site's Δ is
+added to W itself, and B = U. lora_alpha is the rank, module by module, so that every reader's scaling alpha / r is 1.
 """
 
 from __future__ import annotations
@@ -125,7 +125,7 @@ def export_peft(
             if all(getattr(module, "bias", None) is not None for module in modules):
                 bias = whole.vector
             else:
-                whole = _folded(whole)
+                whole = whole.folded()
                 fold_residuals[key] = entry.fit.fold_residual if entry.fit is not None else None
         left, right, lost = _factors(whole, entry, rank)
         if not left.shape[1] and bias is None:
@@ -134,7 +134,8 @@ def export_peft(
             truncation[key] = lost
         carried[key] = SitePatch(factors=(left, right), vector=bias)
         for module in modules:
-            tensors[names[id(module)]] = _lora(module, names[id(module)], left, right, bias, dtype)
+            weighed = None if key[1] == "down" else module
+            tensors[names[id(module)]] = _lora(weighed, names[id(module)], left, right, bias, dtype)
     if not tensors:
         raise ValueError("export_peft: patch must have a nonzero matrix, got none; there is nothing a LoRA could carry")
     ranks = {name: max(1, a.shape[0]) for name, (a, _, _) in tensors.items()}
@@ -162,7 +163,9 @@ def export_peft(
 
 
 def _modules(site: str, block: Any) -> tuple[Any, ...]:
-    return (block.o_proj,) if site == "attention" else block.mlp_inputs if site == "mlp" else ()
+    if site == "mlp":
+        return block.mlp_inputs
+    return {"attention": (block.o_proj,), "down": (block.down_proj,)}.get(site, ())
 
 
 def _nonzero(tensor: Tensor | None) -> bool:
@@ -189,20 +192,6 @@ def _check_vector(layer: int, site: str, entry: SitePatch, block: Any, fold: boo
         raise ValueError(f"export_peft: patch must know its mean activation to fold a vector, got none; {where}")
 
 
-def _folded(entry: SitePatch) -> SitePatch:
-    """Δ + v āᵀ/‖ā‖² in place of Δ and v; float64 in, float64 out."""
-    assert entry.vector is not None and entry.activation_mean is not None
-    mean = entry.activation_mean / entry.activation_mean.square().sum()
-    if entry.factors is not None:
-        left, right = (
-            torch.cat([factor, column[:, None]], dim=1)
-            for factor, column in zip(entry.factors, (entry.vector, mean), strict=True)
-        )
-        return SitePatch(factors=(left, right))
-    folded = torch.outer(entry.vector, mean)
-    return SitePatch(matrix=folded if entry.matrix is None else entry.matrix + folded)
-
-
 def _factors(whole: SitePatch, stored: SitePatch, rank: int | None) -> tuple[Tensor, Tensor, float]:
     """(U diag(s), V) up to the rank, and the relative norm of what the rank cut off.
 
@@ -221,12 +210,15 @@ def _factors(whole: SitePatch, stored: SitePatch, rank: int | None) -> tuple[Ten
 
 
 def _lora(
-    module: nn.Module, name: str, left: Tensor, right: Tensor, bias: Tensor | None, dtype: torch.dtype
+    module: nn.Module | None, name: str, left: Tensor, right: Tensor, bias: Tensor | None, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """(A, B, bias of B) = (Vᵀ, W U, W v), rounded once: to float64 for a float64 model and to float32 otherwise."""
+    """(A, B, bias of B) = (Vᵀ, W U, W v), rounded once: to float64 for a float64 model and to float32 otherwise.
+
+    W is the module's weight, 1 where there is no module.
+    """
     kept = torch.float64 if dtype == torch.float64 else torch.float32
     columns = left if bias is None else torch.cat([left, bias.to(left)[:, None]], dim=1)
-    product = _times_weight(module, columns, dtype).to("cpu", kept)
+    product = (columns if module is None else _times_weight(module, columns, dtype)).to("cpu", kept)
     if not is_finite(product):
         raise ValueError(f"export_peft: {name} must have finite weights that fit {kept}, got NaN or an infinity")
     extra = None if bias is None else product[:, -1].contiguous()

@@ -112,13 +112,18 @@ class _Solution:
                 provenance=self._described,
             )  # fmt: skip
             self._solved.update(part.entries)
+            if self._recipe.pairing == "sequential":  # which comes back to no block: its sums are the bulk of memory
+                for layer, site in missing:
+                    self.accumulator.drop(layer, site)
             self._described.update(part.provenance)
         return ThoughtPatch({key: self._solved[key] for key in wanted}, self._described)
 
 
 def _memory(decoder: Decoder, recipe: Recipe, dtype: torch.dtype) -> str:
-    """What the accumulators will hold: two square matrices per block and matrix site."""
-    block = decoder.blocks[0]
-    widths = {"attention": block.num_attention_heads * block.head_dim, "mlp": decoder.hidden_size}
-    elements = sum(2 * widths[site] ** 2 for site in recipe.sites if site in MATRIX_SITES) * len(recipe.layers)
-    return f"accumulators of {len(recipe.layers)} blocks take {elements * dtype.itemsize / 2**20:.1f} MiB"
+    """What the accumulators will hold at most: two matrices per block and matrix site, of one block in sequential."""
+    d, elements, blocks = decoder.hidden_size, 0, [decoder.blocks[layer] for layer in sorted(recipe.layers)]
+    for block in blocks[:1] if recipe.pairing == "sequential" else blocks:
+        f = block.mlp_width or 0
+        held = {"attention": 2 * block.attention_width**2, "mlp": 2 * d**2, "down": f * (d + f)}
+        elements += sum(held[site] for site in recipe.sites if site in MATRIX_SITES)
+    return f"accumulators of {len(blocks)} blocks take {elements * dtype.itemsize / 2**20:.1f} MiB at most"

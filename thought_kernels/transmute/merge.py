@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -41,13 +41,13 @@ class MergedPatch:
         self, patch: ThoughtPatch, model: Any, *, fold: bool, backup_device: torch.device | str | None
     ) -> None:
         self.fold_residuals: dict[tuple[int, str], float | None] = {}
-        plan: list[tuple[Any, Tensor | None, Tensor | None]] = []
+        plan: list[_Edit] = []
         for key, entry, block in targets("merge_", patch, model):
             plan.extend(self._planned(key, entry, block, fold))
         self._model: nn.Module = describe(model).model
         names = {id(p): name for name, p in self._model.named_parameters()}
-        written = [linear.weight for linear, matrix, _ in plan if matrix is not None]
-        written += [linear.bias for linear, _, bias in plan if bias is not None]
+        written = [edit.linear.weight for edit in plan if edit.change is not None]
+        written += [edit.linear.bias for edit in plan if edit.bias is not None]
         _check_unshared(self._model, written)
         for parameter in written:
             if not is_finite(parameter.data):
@@ -66,15 +66,15 @@ class MergedPatch:
         self._originals: list[tuple[str, Tensor, Tensor]] = []
         try:
             with torch.no_grad():
-                for linear, matrix, bias in plan:
+                for linear, change, bias, adds in plan:
                     if bias is not None:
                         weight = _wide(linear_weight(linear))
-                        shift = weight @ bias.to(weight)
+                        shift = bias.to(weight)
                         self._back_up(names[id(linear.bias)], linear.bias, backup_device)
-                        linear.bias.copy_(_wide(linear.bias) + shift)
-                    if matrix is not None:
+                        linear.bias.copy_(_wide(linear.bias) + (shift if adds else weight @ shift))
+                    if change is not None:
                         self._back_up(names[id(linear.weight)], linear.weight, backup_device)
-                        _multiply(linear_weight(linear), matrix)
+                        _write(linear_weight(linear), change, adds)
                 for _, parameter, _ in self._originals:
                     if not is_finite(parameter.data):
                         raise ValueError(
@@ -120,9 +120,7 @@ class MergedPatch:
                 raise
             error.add_note(str(undo_error))  # what went wrong first is what the caller must see
 
-    def _planned(
-        self, key: tuple[int, str], entry: SitePatch, block: Any, fold: bool
-    ) -> Iterator[tuple[Any, Tensor | None, Tensor | None]]:
+    def _planned(self, key: tuple[int, str], entry: SitePatch, block: Any, fold: bool) -> Iterator[_Edit]:
         layer, site = key
         vector = entry.vector if entry.vector is not None and bool(entry.vector.any()) else None
         where = f"block {layer}, site {site!r}"
@@ -136,19 +134,17 @@ class MergedPatch:
         names, modules = (block.parts.o_proj,), (block.o_proj,)
         if site == "mlp":
             names, modules = block.parts.mlp_inputs, block.mlp_inputs
-        linears = [_plain_linear(*named, entry.width, where) for named in zip(modules, names, strict=True)]
-        # Factors are multiplied out in float64: their product is not to be rounded before it meets the weights.
-        matrix, bias = (entry.to(dtype=torch.float64) if entry.rank else entry).dense(), None
-        if vector is not None and all(linear.bias is not None for linear in linears):
-            bias = vector
-        elif vector is not None:
-            matrix = self._folded(key, entry, vector, matrix, fold, where)
+        elif site == "down":
+            names, modules = (block.parts.down_proj,), (block.down_proj,)
+        linears = [_plain_linear(*named, entry.input_width, where) for named in zip(modules, names, strict=True)]
+        change = entry if entry.matrix is not None or entry.factors is not None else None
+        bias = vector if all(linear.bias is not None for linear in linears) else None
+        if vector is not None and bias is None:
+            change = self._folded(key, entry, fold, where)
         for linear in linears:
-            yield linear, matrix, bias
+            yield _Edit(linear, change, bias, site == "down")
 
-    def _folded(
-        self, key: tuple[int, str], entry: SitePatch, vector: Tensor, matrix: Tensor | None, fold: bool, where: str
-    ) -> Tensor:
+    def _folded(self, key: tuple[int, str], entry: SitePatch, fold: bool, where: str) -> SitePatch:
         if not fold:
             raise ValueError(
                 f"merge_: patch must have no vector where the modules have no bias, got a nonzero one; {where}: use "
@@ -158,9 +154,7 @@ class MergedPatch:
         if mean is None or not bool(mean.any()):
             raise ValueError(f"merge_: patch must know its mean activation to fold a vector, got none; {where}")
         self.fold_residuals[key] = entry.fit.fold_residual if entry.fit is not None else None
-        mean = mean.double()
-        folded = torch.outer(vector.double(), mean / mean.dot(mean))
-        return folded if matrix is None else matrix.double() + folded
+        return entry.to(dtype=torch.float64).folded()
 
     def _back_up(self, name: str, parameter: Tensor, device: torch.device | str | None) -> None:
         self._originals.append((name, parameter, parameter.detach().to(device or parameter.device, copy=True)))
@@ -174,7 +168,23 @@ class MergedPatch:
         self._written = []
 
 
-def _plain_linear(module: Any, name: str, width: int, where: str) -> Any:
+class _Edit(NamedTuple):
+    """What is written into one module: W <- W (1 + Δ) and b <- b + W v, or where it adds, W <- W + Δ and b <- b + v.
+
+    Attributes:
+        linear: the module.
+        change: Δ, whose vector is not read, or None.
+        bias: v, or None.
+        adds: whether Δ and v are of the module's output.
+    """
+
+    linear: Any
+    change: SitePatch | None
+    bias: Tensor | None
+    adds: bool
+
+
+def _plain_linear(module: Any, name: str, width: int | None, where: str) -> Any:
     if not isinstance(module, nn.Linear) and not is_transposed(module):
         raise ValueError(
             f"merge_: {name} must be a torch.nn.Linear, got {type(module).__module__}.{type(module).__name__}; "
@@ -190,8 +200,8 @@ def _plain_linear(module: Any, name: str, width: int, where: str) -> Any:
                 f"merge_: {name} must have plain floating weights, got {type(parameter.data).__name__} of "
                 f"{parameter.dtype} on {parameter.device}; {where}: quantised weights are never written, use applied"
             )
-    if linear_weight(module).shape[1] != width:
-        found = linear_weight(module).shape[1]
+    found = linear_weight(module).shape[1]
+    if width not in (None, found):
         raise ValueError(f"merge_: {name} must take inputs of width {width}, got {found}; {where}")
     return module
 
@@ -224,13 +234,16 @@ def _wide(weight: Tensor) -> Tensor:
     return weight.detach().to(_wide_dtype(weight))
 
 
-def _multiply(weight: Tensor, matrix: Tensor) -> None:
-    """W <- W + W Δ, a group of rows at a time: the wide copies of a whole weight would be several times its size."""
+def _write(weight: Tensor, change: SitePatch, adds: bool) -> None:
+    """W <- W + W Δ, or W + Δ, some rows at a time: wide copies of a whole weight would be several times its size."""
+    # Factors are multiplied out in float64: their product is not to be rounded before it meets the weights.
+    matrix = (change.to(dtype=torch.float64) if change.rank else change).dense()
+    assert matrix is not None
     matrix = matrix.to(weight.device, _wide_dtype(weight))
     for start in range(0, weight.shape[0], _ROWS_PER_CHUNK):
-        rows = weight[start : start + _ROWS_PER_CHUNK]
-        wide = _wide(rows)
-        rows.copy_(wide + wide @ matrix)
+        chunk = slice(start, start + _ROWS_PER_CHUNK)
+        wide = _wide(weight[chunk])
+        weight[chunk] = wide + (matrix[chunk] if adds else wide @ matrix)
 
 
 def _checksum(parameter: Tensor) -> int:

@@ -4,15 +4,17 @@
     layerwise    the with-context residual stream, only I's keys and values hidden        (TP §2.2, eq. 5-6)
     sequential   its own forward over [H, e] with the patches of earlier blocks applied   (ours)
 
-Each pairing streams rows (δ, a, w) of every targeted block and site into a ThoughtAccumulator. Where the attention site
-is combined with another one, the other is observed after the same block's attention patch has been applied.
+Each pairing streams rows (δ, a, w) of every targeted block and site into a ThoughtAccumulator. Sites of one block are
+observed in stages (site.STAGES), each after the patches of the earlier ones have been applied.
 
 Memory, beside the weights, the sums and the prefix's keys and values: one batch at one block for `two_pass` and
 `layerwise`, however many examples there are; for `sequential` besides, the streams of all batches at one boundary
 between blocks, which go to a file past a budget (spill.py).
 
-In `layerwise` δ and a reach the sums at the attention site as paired_attention wrote them: float32 δ and a in the
-model's dtype, both [B, T, Hq·D] in memory, nothing copied, cast or transposed in between (tested). Passes over each of
+While a site's rows are fewer than its activation is wide they are kept: copied once, without the padding. Once they are
+not, and at once where the first batch has as many, `layerwise` hands δ and a to the sums at the attention site as
+paired_attention wrote them: float32 δ and a in the model's dtype, both [B, T, Hq·D] in memory, nothing copied, cast or
+transposed in between (tested). Passes over each of
 the two between memory and processor: one write by the attention kernel; one read by the check for NaN; in accumulate
 one read on a CPU, where a block of rows stays in cache for all its products and sums, and two by Triton and CUDA C++,
 for the products and for sums and moments; and a last read, which forms the with-context output from both. All rows of
@@ -33,6 +35,7 @@ from thought_kernels.ops.paired_attention import paired_attention
 from thought_kernels.transmute.batches import Batch, BlockPrefix, Group, heads_last, moved_keys, own_attention
 from thought_kernels.transmute.patch import ThoughtPatch
 from thought_kernels.transmute.run import MEMORY_BUDGET, Run
+from thought_kernels.transmute.site import STAGES
 from thought_kernels.transmute.spill import buffers
 from thought_kernels.transmute.streams import (
     KeysValues,
@@ -49,7 +52,7 @@ __all__ = ["MEMORY_BUDGET", "PAIRINGS", "Run", "layerwise", "passes", "sequentia
 
 def passes(pairing: str, sites: frozenset[str]) -> int:
     """How often the pairing runs over each batch and block."""
-    return 1 if pairing == "sequential" else 1 + ("attention" in sites and len(sites) > 1)
+    return 1 if pairing == "sequential" else sum(bool(stage & sites) for stage in STAGES)
 
 
 def layerwise(run: Run) -> None:
@@ -66,8 +69,8 @@ _Pass = Callable[[Run, Group, list[BlockPrefix], Batch, frozenset[str], ThoughtP
 
 
 def _by_stages(run: Run, observe_batch: _Pass) -> None:
-    """Every batch once for the attention site, then once more for sites that see the attention patch."""
-    patch = None
+    """Every batch once for each stage of sites, which sees the patches of the stages before it."""
+    patch: ThoughtPatch | None = None
     for stage in run.stages:
         for group, prefixes, batch in run.batches():
             observe_batch(run, group, prefixes, batch, stage, patch)
@@ -76,7 +79,8 @@ def _by_stages(run: Run, observe_batch: _Pass) -> None:
                 if block.index in run.layers:
                     observe_header(run, block, group, prefix.header_stream, prefix.header_output, stage, patch)
         if stage != run.stages[-1]:
-            patch = run.solve(run.layers, stage)
+            solved = run.solve(run.layers, stage)
+            patch = solved if patch is None else patch + solved
 
 
 def _layerwise_batch(

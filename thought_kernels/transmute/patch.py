@@ -21,7 +21,8 @@ from thought_kernels.transmute.site import SITES, SitePatch
 
 
 class ThoughtPatch:
-    """Patches per block and site: o -> o + Δ o + v at ``attention``, likewise u at ``mlp``, y -> y + v at ``residual``.
+    """Patches per block and site: o -> o + Δ o + v at ``attention``, likewise u at ``mlp``; y -> y + v at ``residual``;
+    W z -> W z + Δ z + v at ``down``, z being what down_proj, of weight W, multiplies.
 
     It is a value: arithmetic returns new patches, and nothing changes a model but ``applied`` and ``merge_``.
     ``number * patch``, ``patch + other``, ``patch - other`` and ``-patch`` act on Δ and v; a sum covers the union of
@@ -32,7 +33,7 @@ class ThoughtPatch:
         provenance: where it comes from, JSON values only; ``hidden_size`` and ``model`` are read when it meets a model.
 
     Raises:
-        ValueError: no entries, an unknown site or block index, or a residual entry with a matrix.
+        ValueError: no entries, an unknown site or block index, a residual entry with a matrix, or unequal widths.
     """
 
     def __init__(
@@ -49,14 +50,20 @@ class ThoughtPatch:
                 raise ValueError(f"ThoughtPatch: site 'residual' must have a vector, got none; block {layer}")
             if site == "residual" and (entry.matrix is not None or entry.factors is not None):
                 raise ValueError(f"ThoughtPatch: site 'residual' must have a vector only, got a matrix; block {layer}")
+            if site != "down" and entry.input_width not in (None, entry.output_width):
+                raise ValueError(
+                    f"ThoughtPatch: site {site!r} must have one width, got {entry.output_width} from "
+                    f"{entry.input_width}; block {layer}"
+                )
         order = sorted(entries, key=lambda key: (key[0], SITES.index(key[1])))
         self.entries: Mapping[tuple[int, str], SitePatch] = MappingProxyType({key: entries[key] for key in order})
         self.provenance: dict[str, Any] = dict(provenance or {})
-        widths = {(site == "attention", entry.width): layer for (layer, site), entry in self.entries.items()}
-        for inside_attention in (True, False):
-            found = sorted(width for attention, width in widths if attention == inside_attention)
+        widths = {(site == "attention", entry.output_width) for (_, site), entry in self.entries.items()}
+        into_down = {entry.input_width or 0 for (_, site), entry in self.entries.items() if site == "down"} - {0}
+        hidden, attention = ({width for inside, width in widths if inside == wanted} for wanted in (False, True))
+        for found in (hidden, attention, into_down):
             if len(found) > 1:
-                raise ValueError(f"ThoughtPatch: entries must share one width per site, got {found}")
+                raise ValueError(f"ThoughtPatch: entries must share one width per site, got {sorted(found)}")
 
     @property
     def layers(self) -> tuple[int, ...]:
@@ -73,16 +80,16 @@ class ThoughtPatch:
         """The model's hidden size; None if only the attention site is patched and the provenance does not say."""
         for (_, site), entry in self.entries.items():
             if site != "attention":
-                return entry.width
+                return entry.output_width
         return self.provenance.get("hidden_size")
 
     def matrix(self, layer: int, site: str) -> Tensor | None:
-        """Δ of a block and site, dense ``[d, d]``, or None."""
+        """Δ of a block and site, dense ``[d_out, d_in]``, or None; the two widths differ at ``down`` only."""
         entry = self.entries.get((layer, site))
         return None if entry is None else entry.dense()
 
     def vector(self, layer: int, site: str) -> Tensor | None:
-        """v of a block and site, ``[d]``, or None."""
+        """v of a block and site, ``[d_out]``, or None."""
         entry = self.entries.get((layer, site))
         return None if entry is None else entry.vector
 
@@ -227,11 +234,11 @@ class ThoughtPatch:
         entries = {**self.entries, **other.entries}
         for key in sorted(self.entries.keys() & other.entries.keys()):
             ours, theirs = self.entries[key], other.entries[key]
-            if ours.width != theirs.width:
-                raise ValueError(
-                    f"ThoughtPatch: patches must share one width, got {ours.width} and {theirs.width}; "
-                    f"block {key[0]}, site {key[1]!r}"
-                )
+            for a, b in ((ours.output_width, theirs.output_width), (ours.input_width, theirs.input_width)):
+                if a != b and None not in (a, b):
+                    raise ValueError(
+                        f"ThoughtPatch: patches must share one width, got {a} and {b}; block {key[0]}, site {key[1]!r}"
+                    )
             entries[key] = ours.plus(theirs)
         return ThoughtPatch(entries, _joined(self.provenance, other.provenance))
 
@@ -244,7 +251,7 @@ class ThoughtPatch:
         return type(self), (dict(self.entries), self.provenance)  # a mapping proxy cannot be copied or sent elsewhere
 
     def __repr__(self) -> str:
-        width = self.hidden_size or next(iter(self.entries.values())).width
+        width = self.hidden_size or next(iter(self.entries.values())).output_width
         return f"ThoughtPatch(hidden size {width}, blocks {list(self.layers)}, sites {list(self.sites)})"
 
     def __str__(self) -> str:

@@ -13,7 +13,7 @@ from thought_kernels.transmute.accumulator import ThoughtAccumulator
 from thought_kernels.transmute.batches import Batch, BlockPrefix, Group, prefix_blocks
 from thought_kernels.transmute.patch import ThoughtPatch
 from thought_kernels.transmute.rows import NonFiniteRows
-from thought_kernels.transmute.site import is_finite
+from thought_kernels.transmute.site import STAGES, is_finite
 
 MEMORY_BUDGET = 2 << 30  # bytes
 
@@ -64,8 +64,7 @@ class Run:
     @property
     def stages(self) -> list[frozenset[str]]:
         """Sites in the order in which they are fitted within a block."""
-        first, rest = self.sites & {"attention"}, self.sites - {"attention"}
-        return [stage for stage in (first, rest) if stage]
+        return [stage & self.sites for stage in STAGES if stage & self.sites]
 
     def batches(self) -> Iterator[tuple[Group, list[BlockPrefix], Batch]]:
         for group, prefixes in zip(self.groups, self.prefixes, strict=True):

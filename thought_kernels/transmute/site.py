@@ -8,8 +8,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-SITES = ("attention", "mlp", "residual")
-MATRIX_SITES = ("attention", "mlp")
+SITES = ("attention", "mlp", "down", "residual")
+MATRIX_SITES = ("attention", "mlp", "down")
+# In the order in which a block's sites are fitted, each stage after the ones before it are applied. Both of the second
+# are read at the attention's output; `down` is read at the block's, and mends what all others left.
+STAGES = (frozenset({"attention"}), frozenset({"mlp", "residual"}), frozenset({"down"}))
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # that arithmetic on CPUs is made for
 
 
@@ -32,13 +35,14 @@ class Fit:
 
 @dataclass(frozen=True)
 class SitePatch:
-    """The change x -> x + Δ x + v at one site.
+    """The change x -> x + Δ x + v at one site; at ``down`` that of the output, W z -> W z + Δ z + v.
 
     Attributes:
-        matrix: dense Δ ``[d, d]``, or None.
-        factors: ``(U, V)``, each ``[d, r]``, with Δ = U Vᵀ, or None; never given together with ``matrix``.
-        vector: v ``[d]``, or None.
-        activation_mean: the fitted rows' weighted mean activation ``[d]``, which folding a vector needs, or None.
+        matrix: dense Δ ``[d_out, d_in]``, or None. Only at ``down`` the two widths differ.
+        factors: ``(U, V)``, ``[d_out, r]`` and ``[d_in, r]``, with Δ = U Vᵀ, or None; never given together with
+            ``matrix``.
+        vector: v ``[d_out]``, or None.
+        activation_mean: the fitted rows' weighted mean activation ``[d_in]``, which folding a vector needs, or None.
         fit: how it was fitted, or None.
     """
 
@@ -53,22 +57,36 @@ class SitePatch:
             raise ValueError("SitePatch: matrix must be None where factors are given, got both")
         if self.matrix is None and self.factors is None and self.vector is None:
             raise ValueError("SitePatch: matrix, factors or vector must be given, got none of them")
-        width = self.width
-        expected = {"matrix": (width, width), "vector": (width,), "activation_mean": (width,)}
+        d_out, d_in = self.output_width, self.input_width or 0
+        rank = self.factors[0].shape[-1] if self.factors else 0
+        expected = {
+            "matrix": (d_out, d_in),
+            "left": (d_out, rank),
+            "right": (d_in, rank),
+            "vector": (d_out,),
+            "activation_mean": (d_in,),
+        }
         for name, tensor in self.tensors().items():
             if tensor.dtype not in DTYPES:
                 raise TypeError(f"SitePatch: {name} must be float16, bfloat16, float32 or float64, got {tensor.dtype}")
-            shape = expected.get(name) or (width, self.factors[0].shape[-1] if self.factors else 0)
-            if tuple(tensor.shape) != shape:
-                raise ValueError(f"SitePatch: {name} must have shape {list(shape)}, got {list(tensor.shape)}")
+            if tuple(tensor.shape) != expected[name]:
+                raise ValueError(f"SitePatch: {name} must have shape {list(expected[name])}, got {list(tensor.shape)}")
 
     @property
-    def width(self) -> int:
-        """The width d of the activation that is changed."""
+    def output_width(self) -> int:
+        """The width d_out of what is added."""
         for tensor in (self.matrix, self.vector, self.factors and self.factors[0]):
             if tensor is not None:
                 return tensor.shape[0] if tensor.ndim else 0
         return 0
+
+    @property
+    def input_width(self) -> int | None:
+        """The width d_in of the activation that Δ multiplies; None for a mere vector."""
+        for tensor in (self.matrix, self.factors and self.factors[1], self.activation_mean):
+            if tensor is not None:
+                return tensor.shape[-1 if tensor is self.matrix else 0] if tensor.ndim else 0
+        return None
 
     @property
     def rank(self) -> int | None:
@@ -88,11 +106,21 @@ class SitePatch:
         return {name: tensor for name, tensor in named.items() if tensor is not None}
 
     def dense(self) -> Tensor | None:
-        """Δ as a dense ``[d, d]`` tensor, or None where the site has no matrix."""
+        """Δ as a dense ``[d_out, d_in]`` tensor, or None where the site has no matrix."""
         if self.factors is not None:
             left, right = self.factors
             return left @ right.T
         return self.matrix
+
+    def shift(self, x: Tensor) -> Tensor:
+        """Δ x + v of every row x ``[..., d_in]``, which must be in the patch's dtype and on its device."""
+        shift = x.new_zeros(())
+        if self.factors is not None:
+            left, right = self.factors
+            shift = (x @ right) @ left.T
+        elif self.matrix is not None:
+            shift = x @ self.matrix.T
+        return shift if self.vector is None else (shift + self.vector).expand(*x.shape[:-1], -1)
 
     def norm(self) -> float:
         """‖Δ‖_F, from the factors' small Gram matrices where Δ is low-rank."""
@@ -126,20 +154,34 @@ class SitePatch:
         mean = sum((m.to(means[0]) for m in means[1:]), means[0]) / len(means) if means else None
         return SitePatch(matrix, factors, _sum(self.vector, other.vector), mean)
 
-    def svd(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Singular value decomposition Δ = U diag(s) Vᵀ in float64: U ``[d, k]``, s ``[k]`` descending, V ``[d, k]``.
+    def folded(self) -> SitePatch:
+        """Δ + v āᵀ/‖ā‖² in place of Δ and v, ā the mean activation, which must be known and not zero."""
+        assert self.vector is not None and self.activation_mean is not None
+        mean = self.activation_mean / self.activation_mean.square().sum()
+        if self.factors is not None:
+            left, right = (
+                torch.cat([factor, column[:, None]], dim=1)
+                for factor, column in zip(self.factors, (self.vector, mean), strict=True)
+            )
+            return SitePatch(factors=(left, right))
+        return SitePatch(matrix=_sum(torch.outer(self.vector, mean), self.matrix))
 
-        k is d for a dense matrix and the factors' width for a low-rank one; 0 where there is no matrix.
+    def svd(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Singular value decomposition Δ = U diag(s) Vᵀ in float64, s descending.
+
+        Returns:
+            U ``[d_out, k]``, s ``[k]`` and V ``[d_in, k]``. k is the smaller width for a dense matrix, the factors'
+            own if that is smaller yet, and 0 where there is no matrix.
         """
         if self.factors is not None:
             # U Vᵀ = Q_U (R_U R_Vᵀ) Q_Vᵀ: the decomposition of the small middle matrix is that of the product.
             (q_left, r_left), (q_right, r_right) = (torch.linalg.qr(factor.double()) for factor in self.factors)
-            u, s, vh = torch.linalg.svd(r_left @ r_right.T)
+            u, s, vh = torch.linalg.svd(r_left @ r_right.T, full_matrices=False)
             return q_left @ u, s, q_right @ vh.T
         if self.matrix is None:
-            empty = torch.zeros(self.width, 0, dtype=torch.float64)
-            return empty, torch.zeros(0, dtype=torch.float64), empty
-        u, s, vh = torch.linalg.svd(self.matrix.double())
+            left, right = (torch.zeros(d or 0, 0, dtype=torch.float64) for d in (self.output_width, self.input_width))
+            return left, torch.zeros(0, dtype=torch.float64), right
+        u, s, vh = torch.linalg.svd(self.matrix.double(), full_matrices=False)
         return u, s, vh.T
 
     def truncated(self, rank: int) -> SitePatch:

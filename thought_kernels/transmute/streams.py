@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -10,6 +10,7 @@ from torch import Tensor
 from thought_kernels.models.decoder import Block
 from thought_kernels.ops.shared_prefix_attention import shared_prefix_attention
 from thought_kernels.transmute.batches import Batch, Group, heads_last
+from thought_kernels.transmute.before_norm import before_norm
 from thought_kernels.transmute.patch import ThoughtPatch
 from thought_kernels.transmute.run import Run
 
@@ -29,15 +30,8 @@ def patched(patch: ThoughtPatch | None, layer: int, site: str, rows: Tensor) -> 
 
 def shifted(patch: ThoughtPatch | None, layer: int, site: str, rows: Tensor) -> Tensor | None:
     """x Δᵀ + v in the patch's dtype, None where the patch has nothing."""
-    if patch is None:
-        return None
-    matrix, vector = patch.matrix(layer, site), patch.vector(layer, site)
-    shift = None
-    if matrix is not None:
-        shift = rows.to(matrix) @ matrix.T
-    if vector is not None:
-        shift = vector.to(rows.device).expand(rows.shape) if shift is None else shift + vector
-    return shift
+    entry = None if patch is None else patch.entries.get((layer, site))
+    return None if entry is None else entry.shift(rows.to(next(iter(entry.tensors().values()))))
 
 
 def attend(
@@ -71,7 +65,7 @@ def attend(
 
 
 def through_mlp(block: Block, h: Tensor, x: Tensor, patch: ThoughtPatch | None = None) -> Tensor:
-    """The block's output y, written over h, a few examples at a time; with the patch of its mlp and residual sites.
+    """The block's output y, written over h, a few examples at a time; with the patch of its sites from the MLP on.
 
     Args:
         h: residual stream after attention, [B, T, d]; overwritten.
@@ -81,15 +75,28 @@ def through_mlp(block: Block, h: Tensor, x: Tensor, patch: ThoughtPatch | None =
     Returns:
         y, [B, T, d], in h's memory.
     """
+    for part in _parts(h):
+        u = patched(patch, block.index, "mlp", block.mlp_input(h[part], x[part]))
+        if patch is None or (block.index, "down") not in patch.entries:
+            y = block.mlp_output(h[part], u, x=x[part])
+        else:
+            y = block.mlp_residual(h[part], _patched_mlp(block, u, patch)[0], x=x[part])
+        h[part] = patched(patch, block.index, "residual", y)
+    return h
+
+
+def _parts(h: Tensor) -> Iterator[slice]:
+    """Slices of h's examples, as many at a time as should go through an MLP together."""
     rows = MLP_ROWS.get(h.device.type, MLP_ROWS_ELSEWHERE)
     step = max(1, rows // max(1, h.shape[1]))
-    for start in range(0, len(h), step):
-        part = h[start : start + step]
-        entering = x[start : start + step]
-        u = patched(patch, block.index, "mlp", block.mlp_input(part, entering))
-        y = block.mlp_output(part, u, x=entering)
-        part.copy_(patched(patch, block.index, "residual", y))
-    return h
+    return (slice(start, start + step) for start in range(0, len(h), step))
+
+
+def _patched_mlp(block: Block, u: Tensor, patch: ThoughtPatch | None) -> tuple[Tensor, Tensor]:
+    """(m, z) of Block.mlp_activation with the patch of the down site, m + Δ z + v."""
+    m, z = block.mlp_activation(u)
+    shift = shifted(patch, block.index, "down", z)
+    return (m if shift is None else (m.to(shift.dtype) + shift).to(m.dtype)), z
 
 
 def observe_difference(
@@ -100,16 +107,19 @@ def observe_difference(
     weights = batch.weights
     if "attention" in stage:
         run.update(block, "attention", delta, o, weights, batch)
-    if stage & {"mlp", "residual"}:
+    if stage & {"mlp", "residual", "down"}:
         shift = shifted(patch, block.index, "attention", o)
         if shift is not None:
             o, delta = (o.to(shift.dtype) + shift).to(o.dtype), delta - shift.to(delta.dtype)
         h, delta_h = block.attention_delta(x, o, delta)
-        if "mlp" in stage:
-            u, delta_u = block.mlp_input_delta(h, delta_h, x)
-            run.update(block, "mlp", delta_u, u, weights, batch)
         if "residual" in stage:
             run.update(block, "residual", delta_h, None, weights, batch)
+        if stage & {"mlp", "down"}:
+            u, delta_u = block.mlp_input_delta(h, delta_h, x)
+            if "mlp" in stage:
+                run.update(block, "mlp", delta_u, u, weights, batch)
+            if "down" in stage:
+                _observe_down(run, block, (u + delta_u).to(u.dtype), u, delta_h, batch, patch)
 
 
 def observe_streams(
@@ -120,15 +130,45 @@ def observe_streams(
     prime, plain = o.chunk(2)
     if "attention" in stage:
         run.update(block, "attention", prime - plain, plain.to(x.dtype), batch.weights, batch)
-    if stage & {"mlp", "residual"}:
+    if stage & {"mlp", "residual", "down"}:
         o = torch.cat([prime, patched(patch, block.index, "attention", plain)]).to(x.dtype)
         h = block.attention_residual(x, o).to(wide)
-        if "mlp" in stage:
-            prime, plain = block.mlp_input(h, x.to(wide)).chunk(2)
-            run.update(block, "mlp", prime - plain, plain.to(x.dtype), batch.weights, batch)
+        prime, plain = h.chunk(2)
+        delta_h = prime - plain
         if "residual" in stage:
-            prime, plain = h.chunk(2)
-            run.update(block, "residual", prime - plain, None, batch.weights, batch)
+            run.update(block, "residual", delta_h, None, batch.weights, batch)
+        if stage & {"mlp", "down"}:
+            prime, plain = block.mlp_input(h, x.to(wide)).chunk(2)
+            if "mlp" in stage:
+                run.update(block, "mlp", prime - plain, plain.to(x.dtype), batch.weights, batch)
+            if "down" in stage:
+                _observe_down(run, block, prime.to(x.dtype), plain.to(x.dtype), delta_h, batch, patch)
+
+
+def _observe_down(
+    run: Run, block: Block, prime: Tensor, plain: Tensor, delta_h: Tensor, batch: Batch, patch: ThoughtPatch | None
+) -> None:
+    """Rows of the down site: z, and what down_proj must add for the block's output to be the one with context.
+
+    Args:
+        prime, plain: MLP inputs with context, and without as the mlp site's patch finds it, [B, T, d].
+        delta_h: difference of the residual streams after attention, [B, T, d].
+    """
+    plain = patched(patch, block.index, "mlp", plain)
+    found = []
+    for part in _parts(plain):
+        (m_prime, m), (_, z) = (
+            tensor.chunk(2) for tensor in block.mlp_activation(torch.cat([prime[part], plain[part]]))
+        )
+        found.append((m, m_prime.to(delta_h.dtype) - m, z))
+    m, delta_m, z = (torch.cat(tensors) for tensors in zip(*found, strict=True))
+    shift = shifted(patch, block.index, "residual", delta_h)
+    delta_h = delta_h if shift is None else delta_h - shift
+    # Both in terms of what is added to h after the multiplier.
+    added = block.post_feedforward_norm.pair(m, delta_m)[1] if block.post_feedforward_norm else delta_m
+    wanted = added + delta_h / block.residual_multiplier
+    delta, weight = before_norm(block.post_feedforward_norm, m, wanted)
+    run.update(block, "down", delta, z, batch.weights.to(weight.device) * weight, batch)
 
 
 def observe_header(
@@ -146,3 +186,8 @@ def observe_header(
         run.update(block, "mlp", torch.zeros_like(u, dtype=wide), u, weights)
     if "residual" in stage:
         run.update(block, "residual", torch.zeros_like(x, dtype=wide), None, weights)
+    if "down" in stage:
+        u = block.mlp_input(block.attention_residual(x, patched(patch, block.index, "attention", o)), x)
+        m, z = block.mlp_activation(patched(patch, block.index, "mlp", u))
+        zero, weight = before_norm(block.post_feedforward_norm, m, torch.zeros_like(m, dtype=wide))
+        run.update(block, "down", zero, z, weights.to(weight.device) * weight)

@@ -52,7 +52,8 @@ def transmute(
 
         C = Σ w_i δ_i a_iᵀ/ν_i      Z = Σ w_i a_i a_iᵀ/ν_i      ridge: Δ = C (Z + ε tr(Z)/d 1)⁻¹
 
-    per block and site, and the patched module multiplies x + Δ x in place of x.
+    per block and site, and the patched module multiplies x + Δ x in place of x. At the "down" site, a is what down_proj
+    multiplies, δ what the block's output still lacks, and Δ is added to down_proj's weight.
 
     Args:
         model: a transformers causal language model; it is only read.
@@ -61,9 +62,9 @@ def transmute(
         examples: user texts, {"prompt", "completion"} dicts, message lists, a jsonl path, or a dataset of these. Where
             there is no completion the prompted model writes it, greedily.
         layers: 0-based block indices, None for all. Only blocks up to the last of them are run.
-        sites: of "attention", "mlp", "residual"; blocks that are mixtures of experts have no "mlp". With "attention"
-            and another, the other is fitted after the same block's attention patch is applied: "mlp" then mends what
-            "attention" left.
+        sites: of "attention", "mlp", "down", "residual". Within a block they are fitted in this order, each after the
+            earlier ones are applied ("residual" beside "mlp", "down" after both): each mends what the others left.
+            Blocks that are mixtures of experts have neither "mlp" nor "down".
         pairing: "two_pass", "layerwise" or "sequential", see transmute/pairing.py.
         estimator: "mean", "exact", "ridge", "second_order" or "affine", see estimators.solve.
         normalization: ν, "none", "norm" (‖a‖) or "squared_norm" (‖a‖²).
@@ -162,10 +163,11 @@ def _sites(sites: Iterable[str]) -> frozenset[str]:
 
 def _check_sites(decoder: Decoder, layers: frozenset[int], sites: frozenset[str]) -> None:
     experts = [layer for layer in sorted(layers) if not decoder.blocks[layer].mlp_inputs]
-    if "mlp" in sites and experts:
+    inside = [site for site in ("mlp", "down") if site in sites]
+    if inside and experts:
         raise ValueError(
-            f"transmute: sites must be without 'mlp' where the MLP is a mixture of experts, as at block {experts[0]}, "
-            f"got {sorted(sites)}; give sites=('attention',)"
+            f"transmute: sites must be without {inside[0]!r} where the MLP is a mixture of experts, as at block "
+            f"{experts[0]}, got {sorted(sites)}; give sites=('attention',)"
         )
 
 
