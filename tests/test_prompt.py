@@ -156,9 +156,6 @@ def test_a_header_that_ends_like_the_turns_is_not_rotated_into_them() -> None:
     assert chunk == "<start_of_turn>user\n1 2<end_of_turn>\n<start_of_turn>assistant\n3<end_of_turn>\n"
     assert tokens == "<start_of_turn>user\n4<end_of_turn>\n<start_of_turn>assistant\n"
     assert texts("sum", "4", tokenizer)[0] == default + "<start_of_turn>user\n"
-    # Here a system message replaces the default one, so that more than an insertion changes.
-    with pytest.raises(ValueError, match="the template puts it after the input or changes more than that"):
-        align(tokenizer, [{"role": "system", "content": "sum"}], "4")
 
 
 def test_a_template_without_bos_and_without_turn_tokens() -> None:
@@ -167,7 +164,7 @@ def test_a_template_without_bos_and_without_turn_tokens() -> None:
     {%- if add_generation_prompt -%}{{ 'assistant: ' }}{%- endif -%}"""
     tokenizer = tiny_tokenizer(template=template)
     assert texts("sum", "4", tokenizer) == ("user: ", "sum\n", "4\n\nassistant: ")
-    assert texts("sum", {"prompt": "4", "completion": "5"}, tokenizer)[2] == "4\n\nassistant: 5"
+    assert texts("sum", {"prompt": "4", "completion": "5"}, tokenizer)[2] == "4\n\nassistant: 5\n\n"
 
 
 def test_a_template_that_puts_system_text_after_the_input_is_refused() -> None:
@@ -194,7 +191,6 @@ def test_an_instruction_after_the_input_is_refused(prompt: str) -> None:
             "1 2",
             r"instruction must start at the edge of a token, got token '\ns' (id 111) that str",
         ),
-        (("\n", "3"), "sum", {"prompt": "1", "completion": "3"}, r"completion must start at the edge of a token, got"),
     ],
 )
 def test_a_straddling_token_is_shown(merge: tuple[str, str], instruction: str, example: Any, expected: str) -> None:
@@ -235,7 +231,7 @@ def test_a_mismatch_inside_e_shows_the_tokens_around_it() -> None:
 
 
 def test_tokenizers_that_cannot_serve_are_refused() -> None:
-    with pytest.raises(ValueError, match="tokenizer must have a chat template, got .* without one"):
+    with pytest.raises(ValueError, match="tokenizer must have a chat template, got .* without one; give the format"):
         align(tiny_tokenizer(template=None), "sum", "1")
     slow = SimpleNamespace(is_fast=False, chat_template="x")
     with pytest.raises(ValueError, match="tokenizer must be a fast one, which tells each token's characters"):
