@@ -44,6 +44,11 @@ class Group:
     replaced: tuple[int, ...]
     batches: tuple[Batch, ...]
 
+    @classmethod
+    def of(cls, example: EncodedExample) -> Group:
+        """An example's prefixes, without a batch."""
+        return cls(tuple(example.header), tuple(example.instruction), tuple(example.replaced), ())
+
     @property
     def with_prefix(self) -> tuple[int, ...]:
         """P."""

@@ -226,7 +226,8 @@ def _encoded(prompts: _Prompts, writer: Writer, places: Places, start: int, inse
         ends = [writer.end(tokens, len(tokens.text) - places.answer_end) for tokens in (told, bare)]
     tokens = told.ids[after : ends[0]]
     check_equal(tokenizer, "e", tokens, bare.ids[split : ends[1]])
-    return EncodedExample(told.ids[:first], told.ids[first:after], tokens, answer - after, replaced=bare.ids[first:split])
+    replaced = tuple(bare.ids[first:split])
+    return EncodedExample(told.ids[:first], told.ids[first:after], tokens, answer - after, replaced=replaced)
 
 
 def _on_edges(told: Tokens, bare: Tokens, start: int, inserted: bool) -> int:
