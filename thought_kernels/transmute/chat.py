@@ -211,9 +211,9 @@ def _read_format(format: str) -> _Turn:
     if fields[0] == "completion":
         raise ValueError(f"align: format must have {{prompt}} before {{completion}}, {needed}, got {format!r}")
     texts = [""]
-    for text, name, _, _ in parts:
+    for text, field, _, _ in parts:
         texts[-1] += text
-        if name is not None:
+        if field is not None:
             texts.append("")
     return _Turn(*texts)
 
