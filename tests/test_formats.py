@@ -118,8 +118,13 @@ def test_the_space_before_the_user_s_text_goes_with_its_token() -> None:
     tokenizer = base_tokenizer(*SPACED)
     assert parts("Sum:", "4", tokenizer, format=LETTERS, separator=" ") == ["<bos>Q:", " Sum:", " 4\nA:"]
     assert parts("+", "4", tokenizer, format=LETTERS, separator=" ") == ["<bos>Q:", " +", " 4\nA:"]
-    with pytest.raises(ValueError, match="change the separator or the whitespace"):
+    with pytest.raises(ValueError, match="change the separator or the whitespace there, such as separator=' '"):
         align(tokenizer, "Sum:", "4", format=LETTERS)
+    with pytest.raises(ValueError, match=r"change the separator or the whitespace there, such as separator='\\n'"):
+        align(tokenizer, "Sum:", "4", format=ARROW, separator=" ")
+
+
+ONCE = "format must hold {prompt} and {completion} once each and no other field, as in '{prompt} -> {completion}\\n', "
 
 
 @pytest.mark.parametrize(
@@ -129,27 +134,10 @@ def test_the_space_before_the_user_s_text_goes_with_its_token() -> None:
         ("{prompt}\n", ValueError, "format must hold {completion}, as in"),
         ("no field", ValueError, "format must hold {prompt}"),
         ("{completion} <- {prompt}", ValueError, "format must have {prompt} before {completion}"),
-        (
-            "{prompt} {x} {completion}",
-            ValueError,
-            "format must hold {prompt} and {completion} once each and no other field, ",
-        ),
-        (
-            "{prompt} {prompt} {completion}",
-            ValueError,
-            "format must hold {prompt} and {completion} once each and no other field, ",
-        ),
-        (
-            "{prompt!r} {completion}",
-            ValueError,
-            "format must hold {prompt} and {completion} once each and no other field, ",
-        ),
-        (
-            "{prompt} {} {completion}",
-            ValueError,
-            r"format must hold {prompt} and {completion} once each and no other field, as in '{prompt} -> {completion}\n', "
-            "got {prompt}, {}, {completion} in",
-        ),
+        ("{prompt} {x} {completion}", ValueError, ONCE + "got {prompt}, {x}, {completion} in"),
+        ("{prompt} {prompt} {completion}", ValueError, ONCE),
+        ("{prompt!r} {completion}", ValueError, ONCE),
+        ("{prompt} {} {completion}", ValueError, ONCE + "got {prompt}, {}, {completion} in"),
         ("{prompt} } {completion}", ValueError, "format must be a format string, "),
         (7, TypeError, "format must be a str, got int"),
     ],

@@ -47,11 +47,14 @@ def cut(tokenizer: Any, tokens: Tokens, character: int, rule: str, part: str = "
     if part:
         shown = _both(tokenizer, tokens.ids[: index + 1] if part == "H" else tokens.ids[index:], list(other))
         both = f": {part} would be, with it, {shown[0]} and, without it, {shown[1]}"
+    mend = ""
+    if tokens.text[start:character] == " ":  # a token that holds the space before a word
+        mend = ", such as separator=" + ("' '" if part == "H" else r"'\n'")
     raise ValueError(
         f"align: {rule} at the edge of a token, got token "
         f"{tokenizer.convert_ids_to_tokens(tokens.ids[index])!r} (id {tokens.ids[index]}) that straddles it, "
         f"{tokens.text[start:character]!r} before and {tokens.text[character:stop]!r} after{both}; "
-        "change the separator or the whitespace there"
+        f"change the separator or the whitespace there{mend}"
     )
 
 
