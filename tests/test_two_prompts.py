@@ -12,6 +12,7 @@ from tolerances import SOLVED
 from two_forwards import activations, sums
 
 import thought_kernels as tk
+from thought_kernels.evaluate.trial import Trial
 from thought_kernels.models import describe
 from thought_kernels.transmute import estimators
 from thought_kernels.transmute.batches import Group
@@ -214,3 +215,23 @@ def test_header_rows_need_a_common_beginning() -> None:
 def test_the_patch_says_what_it_was_compared_with() -> None:
     patch = tk.transmute(model_of(0), TOKENIZER, "Sum", EXAMPLES, without=TURNS, layers=[0])
     assert patch.provenance["without"] == TURNS and patch.provenance["format"] is None
+
+
+@pytest.mark.filterwarnings("ignore:transmute. .* completions did not end")
+def test_an_evaluation_asks_as_the_patch_was_made() -> None:
+    model, format = model_of(1), "{prompt} -> {completion}\n"
+    told: dict[str, Any] = {"without": "Reverse", "format": format}
+    texts = ["3 1 4", "2 7 8", "1 9"]
+    patch = tk.transmute(model, TOKENIZER, "Sum", texts, max_new_tokens=3, **told)
+    options: dict[str, Any] = {"held_out": texts, "sections": ["effect", "side_effects", "replay"], "max_new_tokens": 3}
+    remembered = tk.evaluate(model, TOKENIZER, patch, texts, **options)
+    given = tk.evaluate(model, TOKENIZER, patch, texts, **told, **options)
+    for name in options["sections"]:
+        section = remembered.sections[name]
+        assert section.status == "done" and str(section.figures) == str(given.sections[name].figures), section.error
+    assert remembered.settings["format"] == format and remembered.settings["without"] == "Reverse"
+    trial = Trial(model, TOKENIZER, "Sum", texts, None, max_new_tokens=3, **told)
+    for text_, told_ids, bare_ids in zip(texts, trial.prompts, trial.bare_prompts, strict=True):
+        assert text(told_ids) == f"Sum\n{text_} ->" and text(bare_ids) == f"Reverse\n{text_} ->"
+    answer = remembered.sections["effect"].samples[0]
+    assert (answer["bare"], answer["prompted"]) == (trial.base_texts[0], trial.prompted_texts[0])
