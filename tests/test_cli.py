@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 import thought_kernels as tk
 from thought_kernels.cli import app, options
 from thought_kernels.cli.transmute import read_layers, read_scale
+from thought_kernels.evaluate.trial import prompted_texts
 from thought_kernels.transmute.transmute import transmute
 
 
@@ -81,6 +82,36 @@ def test_tokens_shows_the_alignment(folder: str) -> None:
         assert any(line.startswith(part) and line.endswith(str(ids)) for line in shown.splitlines()), (part, shown)
     rows = [line.split() for line in shown.splitlines()]
     assert [row[-2] for row in rows if row[-1:] == ["completion"]] == ["7", "<end_of_turn>"]
+
+
+def test_tokens_shows_both_prefixes(folder: str) -> None:
+    tokenizer, format = tiny_tokenizer(), "{prompt} -> {completion}\n"
+    given = ("tokens", "-m", folder, "-i", "add", "-e", "3 4", "--format", format.replace("\n", r"\n"))
+    for options_, without in (((), None), (("--without", "do not"), "do not")):
+        shown = printed(run(*given, *options_))
+        found = tk.align(tokenizer, "add", "3 4", format=format, without=without)
+        for side, ids in (("with ", found.with_prefix), ("without ", found.without_prefix)):
+            (line,) = (line for line in shown.splitlines() if line.startswith(side) and "stand before e" in line)
+            assert line.endswith(f"{len(ids)} tokens stand before e: {ids}")
+        assert ("I°" in shown) == (without is not None)
+
+
+def test_a_format_and_a_second_prompt_go_with_the_patch(folder: str, tmp_path: Path) -> None:
+    saved, format = tmp_path / "patch", "{prompt} -> {completion}\n"
+    options_ = ("--without", "do not", "--format", r"{prompt} -> {completion}\n", "--max-new-tokens", "3")
+    printed(run("transmute", "-m", folder, "-i", "add", "-e", "7 1", "-o", saved, "--layers", "0", *options_))
+    patch = tk.ThoughtPatch.from_pretrained(saved)
+    assert patch.provenance["format"] == format and patch.provenance["without"] == "do not"
+    shown = printed(run("generate", "-m", folder, "--patch", saved, "--compare", "-p", "3 4", "--max-new-tokens", "3"))
+    model, tokenizer = load(folder)
+    for name, told in (("bare", "do not"), ("prompted", "add")):
+        (answer,) = prompted_texts(model, tokenizer, told, ["3 4"], format=format, max_new_tokens=3)
+        assert any(line.split() == [name, *answer.split()] for line in shown.splitlines()), (name, answer, shown)
+
+
+def test_verify_takes_a_second_prompt(folder: str) -> None:
+    shown = printed(run("verify", "-m", folder, "-i", "add", "-e", "3 4", "--without", "do not"))
+    assert "exact to rounding" in shown and "I° " in shown
 
 
 def test_tokens_says_why_a_prompt_does_not_align(folder: str) -> None:
@@ -171,7 +202,7 @@ def test_verify_passes_and_fails(folder: str) -> None:
         (["generate", "-p", "x", "--max-new-tokens", "0"], "--max-new-tokens", 2),
         (["generate", "-p", "x", "--compare"], "--compare needs a patch that knows its instruction", 2),
         (["generate", "-p", "x", "--patch", "nowhere"], "thought_patch.json must be a readable file", 1),
-        (["transmute", "-i", "x", "-o", "y"], "give --examples FILE.jsonl, or --example TEXT", 2),
+        (["transmute", "-i", "x", "-o", "y"], "give --examples FILE, or --example TEXT", 2),
         (["transmute", "-i", "x", "-o", "y", "-e", "1", "--layers", "3-x"], "--layers must be block indices", 2),
         (["transmute", "-i", "x", "-o", "y", "-e", "1", "--scale", "a=b"], "--scale must be a number, or site=", 2),
         (["transmute", "-i", "x", "-o", "y", "--examples", "no.jsonl"], "examples must be a list of examples or", 1),

@@ -51,8 +51,8 @@ def subject(model: Any, **recipe: Any) -> Subject:
     return Subject(
         model=model, tokenizer=TOKENIZER, instruction=INSTRUCTION, given_patch=None, recipe=recipe, examples=examples,
         pool=examples, held_out=Inputs(examples, None), paraphrases=[], others={}, outside=None, longer=None,
-        unrelated=examples, scorer=Tolerant(as_scorer("exact")), separator="\n", seed=0, sweep_inputs=2, lora_steps=2,
-        batch_size=8, max_new_tokens=4,
+        unrelated=examples, scorer=Tolerant(as_scorer("exact")), separator="\n", without=None, format=None, seed=0,
+        sweep_inputs=2, lora_steps=2, batch_size=8, max_new_tokens=4,
     )  # fmt: skip
 
 

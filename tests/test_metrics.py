@@ -13,9 +13,10 @@ from torch import Tensor
 
 import thought_kernels as tk
 from thought_kernels.evaluate.answers import contains, exact, final_value, value_tokens
-from thought_kernels.evaluate.metrics import completion_logprobs, completions, divergence, effect
+from thought_kernels.evaluate.metrics import completion_logprobs, divergence, effect
 from thought_kernels.evaluate.trial import Trial, bare_texts, prompted_texts
 from thought_kernels.transmute import logprobs as reading
+from thought_kernels.transmute.completions import Ending, complete
 
 TOKENIZER = tiny_tokenizer()
 END = TOKENIZER.convert_tokens_to_ids("<end_of_turn>")
@@ -74,7 +75,7 @@ def test_padding_leaves_float64_models_alone() -> None:
     for logprobs, prompt, answer in zip(found, PROMPTS, ANSWERS, strict=True):
         assert_same(logprobs, plain_logprobs(wide, prompt, answer))
     twice = [*PROMPTS, *PROMPTS]
-    written = completions(wide, twice, stops=[END], max_new_tokens=3, batch_size=100)
+    written = complete(wide, twice, ending=Ending((END,), "", TOKENIZER), max_new_tokens=3, batch_size=100)
     assert written == [plain_completion(wide, prompt, [END], 3) for prompt in twice]
 
 
@@ -87,7 +88,9 @@ def test_log_probabilities_need_one_answer_per_prompt(model: Any) -> None:
 def test_completions_keep_the_order_and_stop_at_the_stop(model: Any, batch_size: int) -> None:
     free = [plain_completion(model, prompt, [], 6) for prompt in PROMPTS]
     stops = [free[0][2], END]  # a token that the first completion does write
-    found = completions(model, PROMPTS, stops=stops, max_new_tokens=6, batch_size=batch_size)
+    found = complete(
+        model, PROMPTS, ending=Ending(tuple(stops), "", TOKENIZER), max_new_tokens=6, batch_size=batch_size
+    )
     assert found == [plain_completion(model, prompt, stops, 6) for prompt in PROMPTS]
     assert len(found[0]) <= 3 and found[0][-1] == stops[0]
 

@@ -156,9 +156,6 @@ def test_a_header_that_ends_like_the_turns_is_not_rotated_into_them() -> None:
     assert chunk == "<start_of_turn>user\n1 2<end_of_turn>\n<start_of_turn>assistant\n3<end_of_turn>\n"
     assert tokens == "<start_of_turn>user\n4<end_of_turn>\n<start_of_turn>assistant\n"
     assert texts("sum", "4", tokenizer)[0] == default + "<start_of_turn>user\n"
-    # Here a system message replaces the default one, so that more than an insertion changes.
-    with pytest.raises(ValueError, match="the template puts it after the input or changes more than that"):
-        align(tokenizer, [{"role": "system", "content": "sum"}], "4")
 
 
 def test_a_template_without_bos_and_without_turn_tokens() -> None:
@@ -167,7 +164,7 @@ def test_a_template_without_bos_and_without_turn_tokens() -> None:
     {%- if add_generation_prompt -%}{{ 'assistant: ' }}{%- endif -%}"""
     tokenizer = tiny_tokenizer(template=template)
     assert texts("sum", "4", tokenizer) == ("user: ", "sum\n", "4\n\nassistant: ")
-    assert texts("sum", {"prompt": "4", "completion": "5"}, tokenizer)[2] == "4\n\nassistant: 5"
+    assert texts("sum", {"prompt": "4", "completion": "5"}, tokenizer)[2] == "4\n\nassistant: 5\n\n"
 
 
 def test_a_template_that_puts_system_text_after_the_input_is_refused() -> None:
@@ -194,7 +191,6 @@ def test_an_instruction_after_the_input_is_refused(prompt: str) -> None:
             "1 2",
             r"instruction must start at the edge of a token, got token '\ns' (id 111) that str",
         ),
-        (("\n", "3"), "sum", {"prompt": "1", "completion": "3"}, r"completion must start at the edge of a token, got"),
     ],
 )
 def test_a_straddling_token_is_shown(merge: tuple[str, str], instruction: str, example: Any, expected: str) -> None:
@@ -235,7 +231,7 @@ def test_a_mismatch_inside_e_shows_the_tokens_around_it() -> None:
 
 
 def test_tokenizers_that_cannot_serve_are_refused() -> None:
-    with pytest.raises(ValueError, match="tokenizer must have a chat template, got .* without one"):
+    with pytest.raises(ValueError, match="tokenizer must have a chat template, got .* without one; give the format"):
         align(tiny_tokenizer(template=None), "sum", "1")
     slow = SimpleNamespace(is_fast=False, chat_template="x")
     with pytest.raises(ValueError, match="tokenizer must be a fast one, which tells each token's characters"):
@@ -316,7 +312,7 @@ class DatasetDict(dict):  # stands in for datasets.DatasetDict, whose iteration 
     ("examples", "kind", "expected"),
     [
         ([], ValueError, "examples must hold at least one example, got none"),
-        (5, TypeError, "examples must be a list or a jsonl path, got int"),
+        (5, TypeError, "examples must be a list or a path, got int"),
         ("no/such.jsonl", ValueError, "got 'no/such.jsonl', where no file is"),
         (DatasetDict(train=[]), TypeError, "got a DatasetDict; choose one of its splits"),
         ({"prompt": "1"}, TypeError, "got a dict; put it in a list"),
@@ -353,6 +349,63 @@ def test_a_bad_line_of_a_file_is_named(line: str, expected: str, tmp_path: Path)
     with pytest.raises((ValueError, TypeError), match="examples.jsonl, line 2, ") as caught:
         load_examples(path)
     assert expected in str(caught.value)
+
+
+def users(texts: list[str]) -> list[Example]:
+    return [Example(({"role": "user", "content": text},), None) for text in texts]
+
+
+def test_a_text_file_holds_a_prompt_a_line(tmp_path: Path) -> None:
+    path = tmp_path / "examples.txt"
+    path.write_bytes(b"\xef\xbb\xbf8 7\r\n\r\nabc, d\n")
+    assert load_examples(path) == load_examples([path]) == users(["8 7", "abc, d"])
+
+
+def test_a_json_file_holds_a_list_of_examples(tmp_path: Path) -> None:
+    path = tmp_path / "examples.json"
+    path.write_text(json.dumps(["4", {"prompt": "1 2", "completion": "3"}], indent=1))
+    assert load_examples(path) == [*users(["4"]), CHAT]
+    for text, expected in (("{}", "must be a list of examples, got a JSON dict"), ("[", "must be JSON"), ("[1]", "0,")):
+        path.write_text(text)
+        with pytest.raises((ValueError, TypeError), match=re.escape(f"{path}")) as caught:
+            load_examples(path)
+        assert expected in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("prompt,completion\n1 2,3\n", [CHAT]),
+        ("Completion, Prompt\n3,1 2\n\n,4\n", [CHAT, *users(["4"])]),
+        ('prompt\n"1, 2\n3"\n4\n', users(["1, 2\n3", "4"])),
+        ("1 2\r\n4\r\n", users(["1 2", "4"])),
+    ],
+    ids=["both", "order", "prompt", "single"],
+)
+def test_a_csv_file_has_columns_or_one_column(text: str, expected: list[Example], tmp_path: Path) -> None:
+    path = tmp_path / "examples.csv"
+    path.write_bytes(text.encode())
+    assert load_examples(path) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("question,answer\n1,2\n", "line 1, must name the columns prompt and completion, .* got question, answer"),
+        ("completion\n", None),
+        ('prompt,completion\n"1\n2",3\n4\n', "line 4, must have 2 cells as the first row has, got 1"),
+        ("prompt\n1, 2\n", "line 2, must have 1 cells .* got 2; a text with a comma"),
+        ('prompt\n"1\n', "line 2, must be comma-separated values"),
+    ],
+)
+def test_a_bad_csv_file_is_named_with_its_line(text: str, expected: str | None, tmp_path: Path) -> None:
+    path = tmp_path / "examples.csv"
+    path.write_text(text)
+    if expected is None:  # one column of any other name is a list of prompts
+        assert load_examples(path) == users(["completion"])
+        return
+    with pytest.raises(ValueError, match=f"load_examples: {re.escape(str(path))}, {expected}"):
+        load_examples(path)
 
 
 @pytest.mark.parametrize("read", [load_examples, read_pairs])

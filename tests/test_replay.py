@@ -45,7 +45,7 @@ def test_patches_act_on_what_is_recomputed() -> None:
     decoder = describe(tiny_gemma3(0, torch.float64))
     tokens = ids(2).tolist()
     patches, _, _ = module.token_patches(
-        decoder, Group(tuple(tokens[:3]), tuple(tokens[3:9]), ()), torch.tensor([tokens[9:]])
+        decoder, Group(tuple(tokens[:3]), tuple(tokens[3:9]), (), ()), torch.tensor([tokens[9:]])
     )
     for patch in patches:
         torch.testing.assert_close(patch(0.5 * patch.activation), 0.5 * (patch.activation + patch.delta))

@@ -13,7 +13,7 @@ from models import tiny_gemma3, tiny_multimodal_gemma3, tiny_tokenizer
 import thought_kernels as tk
 from thought_kernels.models import describe
 from thought_kernels.transmute.batches import MAX_BATCH_TOKENS, group_examples
-from thought_kernels.transmute.completions import with_completions
+from thought_kernels.transmute.completions import Ending, with_completions
 from thought_kernels.transmute.prompt import EncodedExample, encode
 
 TOKENIZER = tiny_tokenizer()
@@ -78,14 +78,17 @@ def test_missing_completions_are_written_by_the_prompted_model() -> None:
             written.append(int(model(torch.tensor([ids[0].tolist() + written])).logits[0, -1].argmax()))
         examples.append(EncodedExample(header, chunk, [*e, *written], len(e)))
     encoded = [encode(TOKENIZER, "Sum now", prompt) for prompt in prompts]
-    assert with_completions(model, encoded, end_of_turn=stops[1], max_new_tokens=5, batch_size=2) == examples
+    assert (
+        with_completions(model, encoded, ending=Ending(tuple(stops), "", TOKENIZER), max_new_tokens=5, batch_size=2)
+        == examples
+    )
 
 
 @pytest.mark.filterwarnings("ignore:transmute. .* completions did not end")
 def test_completions_are_greedy_whatever_the_generation_config_says() -> None:
     model = model_of(4, torch.float32)
     encoded = [encode(TOKENIZER, "Sum now", prompt) for prompt in ("8 76", "abc")]
-    arguments = {"end_of_turn": 5, "max_new_tokens": 8, "batch_size": 2}
+    arguments = {"ending": Ending((5,), "", TOKENIZER), "max_new_tokens": 8, "batch_size": 2}
     greedy = with_completions(model, encoded, **arguments)
     own = model.generation_config
     own.repetition_penalty, own.num_beams = 5.0, 3

@@ -60,6 +60,8 @@ def evaluate(
     separator: Annotated[
         str | None, typer.Option(help=r"Between instruction and input (default the patch's, or \n).")
     ] = None,
+    without: options.Without = None,
+    format: options.Format = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Inputs at a time.")] = 128,
     max_new_tokens: Annotated[
         int | None, typer.Option(min=1, help=f"Longest answer (default 64; {_TASK_TOKENS} for a task).")
@@ -114,7 +116,7 @@ def evaluate(
         evaluation = run_evaluate(
             found, tokenizer, subject, fitted, scorer=grader,
             sections=wanted, output=output, recipe=_recipe(recipe), inputs=inputs, sweep_inputs=sweep_inputs,
-            lora_steps=lora_steps, seed=seed, separator=None if separator is None else options.unescaped(separator),
+            lora_steps=lora_steps, seed=seed, **options.prompting(separator, format, without),
             batch_size=batch_size, max_new_tokens=max_new_tokens or (64 if task is None else _TASK_TOKENS),
             progress=progress,
             **given,

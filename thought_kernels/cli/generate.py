@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.table import Table
@@ -21,6 +21,7 @@ def generate(
         str | None, typer.Option("--instruction", "-i", help="For --compare; the patch's own if not given.")
     ] = None,
     model: options.Model = options.DEFAULT_MODEL,
+    format: options.Format = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 64,
     dtype: options.Dtype = "auto",
     device: options.Device = "cpu",
@@ -36,21 +37,29 @@ def generate(
     if compare and not told:
         raise typer.BadParameter("--compare needs a patch that knows its instruction, or --instruction")
     found, tokenizer = options.load_model(model, dtype, device, offline)
+    written: dict[str, Any] = {
+        "format": provenance.get("format") if format is None else options.unescaped(format),
+        "max_new_tokens": max_new_tokens,
+    }
+    other, separator = provenance.get("without"), provenance.get("separator", "\n")
+
+    def answer(instruction: Any) -> str:
+        if instruction is None:
+            return bare_texts(found, tokenizer, [prompt], **written)[0]
+        return prompted_texts(found, tokenizer, instruction, [prompt], separator=separator, **written)[0]
+
     answers: dict[str, str] = {}
     if compare and told:
-        (answers["bare"],) = bare_texts(found, tokenizer, [prompt], max_new_tokens=max_new_tokens)
-        (answers["prompted"],) = prompted_texts(
-            found, tokenizer, told, [prompt], separator=provenance.get("separator", "\n"), max_new_tokens=max_new_tokens
-        )
+        answers["bare"], answers["prompted"] = answer(other), answer(told)
     if loaded is not None:
         with (scale * loaded).applied(found):
-            (answers["patched"],) = bare_texts(found, tokenizer, [prompt], max_new_tokens=max_new_tokens)
+            answers["patched"] = answer(other)  # a patch is made for the prompt that it was compared with
     elif not compare:
-        (answers["bare"],) = bare_texts(found, tokenizer, [prompt], max_new_tokens=max_new_tokens)
+        answers["bare"] = answer(None)
     if not compare:
         options.out.print(next(iter(answers.values())), markup=False, soft_wrap=True)
         return
     table = Table(box=None, pad_edge=False, show_header=False)
-    for name, answer in answers.items():
-        table.add_row(Text(name, style="bold"), Text(answer))
+    for name, text in answers.items():
+        table.add_row(Text(name, style="bold"), Text(text))
     options.out.print(table)

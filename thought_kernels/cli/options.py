@@ -36,11 +36,20 @@ RequiredInstruction = Annotated[
 ]
 Demonstrations = Annotated[
     Path | None,
-    typer.Option(
-        help="jsonl of few-shot turns, prompt and completion or messages a line; the instruction, or after it."
-    ),
+    typer.Option(help="File of few-shot turns, each with prompt and completion; the instruction, or after it."),
 ]
 Separator = Annotated[str, typer.Option(help=r"Between instruction and example; \n and \t are understood.")]
+Without = Annotated[
+    str | None,
+    typer.Option(help="What the other side is told in the instruction's place (default nothing).", show_default=False),
+]
+Format = Annotated[
+    str | None,
+    typer.Option(
+        help=r"Of a turn, in place of a chat template: '{prompt} -> {completion}\n'; \n and \t are understood.",
+        show_default=False,
+    ),
+]
 
 DEFAULT_MODEL = str(CHECKPOINT)
 DEFAULT_SEPARATOR = r"\n"
@@ -93,9 +102,18 @@ def progress(name: str) -> Iterator[Callable[[int, int, str], None]]:
         yield lambda done, total, what: bar.update(task, completed=done, total=total, description=what)
 
 
-def unescaped(separator: str) -> str:
-    r"""A separator as the shell passes it, with \n and \t meant as newline and tab."""
-    return separator.replace(r"\n", "\n").replace(r"\t", "\t")
+def unescaped(text: str) -> str:
+    r"""A separator or format as the shell passes it, with \n and \t meant as newline and tab."""
+    return text.replace(r"\n", "\n").replace(r"\t", "\t")
+
+
+def prompting(separator: str | None, format: str | None, without: str | None = None) -> dict[str, Any]:
+    """Those of the options of how a prompt is written that were given, as encode and transmute take them."""
+    return {
+        name: value if name == "without" else unescaped(value)
+        for name, value in (("separator", separator), ("format", format), ("without", without))
+        if value is not None
+    }
 
 
 def read_instruction(text: str | None, demonstrations: Path | None) -> str | list[dict[str, str]]:

@@ -1,4 +1,4 @@
-"""`thought-kernels tokens`: how a prompt is split into H, I and e."""
+"""`thought-kernels tokens`: how a prompt is split into H, I and e, and what stands before e on the other side."""
 
 from __future__ import annotations
 
@@ -10,12 +10,14 @@ from rich.text import Text
 
 from thought_kernels.cli import options
 
-_COLOURS = {"H": "cyan", "I": "magenta", "e": "green"}
+_COLOURS = {"H": "cyan", "I": "magenta", "I°": "yellow", "e": "green"}
 _MEANING = {
     "H": "before the instruction",
     "I": "the instruction, transmuted",
+    "I°": "in its place on the other side",
     "e": "after it; with and without the instruction the same",
 }
+_PREFIXES = {"with": ("H", "I"), "without": ("H", "I°")}
 
 
 def tokens(
@@ -27,21 +29,23 @@ def tokens(
     demonstrations: options.Demonstrations = None,
     model: options.Model = options.DEFAULT_MODEL,
     separator: options.Separator = options.DEFAULT_SEPARATOR,
+    without: options.Without = None,
+    format: options.Format = None,
     offline: options.Offline = False,
 ) -> None:
-    """Print a prompt as H | I | e with token ids, or say why it does not align."""
+    """Print a prompt as H | I | e with token ids and both prefixes of e, or say why it does not align."""
     from thought_kernels.models.load import context_length
     from thought_kernels.transmute.prompt import explain
 
     told = options.read_instruction(instruction, demonstrations)
     tokenizer = options.load_tokenizer(model, offline)
     rows = explain(
-        tokenizer, told, options.with_completion(example, completion), separator=options.unescaped(separator)
+        tokenizer, told, options.with_completion(example, completion), **options.prompting(separator, format, without)
     )
-    limit = context_length(model, offline=offline)
-    if limit is not None and len(rows) > limit:
+    limit, length = context_length(model, offline=offline), rows[-1].position + 1
+    if limit is not None and length > limit:
         raise ValueError(
-            f"tokens: example must fit the model's context of {limit} tokens, got {len(rows)} with the instruction; "
+            f"tokens: example must fit the model's context of {limit} tokens, got {length} with the instruction; "
             "shorten it"
         )
     table = Table(box=None, pad_edge=False)
@@ -59,5 +63,11 @@ def tokens(
     options.out.print()
     for part, meaning in _MEANING.items():
         ids = [row.token_id for row in rows if row.part == part]
+        if part == "I°" and not ids:
+            continue
         line = Text.assemble((part, f"bold {_COLOURS[part]}"), f"  {len(ids):>3} tokens  {meaning}: {ids}")
+        options.out.print(line, soft_wrap=True)
+    for side, parts in _PREFIXES.items():
+        ids = [row.token_id for row in rows if row.part in parts]
+        line = Text.assemble((f"{side:<7}", "bold"), f"  {len(ids):>3} tokens stand before e: {ids}")
         options.out.print(line, soft_wrap=True)

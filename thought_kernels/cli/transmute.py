@@ -26,7 +26,9 @@ def transmute(
     instruction: options.RequiredInstruction = None,
     examples: Annotated[
         Path | None,
-        typer.Option(help="jsonl, a line each: a text, prompt and completion, or messages (required, or --example)."),
+        typer.Option(
+            help="File of texts, prompts and completions, or messages: txt, csv, json, jsonl (required, or --example)."
+        ),
     ] = None,
     example: Annotated[list[str] | None, typer.Option("--example", "-e", help="A user text; may be repeated.")] = None,
     demonstrations: options.Demonstrations = None,
@@ -59,6 +61,8 @@ def transmute(
         float | None, typer.Option(help=_help("header_weight", "Weight of the header's rows."))
     ] = None,
     separator: options.Separator = options.DEFAULT_SEPARATOR,
+    without: options.Without = None,
+    format: options.Format = None,
     batch_size: Annotated[int | None, typer.Option(help=_help("batch_size", "Examples at a time."))] = None,
     memory_budget: Annotated[
         int | None, typer.Option(help=_help("memory_budget", "Bytes of hidden states kept in memory."))
@@ -78,7 +82,7 @@ def transmute(
 
     told = options.read_instruction(instruction, demonstrations)
     if examples is None and not example:
-        raise typer.BadParameter("give --examples FILE.jsonl, or --example TEXT once or more, or both")
+        raise typer.BadParameter("give --examples FILE, or --example TEXT once or more, or both")
     if not all(text.strip() for text in example or ()):
         raise typer.BadParameter("--example must be a text, got an empty one")
     options.check_folder(output)
@@ -97,7 +101,7 @@ def transmute(
         tokenizer,
         told,
         loaded,
-        separator=options.unescaped(separator),
+        **options.prompting(separator, format, without),
         progress=options.err.is_terminal,
         **settings,
     )

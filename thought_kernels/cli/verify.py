@@ -24,6 +24,8 @@ def verify(
         float | None, typer.Option(help="Worst relative error that passes; by dtype if not given.")
     ] = None,
     separator: options.Separator = options.DEFAULT_SEPARATOR,
+    without: options.Without = None,
+    format: options.Format = None,
     dtype: options.Dtype = "float64",
     device: options.Device = "cpu",
     offline: options.Offline = False,
@@ -32,23 +34,25 @@ def verify(
 
     Exact but for rounding: exits with 1 if an error is above the tolerance, or not well below the unpatched control.
     """
-    import torch
-
+    from thought_kernels.models import describe
+    from thought_kernels.transmute.batches import Group
     from thought_kernels.transmute.prompt import encode
-    from thought_kernels.transmute.replay import replay
+    from thought_kernels.transmute.replay import replay_group
 
     told = options.read_instruction(instruction, demonstrations)
     found, tokenizer = options.load_model(model, dtype, device, offline)
-    row = encode(tokenizer, told, options.with_completion(example, completion), separator=options.unescaped(separator))
-    ids = torch.tensor([*row.header, *row.instruction, *row.tokens])
-    report = replay(found, ids, (len(row.header), len(row.header) + len(row.instruction)))
+    row = encode(
+        tokenizer, told, options.with_completion(example, completion), **options.prompting(separator, format, without)
+    )
+    report = replay_group(describe(found), Group.of(row), row.tokens)
 
     arithmetic = str(found.dtype).removeprefix("torch.")
     allowed = TOLERANCES[arithmetic] if tolerance is None else tolerance
     worst = int(report.block_error.argmax())
     block_error = float(report.block_error[worst])
     table = Table(box=None, pad_edge=False, show_header=False)
-    table.add_row("tokens", f"H {len(row.header)}, I {len(row.instruction)}, e {len(row.tokens)}")
+    replaced = f", I° {len(row.replaced)}" if row.replaced else ""
+    table.add_row("tokens", f"H {len(row.header)}, I {len(row.instruction)}{replaced}, e {len(row.tokens)}")
     table.add_row("arithmetic", arithmetic)
     table.add_row("worst block error", f"{block_error:.2e} (block {worst} of {len(report.block_error)}, 0-based)")
     table.add_row("logit error", f"{report.logit_error:.2e}")

@@ -16,7 +16,7 @@ from thought_kernels.evaluate.subject import NOT_RECIPE, Inputs, Other, Outside,
 from thought_kernels.models import describe
 from thought_kernels.transmute.apply import targets
 from thought_kernels.transmute.patch import ThoughtPatch
-from thought_kernels.transmute.prompt import Example, Instruction, encode, load_examples
+from thought_kernels.transmute.prompt import Example, Instruction, load_examples
 from thought_kernels.transmute.transmute import transmute
 
 
@@ -24,7 +24,8 @@ def read_subject(
     model: Any, tokenizer: Any, patch_or_instruction: Any, examples: Any, *, held_out: Any,
     answers: Sequence[str] | None, instruction: Instruction | None, scorer: Any, outside: Any, longer: Any,
     paraphrases: Sequence[str], others: Any, unrelated: Any, pool: Any, recipe: Mapping[str, Any] | None, inputs: int,
-    sweep_inputs: int, lora_steps: int, separator: str | None, batch_size: int, max_new_tokens: int, seed: int,
+    sweep_inputs: int, lora_steps: int, separator: str | None, without: Instruction | None, format: str | None,
+    batch_size: int, max_new_tokens: int, seed: int,
 ) -> tuple[Subject, list[str], dict[str, Any]]:  # fmt: skip
     """Arguments as evaluate's.
 
@@ -48,8 +49,10 @@ def read_subject(
     if patch is not None:
         targets("evaluate", patch, model)  # one of another model is refused now, not by every section
     told = _instruction(patch, patch_or_instruction, instruction)
-    if separator is None:
-        separator = patch.provenance.get("separator", "\n") if patch is not None else "\n"
+    made: Mapping[str, Any] = {} if patch is None else patch.provenance
+    separator = made.get("separator", "\n") if separator is None else separator
+    without = made.get("without") if without is None else without
+    format = made.get("format") if format is None else format
     measured = _inputs(held_out, answers, "held_out", inputs)
     fitted = _examples(examples, patch)
     known_pool = _pool(fitted, pool)
@@ -62,8 +65,8 @@ def read_subject(
         paraphrases=_texts("paraphrases", paraphrases), others=_others(others), outside=_outside(outside, inputs),
         longer=None if longer is None else _inputs(longer, None, "longer", inputs),
         unrelated=load_examples(list(ORDINARY_PROMPTS) if unrelated is None else unrelated)[:inputs],
-        scorer=Tolerant(as_scorer(scorer)), separator=separator, seed=seed, sweep_inputs=sweep_inputs,
-        lora_steps=lora_steps, batch_size=batch_size, max_new_tokens=max_new_tokens,
+        scorer=Tolerant(as_scorer(scorer)), separator=separator, without=without, format=format, seed=seed,
+        sweep_inputs=sweep_inputs, lora_steps=lora_steps, batch_size=batch_size, max_new_tokens=max_new_tokens,
     )  # fmt: skip
     _check_fits(found, also_unrelated=unrelated is not None)
     settings = {
@@ -76,7 +79,8 @@ def read_subject(
         "device": str(found.decoder.device),
         "examples": len(fitted), "pool": len(known_pool), "held_out": len(measured.questions),
         "labels": "given" if measured.answers is not None else "agreement with the prompted model",
-        "scorer": found.scorer.name, "separator": separator, "paraphrases": found.paraphrases,
+        "scorer": found.scorer.name, "separator": separator, "without": without, "format": format,
+        "paraphrases": found.paraphrases,
         "others": list(found.others), "unrelated": len(found.unrelated), "sweep_inputs": sweep_inputs,
         "lora_steps": lora_steps, "batch_size": batch_size, "max_new_tokens": max_new_tokens, "seed": seed,
         "threads": torch.get_num_threads(), "torch": torch.__version__,
@@ -230,8 +234,8 @@ def _check_fits(subject: Subject, *, also_unrelated: bool) -> None:
         )
     for name, instruction, rows, room in given:
         for index, example in enumerate(rows):
-            row = encode(subject.tokenizer, instruction, example, separator=subject.separator)
-            length = len(row.header) + len(row.instruction) + len(row.tokens) + room
+            row = subject.encode(example, instruction)
+            length = max(len(row.with_prefix), len(row.without_prefix)) + len(row.tokens) + room
             if limit is not None and length > limit:
                 raise ValueError(
                     f"evaluate: {name}[{index}] must fit the model's context of {limit} tokens, got {length} with the "

@@ -222,9 +222,9 @@ class Composition:
     def _cancelled(self, name: str) -> float:
         trial = self._trial(name)
         rows = [encode(self._tokenizer, self._behaviours[name].instruction, text) for text in self._fresh]
-        told = [[*row.header, *row.instruction, *row.tokens] for row in rows]
+        told = [[*row.with_prefix, *row.tokens] for row in rows]
         read = partial(completion_logprobs, self._model, batch_size=self._options["batch_size"])
-        reference = list(read([[*row.header, *row.tokens] for row in rows], trial.bare_written))
+        reference = list(read([[*row.without_prefix, *row.tokens] for row in rows], trial.bare_written))
         without = sum(float(kl.sum()) for kl in divergence(reference, read(told, trial.bare_written)))
         with (-self.patch(name)).applied(self._model):
             negated = sum(float(kl.sum()) for kl in divergence(reference, read(told, trial.bare_written)))
@@ -238,7 +238,7 @@ class Composition:
             model, device = self._model, describe(self._model).device
             with undisturbed(model), patch.applied(model), activation_moments(model, patch) as moments:
                 for row in rows:
-                    ids = torch.tensor([[*row.header, *row.tokens]], device=device)
+                    ids = torch.tensor([[*row.without_prefix, *row.tokens]], device=device)
                     with torch.no_grad():
                         model(input_ids=ids, use_cache=False, logits_to_keep=1)
             self._moments[name] = moments

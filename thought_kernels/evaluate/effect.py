@@ -12,8 +12,9 @@ from thought_kernels.evaluate.intervals import mean_interval, recovered_interval
 from thought_kernels.evaluate.report import Section
 from thought_kernels.evaluate.subject import Subject, sums
 from thought_kernels.evaluate.trial import Score, Trial
-from thought_kernels.transmute.prompt import encode
-from thought_kernels.transmute.replay import replay as run_replay
+from thought_kernels.models import describe
+from thought_kernels.transmute.batches import Group
+from thought_kernels.transmute.replay import replay_group
 
 REPLAYED = 4
 # Up to this size a float64 copy of the model is made for the replay; beyond it the model's own dtype has to do.
@@ -32,9 +33,8 @@ def replay(subject: Subject, section: Section) -> None:
     count = min(REPLAYED, len(subject.trial))
     for index in range(count):
         example = subject.held_out.questions[index]._replace(completion=subject.trial.prompted_texts[index] or None)
-        row = encode(subject.tokenizer, subject.instruction, example, separator=subject.separator)
-        ids = torch.tensor([*row.header, *row.instruction, *row.tokens])
-        report = run_replay(model, ids, (len(row.header), len(row.header) + len(row.instruction)))
+        row = subject.encode(example)
+        report = replay_group(describe(model), Group.of(row), row.tokens)
         blocks = report.block_error
         worst_blocks = blocks if worst_blocks is None else torch.maximum(worst_blocks, blocks)
         logits.append(report.logit_error)

@@ -43,6 +43,8 @@ def evaluate(
     sweep_inputs: int = 96,
     lora_steps: int = 100,
     separator: str | None = None,
+    without: Any = None,
+    format: str | None = None,
     batch_size: int = 128,
     max_new_tokens: int = 64,
     seed: int = 0,
@@ -86,6 +88,7 @@ def evaluate(
         sweep_inputs: of these, how many the controls, baselines and sweeps use.
         lora_steps: optimiser steps of the LoRA baseline.
         separator: between instruction and input, "\\n" if not given and the patch does not say.
+        without, format: of the prompts, as transmute's; the patch's own if not given.
         batch_size: inputs at a time.
         max_new_tokens: longest answer.
         seed: of resampling and of everything random.
@@ -108,7 +111,7 @@ def evaluate(
         model, tokenizer, patch_or_instruction, examples, held_out=held_out, answers=answers, instruction=instruction,
         scorer=scorer, outside=outside, longer=longer, paraphrases=paraphrases, others=others, unrelated=unrelated,
         pool=pool, recipe=recipe, inputs=inputs, sweep_inputs=sweep_inputs, lora_steps=lora_steps, separator=separator,
-        batch_size=batch_size, max_new_tokens=max_new_tokens, seed=seed,
+        without=without, format=format, batch_size=batch_size, max_new_tokens=max_new_tokens, seed=seed,
     )  # fmt: skip
     folder: Path | None = None if output is None else output_folder(output)
     kept = Progress(folder, fingerprint(subject, settings) if folder is not None else "")

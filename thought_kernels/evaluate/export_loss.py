@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from thought_kernels.evaluate.metrics import Effect, completion_logprobs, completions, divergence, effect
+from thought_kernels.evaluate.metrics import Effect, completion_logprobs, divergence, effect
 from thought_kernels.evaluate.trial import bare_prompts
+from thought_kernels.transmute.completions import complete
 from thought_kernels.transmute.patch import ThoughtPatch
 
 
@@ -40,9 +41,9 @@ def export_loss(
     """
     if not questions:
         raise ValueError("export_loss: questions must be at least one, got none")
-    prompts, stops = bare_prompts(model, tokenizer, questions)
+    prompts, ending = bare_prompts(model, tokenizer, questions)
     with patch.applied(model):
-        answers = completions(model, prompts, stops=stops, max_new_tokens=max_new_tokens, batch_size=batch_size)
+        answers = complete(model, prompts, ending=ending, max_new_tokens=max_new_tokens, batch_size=batch_size)
         wanted = list(completion_logprobs(model, prompts, answers, batch_size=batch_size))
     with exported.applied(model):
         lost = divergence(wanted, completion_logprobs(model, prompts, answers, batch_size=batch_size))

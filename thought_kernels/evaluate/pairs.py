@@ -102,7 +102,7 @@ def check_context(model: Any, tokenizer: Any, instruction: Instruction, pairs: I
     limit = getattr(describe(model).config, "max_position_embeddings", None)
     for pair in pairs:
         row = encode(tokenizer, instruction, {"prompt": pair.question, "completion": pair.answer})
-        length = len(row.header) + len(row.instruction) + len(row.tokens)
+        length = max(len(row.with_prefix), len(row.without_prefix)) + len(row.tokens)
         if limit is not None and length > limit:
             raise ValueError(
                 f"experiment: data must fit the model's context of {limit} tokens, got {length} with the instruction "

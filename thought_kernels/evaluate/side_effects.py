@@ -9,11 +9,10 @@ from typing import Any
 import torch
 
 from thought_kernels.evaluate.intervals import Interval, mean_interval, recovered_interval
-from thought_kernels.evaluate.metrics import completion_logprobs, completions, divergence
+from thought_kernels.evaluate.metrics import completion_logprobs, divergence
 from thought_kernels.evaluate.report import Section
 from thought_kernels.evaluate.subject import Inputs, Intervention, Subject, sums
-from thought_kernels.transmute.completions import end_of_turn_id, stop_ids
-from thought_kernels.transmute.prompt import Example, encode
+from thought_kernels.transmute.completions import complete, ending_of
 
 OTHER_INPUTS = 64
 
@@ -46,22 +45,16 @@ class Bystander:
         """(bare prompts, the same with the instruction, continuations) as token ids."""
         subject = self._subject
         chats = subject.unrelated
-        asked = [
-            encode(subject.tokenizer, subject.instruction, chat._replace(completion=None), separator=subject.separator)
-            for chat in chats
-        ]
-        bare = [[*row.header, *row.tokens] for row in asked]
-        told = [[*row.header, *row.instruction, *row.tokens] for row in asked]
-        first = Example(chats[0].messages, None)
-        stops = stop_ids(
-            subject.model, end_of_turn_id(subject.tokenizer, subject.instruction, first, subject.separator)
-        )
-        written = completions(
-            subject.model, bare, stops=stops, max_new_tokens=subject.max_new_tokens, batch_size=subject.batch_size
+        asked = [subject.encode(chat._replace(completion=None)) for chat in chats]
+        bare = [[*row.without_prefix, *row.tokens] for row in asked]
+        told = [[*row.with_prefix, *row.tokens] for row in asked]
+        ending = ending_of(subject.model, subject.tokenizer, chats[0], format=subject.format)
+        written = complete(
+            subject.model, bare, ending=ending, max_new_tokens=subject.max_new_tokens, batch_size=subject.batch_size
         )
         for index, chat in enumerate(chats):
             if chat.completion is not None:
-                row = encode(subject.tokenizer, subject.instruction, chat, separator=subject.separator)
+                row = subject.encode(chat)
                 written[index] = list(row.tokens[row.answer_start :])
         return bare, told, written
 

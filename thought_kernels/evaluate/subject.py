@@ -18,7 +18,7 @@ from thought_kernels.evaluate.scorers import Scorer, ScorerError
 from thought_kernels.evaluate.trial import Score, Trial
 from thought_kernels.models import describe
 from thought_kernels.models.decoder import Decoder
-from thought_kernels.transmute.completions import end_of_turn_id, with_completions
+from thought_kernels.transmute.completions import ending_of, with_completions
 from thought_kernels.transmute.patch import ThoughtPatch
 from thought_kernels.transmute.prompt import EncodedExample, Example, Instruction, encode
 from thought_kernels.transmute.transmute import transmute
@@ -26,7 +26,9 @@ from thought_kernels.transmute.transmute import transmute
 # Hyper-parameters of the baselines are chosen on this many of the examples at most: a choice needs no more.
 CHOICE_EXAMPLES = 32
 # Arguments of transmute that are the evaluation's own and no part of a recipe.
-NOT_RECIPE = {"model", "tokenizer", "instruction", "examples", "separator", "max_new_tokens", "progress"}
+NOT_RECIPE = {
+    "model", "tokenizer", "instruction", "examples", "without", "separator", "format", "max_new_tokens", "progress",
+}  # fmt: skip
 
 
 class Intervention(Protocol):
@@ -103,6 +105,7 @@ class Subject:
         longer: longer inputs.
         unrelated: prompts that the patch should not change.
         scorer: grades answers.
+        separator, without, format: of the prompts, as transmute's.
         seed: of everything random.
         sweep_inputs: how many held-out inputs the sweeps, controls and baselines are measured on.
         lora_steps: optimiser steps of the LoRA baseline.
@@ -123,6 +126,8 @@ class Subject:
     unrelated: list[Example]
     scorer: Tolerant
     separator: str
+    without: Instruction | None
+    format: str | None
     seed: int
     sweep_inputs: int
     lora_steps: int
@@ -171,11 +176,16 @@ class Subject:
     def encoded(self) -> list[EncodedExample]:
         """The examples as token ids, completed by the prompted model where they had no completion."""
         self.need_examples("controls")
-        rows = [encode(self.tokenizer, self.instruction, one, separator=self.separator) for one in self.examples]
-        end_of_turn = end_of_turn_id(self.tokenizer, self.instruction, self.examples[0], self.separator)
+        ending = ending_of(self.model, self.tokenizer, self.examples[0], format=self.format)
         return with_completions(
-            self.model, rows, end_of_turn=end_of_turn, max_new_tokens=self.max_new_tokens, batch_size=self.batch_size
-        )
+            self.model, list(map(self.encode, self.examples)), ending=ending, max_new_tokens=self.max_new_tokens,
+            batch_size=self.batch_size,
+        )  # fmt: skip
+
+    def encode(self, example: Example, instruction: Instruction | None = None) -> EncodedExample:
+        """An example as token ids, with the evaluated instruction or another one."""
+        told = self.instruction if instruction is None else instruction
+        return encode(self.tokenizer, told, example, without=self.without, separator=self.separator, format=self.format)
 
     def need_examples(self, what: str, count: int = 2) -> None:
         """Raises ValueError where there are too few examples for something, NotGivenError where there are none."""
@@ -188,8 +198,8 @@ class Subject:
     def fit(self, instruction: Instruction, examples: Sequence[Example]) -> ThoughtPatch:
         """transmute with the recipe."""
         return transmute(
-            self.model, self.tokenizer, instruction, list(examples), separator=self.separator,
-            max_new_tokens=self.max_new_tokens, **self.recipe,
+            self.model, self.tokenizer, instruction, list(examples), without=self.without, separator=self.separator,
+            format=self.format, max_new_tokens=self.max_new_tokens, **self.recipe,
         )  # fmt: skip
 
     def other_patch(self, name: str) -> ThoughtPatch:
@@ -203,8 +213,8 @@ class Subject:
         """A Trial with the evaluation's settings."""
         return Trial(
             self.model, self.tokenizer, instruction, inputs.questions, inputs.answers, match=self.scorer,
-            separator=self.separator, batch_size=self.batch_size, max_new_tokens=self.max_new_tokens,
-            known=self.known, divergences=divergences,
+            separator=self.separator, without=self.without, format=self.format, batch_size=self.batch_size,
+            max_new_tokens=self.max_new_tokens, known=self.known, divergences=divergences,
         )  # fmt: skip
 
     def measure(self, intervention: Intervention, trial: Trial | None = None) -> Score:

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from thought_kernels.evaluate.answers import MATCHES, value_tokens
-from thought_kernels.evaluate.metrics import Effect, completion_logprobs, completions, divergence, effect
+from thought_kernels.evaluate.metrics import Effect, completion_logprobs, divergence, effect
 from thought_kernels.evaluate.scorers import as_scorer
-from thought_kernels.transmute.completions import end_of_turn_id, stop_ids
+from thought_kernels.transmute.chat import writer_of
+from thought_kernels.transmute.completions import Ending, complete, ending_of
 from thought_kernels.transmute.prompt import EncodedExample, Example, Instruction, encode, load_examples
 from thought_kernels.transmute.spill import buffers
 
@@ -56,6 +57,8 @@ class Trial:
         answers: the right answer to each; None grades by agreement, the prompted model's answers being the right ones.
         match: "exact" or "contains", see evaluate/answers.py, or what as_scorer takes.
         separator: between instruction and question.
+        without: what the other side is told, as transmute's; None for the instruction taken out.
+        format: of a turn; None for the chat template.
         batch_size: inputs at a time.
         max_new_tokens: where completions are cut.
         known: bare completions by question, for questions that other trials of the same model have asked before; this
@@ -89,6 +92,8 @@ class Trial:
         *,
         match: Any = "exact",
         separator: str = "\n",
+        without: Instruction | None = None,
+        format: str | None = None,
         batch_size: int = 256,
         max_new_tokens: int = 64,
         known: dict[str, list[int]] | None = None,
@@ -105,13 +110,12 @@ class Trial:
         self._batch_size, self._max_new_tokens = batch_size, max_new_tokens
         asked = [example._replace(completion=None) for example in load_examples(questions)]
         self.questions = [example.messages[-1]["content"] for example in asked]
-        encoded, stops = _asked(model, tokenizer, instruction, asked, separator)
-        self._stops = tuple(stops)
-        self.prompts = [[*row.header, *row.instruction, *row.tokens] for row in encoded]
-        self.bare_prompts = [[*row.header, *row.tokens] for row in encoded]
+        encoded, self._ending = _asked(model, tokenizer, instruction, asked, without, separator, format)
+        self.prompts = [[*row.with_prefix, *row.tokens] for row in encoded]
+        self.bare_prompts = [[*row.without_prefix, *row.tokens] for row in encoded]
 
         self.written = self._complete(model, self.prompts)
-        self.prompted_texts = decoded(tokenizer, self.written)
+        self.prompted_texts = self._ending.texts(self.written)
         self.answers = list(self.prompted_texts if answers is None else answers)
         self.prompted_grades = self.grade(self.prompted_texts)
         self.prompted = _mean(self.prompted_grades)
@@ -121,10 +125,10 @@ class Trial:
         bare = self._complete(model, [self.bare_prompts[index] for index in fresh])
         known.update((keys[index], ids) for index, ids in zip(fresh, bare, strict=True))
         self.bare_written = [known[key] for key in keys]
-        self.base_texts = decoded(tokenizer, self.bare_written)
+        self.base_texts = self._ending.texts(self.bare_written)
         self.base_grades = self.grade(self.base_texts)
         self.base = _mean(self.base_grades)
-        self._values = [value_tokens(tokenizer, ids, self._stops) for ids in self.written]
+        self._values = [value_tokens(tokenizer, ids, self._ending.ids) for ids in self.written]
         self.prompted_logprobs: list[Tensor] | None = None
         self.bare_divergences: list[Tensor] = []
         self.bare_follows: list[Tensor] = []
@@ -160,7 +164,7 @@ class Trial:
         others = [index for index, same in enumerate(follows) if not bool(same.all())]
         for index, ids in zip(others, self._complete(model, [self.bare_prompts[i] for i in others]), strict=True):
             own[index] = ids
-        texts = decoded(self._tokenizer, own)
+        texts = self._ending.texts(own)
         grades = self.grade(texts)
         bare = self.bare_divergences
         return Score(
@@ -177,12 +181,12 @@ class Trial:
 
     def answer(self, model: Any) -> tuple[float, list[str]]:
         """Accuracy and answers of the model as it is now, without the instruction; no divergences, so cheaper."""
-        texts = decoded(self._tokenizer, self._complete(model, self.bare_prompts))
+        texts = self._ending.texts(self._complete(model, self.bare_prompts))
         return _mean(self.grade(texts)), texts
 
     def answer_prompted(self, model: Any) -> list[str]:
         """Answers of the model as it is now with the instruction: whether a patch disturbs what the model is told."""
-        return decoded(self._tokenizer, self._complete(model, self.prompts))
+        return self._ending.texts(self._complete(model, self.prompts))
 
     def grade(self, texts: Sequence[str]) -> list[float]:
         """The scorer's grade of an answer to each question."""
@@ -204,8 +208,8 @@ class Trial:
         return divergence(references, watched()), follows
 
     def _complete(self, model: Any, prompts: list[list[int]]) -> list[list[int]]:
-        return completions(
-            model, prompts, stops=self._stops, max_new_tokens=self._max_new_tokens, batch_size=self._batch_size
+        return complete(
+            model, prompts, ending=self._ending, max_new_tokens=self._max_new_tokens, batch_size=self._batch_size
         )
 
 
@@ -216,41 +220,33 @@ def prompted_texts(
     questions: Sequence[Any],
     *,
     separator: str = "\n",
+    format: str | None = None,
     batch_size: int = 256,
     max_new_tokens: int = 64,
 ) -> list[str]:
     """The model's greedy answers to questions with the instruction, stripped; arguments as Trial's."""
-    encoded, stops = _asked(model, tokenizer, instruction, questions, separator)
-    prompts = [[*row.header, *row.instruction, *row.tokens] for row in encoded]
-    written = completions(model, prompts, stops=stops, max_new_tokens=max_new_tokens, batch_size=batch_size)
-    return decoded(tokenizer, written)
+    encoded, ending = _asked(model, tokenizer, instruction, questions, None, separator, format)
+    prompts = [[*row.with_prefix, *row.tokens] for row in encoded]
+    return ending.texts(complete(model, prompts, ending=ending, max_new_tokens=max_new_tokens, batch_size=batch_size))
 
 
 def bare_texts(
-    model: Any, tokenizer: Any, questions: Sequence[str], *, batch_size: int = 256, max_new_tokens: int = 64
-) -> list[str]:
+    model: Any, tokenizer: Any, questions: Sequence[str], *, format: str | None = None, batch_size: int = 256,
+    max_new_tokens: int = 64,
+) -> list[str]:  # fmt: skip
     """The model's greedy answers to questions alone, stripped: bare, or patched while a patch is applied."""
-    prompts, stops = bare_prompts(model, tokenizer, questions)
-    written = completions(model, prompts, stops=stops, max_new_tokens=max_new_tokens, batch_size=batch_size)
-    return decoded(tokenizer, written)
+    prompts, ending = bare_prompts(model, tokenizer, questions, format=format)
+    return ending.texts(complete(model, prompts, ending=ending, max_new_tokens=max_new_tokens, batch_size=batch_size))
 
 
-def bare_prompts(model: Any, tokenizer: Any, questions: Sequence[str]) -> tuple[list[list[int]], list[int]]:
-    """Questions as prompts without an instruction, and the ids that end an answer."""
-    prompts = [
-        tokenizer.apply_chat_template(
-            [{"role": "user", "content": question}], add_generation_prompt=True, return_dict=True
-        )["input_ids"]
-        for question in questions
-    ]
-    stops = stop_ids(model, end_of_turn_id(tokenizer, "instruction", load_examples(["question"])[0], "\n"))
-    return prompts, stops
-
-
-def decoded(tokenizer: Any, written: Sequence[Sequence[int]]) -> list[str]:
-    """Completions as text, without special tokens and outer whitespace."""
-    texts = tokenizer.batch_decode([list(ids) for ids in written], skip_special_tokens=True)
-    return [text.strip() for text in texts]
+def bare_prompts(
+    model: Any, tokenizer: Any, questions: Sequence[str], *, format: str | None = None
+) -> tuple[list[list[int]], Ending]:
+    """Questions as prompts without an instruction, and what ends an answer."""
+    writer = writer_of(tokenizer, format, "")
+    chats = load_examples(questions)
+    prompts = [writer.tokens(writer.text(chat), closed=False).ids for chat in chats]
+    return prompts, ending_of(model, tokenizer, chats[0], format=format)
 
 
 def _kept(rows: Iterator[Tensor], counts: Sequence[int]) -> list[Tensor]:
@@ -275,9 +271,12 @@ def _key(example: Example) -> str:
 
 
 def _asked(
-    model: Any, tokenizer: Any, instruction: Instruction, questions: Sequence[Any], separator: str
-) -> tuple[list[EncodedExample], list[int]]:
-    """The questions as prompts, and the ids that end an answer."""
-    encoded = [encode(tokenizer, instruction, question, separator=separator) for question in questions]
-    example = load_examples([questions[0]])[0]
-    return encoded, stop_ids(model, end_of_turn_id(tokenizer, instruction, example, separator))
+    model: Any, tokenizer: Any, instruction: Instruction, questions: Sequence[Any], without: Instruction | None,
+    separator: str, format: str | None,
+) -> tuple[list[EncodedExample], Ending]:  # fmt: skip
+    """The questions as prompts, and what ends an answer."""
+    encoded = [
+        encode(tokenizer, instruction, question, without=without, separator=separator, format=format)
+        for question in questions
+    ]
+    return encoded, ending_of(model, tokenizer, load_examples([questions[0]])[0], format=format)

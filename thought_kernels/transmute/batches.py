@@ -1,4 +1,4 @@
-"""Examples in padded batches, and the keys and values of the prefix they share, with and without the instruction."""
+"""Examples in padded batches, and the keys and values of the two prefixes that they share, P and P° (theory §1)."""
 
 from __future__ import annotations
 
@@ -34,11 +34,40 @@ class Batch:
 
 @dataclass(frozen=True)
 class Group:
-    """The examples that share one header and one instruction."""
+    """The examples that share both prefixes: P = header + instruction, and P° = header + replaced.
+
+    Where the instruction is inserted `replaced` is empty, and the header is H.
+    """
 
     header: tuple[int, ...]
     instruction: tuple[int, ...]
+    replaced: tuple[int, ...]
     batches: tuple[Batch, ...]
+
+    @classmethod
+    def of(cls, example: EncodedExample) -> Group:
+        """An example's prefixes, without a batch."""
+        return cls(tuple(example.header), tuple(example.instruction), tuple(example.replaced), ())
+
+    @property
+    def with_prefix(self) -> tuple[int, ...]:
+        """P."""
+        return self.header + self.instruction
+
+    @property
+    def without_prefix(self) -> tuple[int, ...]:
+        """P°."""
+        return self.header + self.replaced
+
+    @property
+    def inserted(self) -> bool:
+        """Whether P° is a beginning of P, so that its rows are the same on both sides: δ = 0."""
+        return not self.replaced
+
+    @property
+    def start(self) -> int:
+        """The position of e's first token, right after P; the keys of P° are rotated so that they end before it too."""
+        return len(self.with_prefix)
 
     @property
     def weight(self) -> int:
@@ -46,13 +75,24 @@ class Group:
         return sum(len(batch.examples) for batch in self.batches)
 
     def positions(self, length: int) -> Tensor:
-        """Positions of e's tokens in the full prompt [H, I, e], [1, T]. The stream without context uses them too."""
-        start = len(self.header) + len(self.instruction)
-        return torch.arange(start, start + length)[None]
+        """Positions of e's tokens in [P, e], [1, T]; rotary attention without context uses them too."""
+        return torch.arange(self.start, self.start + length)[None]
+
+    def streams(self, decoder: Decoder, tokens: Tensor) -> Tensor:
+        """The residual streams of e entering block 0 with and without context, [2, B, T, d], from tokens [B, T].
+
+        They differ only where positions are learned: each stream then has those of its own prompt, which is what the
+        patched model will be given.
+        """
+        told = decoder.embed(tokens, self.positions(tokens.shape[1]))
+        if decoder.positions == "rotary":
+            return told.expand(2, *told.shape)
+        before = len(self.without_prefix)
+        return torch.stack([told, decoder.embed(tokens, torch.arange(before, before + tokens.shape[1])[None])])
 
 
 def group_examples(examples: Sequence[EncodedExample], batch_size: int, tokens: str, dtype: torch.dtype) -> list[Group]:
-    """Examples by header and instruction, each group in padded batches of similar length.
+    """Examples by their two prefixes, each group in padded batches of similar length.
 
     Args:
         examples: aligned examples, every one with at least one summed token.
@@ -60,14 +100,15 @@ def group_examples(examples: Sequence[EncodedExample], batch_size: int, tokens: 
         tokens: "all" sums every token of e, "answer" those of the completion.
         dtype: of the weights.
     """
-    shared: dict[tuple[tuple[int, ...], tuple[int, ...]], list[tuple[int, EncodedExample]]] = {}
+    shared: dict[tuple[tuple[int, ...], ...], list[tuple[int, EncodedExample]]] = {}
     for index, example in enumerate(examples):
         number = index if example.number is None else example.number
-        shared.setdefault((tuple(example.header), tuple(example.instruction)), []).append((number, example))
+        prefixes = tuple(example.header), tuple(example.instruction), tuple(example.replaced)
+        shared.setdefault(prefixes, []).append((number, example))
     groups = []
-    for (header, instruction), members in shared.items():
+    for (header, instruction, replaced), members in shared.items():
         members = sorted(members, key=lambda member: len(member[1].tokens))
-        groups.append(Group(header, instruction, tuple(_batches(members, batch_size, tokens, dtype))))
+        groups.append(Group(header, instruction, replaced, tuple(_batches(members, batch_size, tokens, dtype))))
     return groups
 
 
@@ -98,20 +139,31 @@ def _batches(
 
 
 @dataclass(frozen=True)
-class BlockPrefix:
-    """One block's share of a prefix: rotated keys and values [Hkv, length, D], and the header's attention output.
+class PrefixRows:
+    """What one block does at a prefix's own tokens, in its own forward from position 0.
 
     Attributes:
-        with_context: of [H, I].
-        without_context: of H, its keys rotated |I| positions further on (theory §3); None if H is empty.
-        header_stream: residual stream entering the block at H's tokens, [1, |H|, d].
-        header_output: attention output at H's tokens, heads concatenated, [1, |H|, Hq*D].
+        stream: residual stream entering the block, [1, P, d].
+        output: attention output, heads concatenated, [1, P, Hq*D].
+    """
+
+    stream: Tensor
+    output: Tensor
+
+
+@dataclass(frozen=True)
+class BlockPrefix:
+    """One block's share of the prefixes: rotated keys and values [Hkv, length, D] that end right before e.
+
+    Attributes:
+        with_context: of P.
+        without_context: of P°, None if it is empty. The keys of the shorter prefix are rotated further on (theory §3).
+        header: rows of H where the instruction is inserted, which are the same on both sides; None if there are none.
     """
 
     with_context: tuple[Tensor, Tensor]
     without_context: tuple[Tensor, Tensor] | None
-    header_stream: Tensor
-    header_output: Tensor
+    header: PrefixRows | None
 
 
 def heads_last(o: Tensor) -> Tensor:
@@ -138,20 +190,31 @@ def moved_keys(decoder: Decoder, block: Block, keys: Tensor, values: Tensor, fir
 
 
 def prefix_blocks(decoder: Decoder, group: Group, last: int) -> list[BlockPrefix]:
-    """Runs [H, I] once through blocks 0..last; H's own stream never sees I, so it serves both sides."""
-    header = len(group.header)
-    ids = torch.tensor([[*group.header, *group.instruction]])
-    x = decoder.embed(ids)
-    prefixes = []
+    """Runs P once through blocks 0..last, and P° too where it is no beginning of P: H never sees what follows it."""
+    header, prefixes = len(group.header), []
+    others = None if group.inserted else _own_forward(decoder, group.without_prefix, last)
+    for block, x, o, k, v in _own_forward(decoder, group.with_prefix, last):
+        told = moved_keys(decoder, block, k, v, group.start - len(group.with_prefix))
+        bare, rows = None, None
+        if others is not None:
+            _, _, _, other_k, other_v = next(others)
+            bare = moved_keys(decoder, block, other_k, other_v, group.start - len(group.without_prefix))
+        elif header:
+            bare = moved_keys(decoder, block, k[:, :, :header], v[:, :, :header], len(group.instruction))
+            # Copies: views would keep the whole prefix's streams of all blocks alive.
+            rows = PrefixRows(x[:, :header].clone(), o[:, :header].clone())
+        prefixes.append(BlockPrefix(told, bare, rows))
+    return prefixes
+
+
+def _own_forward(
+    decoder: Decoder, ids: tuple[int, ...], last: int
+) -> Iterator[tuple[Block, Tensor, Tensor, Tensor, Tensor]]:
+    """A prefix's own forward: each block with its input x, attention output o, unrotated keys and values."""
+    x = decoder.embed(torch.tensor([ids]))
     for block in decoder.blocks[: last + 1]:
         o, k, v = own_attention(decoder, block, x)
-        without = None
-        if header:
-            without = moved_keys(decoder, block, k[:, :, :header], v[:, :, :header], len(group.instruction))
-        # Copies: views would keep the whole prefix's streams of all blocks alive.
-        kept = x[:, :header].clone(), o[:, :header].clone()
-        prefixes.append(BlockPrefix(moved_keys(decoder, block, k, v, 0), without, *kept))
+        yield block, x, o, k, v
         if block.index < last:
             h = block.attention_residual(x, o)
             x = block.mlp_output(h, block.mlp_input(h, x), x=x)
-    return prefixes

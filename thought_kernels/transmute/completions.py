@@ -2,86 +2,90 @@
 
 from __future__ import annotations
 
-import contextlib
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
-import torch
-
-from thought_kernels.models.undisturbed import undisturbed
-from thought_kernels.transmute.logprobs import equal_lengths, may_pad
-from thought_kernels.transmute.prompt import EncodedExample, Example, Instruction, encode
+from thought_kernels.transmute.chat import text_tokenizer, writer_of
+from thought_kernels.transmute.generation import continue_greedily
+from thought_kernels.transmute.prompt import EncodedExample, Example
 
 
-def stop_ids(model: Any, end_of_turn: int) -> list[int]:
-    """Ids that end a completion: the chat's end-of-turn token and what the model's generation config names."""
-    named = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-    return sorted({end_of_turn, *([named] if isinstance(named, int) else named or [])})
+@dataclass(frozen=True)
+class Ending:
+    """What ends a completion; what does is its last token.
 
-
-def end_of_turn_id(tokenizer: Any, instruction: Instruction, example: Example, separator: str) -> int:
-    """The token that closes a completion in this tokenizer's chats."""
-    return encode(tokenizer, instruction, Example(example.messages, "x"), separator=separator).tokens[-1]
-
-
-@torch.no_grad()
-def complete(
-    model: Any, prompts: Sequence[Sequence[int]], *, stops: Sequence[int], max_new_tokens: int, batch_size: int
-) -> Iterator[list[list[int]]]:
-    """Greedy continuations of id lists, a batch at a time, in order.
-
-    Each ends with the first stop id, which it includes, or has max_new_tokens tokens. What the model's own generation
-    config says of sampling, beams or penalties does not apply.
+    Attributes:
+        ids: any one of these.
+        text: or the first token with which the decoded completion holds this text; "" for none.
+        tokenizer: decodes.
     """
-    greedy = type(model.generation_config)(
-        do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=list(stops), pad_token_id=stops[0]
-    )
-    padded, start = may_pad(model), 0
-    while start < len(prompts):
-        rows = prompts[start : start + batch_size]
-        rows = rows if padded else rows[: equal_lengths(rows)]
-        start += len(rows)
-        longest = max(len(row) for row in rows)
-        ids = torch.full((len(rows), longest), stops[0])
-        mask = torch.zeros_like(ids)
-        for index, row in enumerate(rows):
-            ids[index, longest - len(row) :] = torch.as_tensor(row)
-            mask[index, longest - len(row) :] = 1
-        device = model.get_input_embeddings().weight.device
-        with undisturbed(model), _generating_by(model, greedy):
-            out = model.generate(input_ids=ids.to(device), attention_mask=mask.to(device))
-        yield [_until_stop(row, stops) for row in out[:, longest:].tolist()]
+
+    ids: tuple[int, ...]
+    text: str
+    tokenizer: Any
+
+    def reached(self, answer: Sequence[int]) -> bool:
+        """Whether a completion, whose tokens before the last did not end it, ends with its last token."""
+        return len(answer) > 0 and (answer[-1] in self.ids or bool(self.text and self.text in self._decode(answer)))
+
+    def texts(self, answers: Sequence[Sequence[int]]) -> list[str]:
+        """Completions as text up to what ends them, without special tokens and outer whitespace."""
+        decoded = self.tokenizer.batch_decode([list(ids) for ids in answers], skip_special_tokens=True)
+        return [(text.partition(self.text)[0] if self.text else text).strip() for text in decoded]
+
+    def _decode(self, answer: Sequence[int]) -> str:
+        return self.tokenizer.decode(list(answer), clean_up_tokenization_spaces=False)
 
 
-@contextlib.contextmanager
-def _generating_by(model: Any, config: Any) -> Iterator[None]:
-    """The model with another generation config: what generate() is given is merged with the model's own otherwise."""
-    own = model.generation_config
-    model.generation_config = config
-    try:
-        yield
-    finally:
-        model.generation_config = own
+def ending_of(model: Any, tokenizer: Any, example: Example, *, format: str | None = None) -> Ending:
+    """What ends a completion in this tokenizer's chats, or in a format, and what the model's generation config names.
+
+    Args:
+        model: a transformers causal language model.
+        tokenizer: its fast tokenizer.
+        example: a chat that the template takes.
+        format: of a turn; None for the chat template.
+    """
+    ids, text = writer_of(tokenizer, format, "").closing(example)
+    named = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    every = {*ids, *([named] if isinstance(named, int) else named or [])}
+    return Ending(tuple(sorted(every)), text, text_tokenizer(tokenizer))
+
+
+def complete(
+    model: Any, prompts: Sequence[Sequence[int]], *, ending: Ending, max_new_tokens: int, batch_size: int
+) -> list[list[int]]:
+    """Greedy continuations of id lists, in order.
+
+    Each ends with what ends it, or has max_new_tokens tokens. What the model's own generation config says of sampling,
+    beams or penalties does not apply. What all prompts begin with is run once.
+
+    Args:
+        model: a transformers causal language model.
+        prompts: token ids, each with at least one.
+        ending: of a continuation.
+        max_new_tokens: where a continuation is cut that has not ended.
+        batch_size: prompts at a time.
+    """
+    return continue_greedily(model, prompts, ending.reached, max_new_tokens=max_new_tokens, batch_size=batch_size)
 
 
 def with_completions(
-    model: Any, encoded: Sequence[EncodedExample], *, end_of_turn: int, max_new_tokens: int, batch_size: int
+    model: Any, encoded: Sequence[EncodedExample], *, ending: Ending, max_new_tokens: int, batch_size: int
 ) -> list[EncodedExample]:
     """The same examples, those without a completion completed by the prompted model.
 
     Completions that reach max_new_tokens stay cut there, with a warning.
     """
     open_ended = [index for index, example in enumerate(encoded) if example.answer_start == len(example.tokens)]
-    prompts = [[*encoded[i].header, *encoded[i].instruction, *encoded[i].tokens] for i in open_ended]
-    stops = stop_ids(model, end_of_turn)
-    completed, cut, done = list(encoded), 0, 0
-    for batch in complete(model, prompts, stops=stops, max_new_tokens=max_new_tokens, batch_size=batch_size):
-        for answer in batch:
-            example = encoded[open_ended[done]]
-            completed[open_ended[done]] = example._replace(tokens=[*example.tokens, *answer])
-            cut += not answer or answer[-1] not in stops
-            done += 1
+    prompts = [[*encoded[i].with_prefix, *encoded[i].tokens] for i in open_ended]
+    answers = complete(model, prompts, ending=ending, max_new_tokens=max_new_tokens, batch_size=batch_size)
+    completed = list(encoded)
+    for index, answer in zip(open_ended, answers, strict=True):
+        completed[index] = encoded[index]._replace(tokens=[*encoded[index].tokens, *answer])
+    cut = sum(not ending.reached(answer) for answer in answers)
     if cut:
         warnings.warn(
             f"transmute: {cut} of {len(prompts)} completions did not end within max_new_tokens={max_new_tokens} tokens "
@@ -89,8 +93,3 @@ def with_completions(
             stacklevel=3,
         )
     return completed
-
-
-def _until_stop(ids: list[int], stops: Sequence[int]) -> list[int]:
-    first = next((index for index, token in enumerate(ids) if token in stops), len(ids) - 1)
-    return ids[: first + 1]

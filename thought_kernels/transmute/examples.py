@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from thought_kernels.transmute.example_files import read_rows
 
 ROLES = ("system", "user", "assistant")
 _KEYS = ({"prompt"}, {"prompt", "completion"}, {"messages"})
@@ -33,7 +34,9 @@ def load_examples(examples: Iterable[Any] | str | os.PathLike[str]) -> list[Exam
             {"prompt": str, "completion": str}, the completion may be missing or None; both may be message lists;
             a message list, or {"messages": message list}: a trailing assistant message is the completion, earlier
             turns belong to the example; a system message comes first if at all;
-            or a path of a jsonl file: these forms again, a line each. A Path inside the list is read the same way.
+            or a path: of a jsonl file, these forms again, a line each; of a json file, a list of them; of a csv file,
+            with the columns prompt and completion, or prompts alone; of a txt file, a user's text a line. A Path
+            inside the list is read the same way.
 
     Returns:
         The examples, in order.
@@ -42,7 +45,7 @@ def load_examples(examples: Iterable[Any] | str | os.PathLike[str]) -> list[Exam
         ValueError, TypeError: if there is no example, or one has another form; names its index or line.
     """
     if isinstance(examples, (str, os.PathLike)):
-        loaded = _read_jsonl(Path(examples))
+        loaded = _read_file(Path(examples))
     elif isinstance(examples, Mapping):
         hint = "choose one of its splits" if type(examples).__name__.endswith("DatasetDict") else "put it in a list"
         raise TypeError(f"load_examples: examples must be a list of examples, got a {type(examples).__name__}; {hint}")
@@ -50,11 +53,11 @@ def load_examples(examples: Iterable[Any] | str | os.PathLike[str]) -> list[Exam
         loaded = []
         for index, example in enumerate(examples):
             if isinstance(example, os.PathLike):
-                loaded += _read_jsonl(Path(example))
+                loaded += _read_file(Path(example))
             else:
                 loaded.append(read_example(example, f"load_examples: examples[{index}]"))
     else:
-        raise TypeError(f"load_examples: examples must be a list or a jsonl path, got {type(examples).__name__}")
+        raise TypeError(f"load_examples: examples must be a list or a path, got {type(examples).__name__}")
     if not loaded:
         raise ValueError("load_examples: examples must hold at least one example, got none")
     return loaded
@@ -90,27 +93,8 @@ def read_messages(messages: Iterable[Any], subject: str) -> tuple[dict[str, str]
     return tuple(read)
 
 
-def _read_jsonl(path: Path) -> list[Example]:
-    if not path.is_file():
-        raise ValueError(
-            f"load_examples: examples must be a list of examples or the path of a jsonl file, got {str(path)!r}, "
-            "where no file is"
-        )
-    try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")  # some editors begin with a mark
-    except UnicodeDecodeError as error:
-        raise ValueError(f"load_examples: {path} must be text in UTF-8, got other bytes; {error}") from error
-    loaded = []
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        subject = f"load_examples: {path}, line {number},"
-        try:
-            example = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{subject} must be one JSON value, got {line[:60]!r}; {error}") from None
-        loaded.append(read_example(example, subject))
-    return loaded
+def _read_file(path: Path) -> list[Example]:
+    return [read_example(value, f"load_examples: {where},") for where, value in read_rows(path)]
 
 
 def _from_mapping(example: Mapping[str, Any], subject: str) -> Example:

@@ -1,8 +1,10 @@
 """The three pairings: which activation without the instruction is compared with the one that saw it (theory §2).
 
-    two_pass     its own forward over [H, e]; the streams part from block 1 on            (TP Algorithm 1, lines 13-14)
-    layerwise    the with-context residual stream, only I's keys and values hidden        (TP §2.2, eq. 5-6)
-    sequential   its own forward over [H, e] with the patches of earlier blocks applied   (ours)
+    two_pass     its own forward over [P°, e]; the streams part from block 1 on           (TP Algorithm 1, lines 13-14)
+    layerwise    the with-context residual stream, only P's keys and values exchanged     (TP §2.2, eq. 5-6)
+    sequential   its own forward over [P°, e] with the patches of earlier blocks applied  (ours)
+
+P° is what stands before e without the instruction: H where that is inserted in P = [H, I].
 
 Each pairing streams rows (δ, a, w) of every targeted block and site into a ThoughtAccumulator. Sites of one block are
 observed in stages (site.STAGES), each after the patches of the earlier ones have been applied.
@@ -76,8 +78,8 @@ def _by_stages(run: Run, observe_batch: _Pass) -> None:
             observe_batch(run, group, prefixes, batch, stage, patch)
         for group, prefixes in zip(run.groups, run.prefixes, strict=True):
             for block, prefix in zip(run.blocks, prefixes, strict=True):
-                if block.index in run.layers:
-                    observe_header(run, block, group, prefix.header_stream, prefix.header_output, stage, patch)
+                if block.index in run.layers and prefix.header is not None:
+                    observe_header(run, block, group, prefix.header.stream, prefix.header.output, stage, patch)
         if stage != run.stages[-1]:
             solved = run.solve(run.layers, stage)
             patch = solved if patch is None else patch + solved
@@ -109,7 +111,7 @@ def _layerwise_batch(
 def _two_pass_batch(
     run: Run, group: Group, prefixes: list[BlockPrefix], batch: Batch, stage: frozenset[str], patch: ThoughtPatch | None
 ) -> None:
-    x = run.decoder.embed(batch.tokens, group.positions(batch.tokens.shape[1])).repeat(2, 1, 1)
+    x = group.streams(run.decoder, batch.tokens).flatten(0, 1)
     for block, prefix in zip(run.blocks, prefixes, strict=True):
         o = attend(run, block, x, group, [prefix.with_context, prefix.without_context], batch)
         if block.index in run.layers:
@@ -126,7 +128,7 @@ def sequential(run: Run) -> None:
     """Streams the sequential pairing: block by block over all examples, each solved before the next is run.
 
     Between blocks only the residual streams are kept; what a block needs again after its patch is solved, the attention
-    output without context, is computed again. H's own patched stream is carried along, so the keys that e sees without
+    output without context, is computed again. P°'s own patched stream is carried along, so the keys that e sees without
     context are those of the patched model.
     """
     decoder = run.decoder
@@ -135,17 +137,17 @@ def sequential(run: Run) -> None:
     # [2, B, T, d] of each batch: with context, then patched without.
     kept = buffers(shapes, decoder.dtype, decoder.device, run.memory_budget)
     for (group, _, batch), streams in zip(batches, kept, strict=True):
-        streams.copy_(decoder.embed(batch.tokens, group.positions(batch.tokens.shape[1])))
-    headers = [decoder.embed(torch.tensor([group.header])) if group.header else None for group in run.groups]
+        streams.copy_(group.streams(decoder, batch.tokens))
+    befores = [decoder.embed(torch.tensor([g.without_prefix])) if g.without_prefix else None for g in run.groups]
     for block in run.blocks:
-        header_outputs: list[Tensor | None] = []
+        before_outputs: list[Tensor | None] = []
         without: dict[int, KeysValues | None] = {}
-        for group, header in zip(run.groups, headers, strict=True):
+        for group, before in zip(run.groups, befores, strict=True):
             o, without[id(group)] = None, None
-            if header is not None:
-                o, k, v = own_attention(decoder, block, header)
-                without[id(group)] = moved_keys(decoder, block, k, v, len(group.instruction))
-            header_outputs.append(o)
+            if before is not None:
+                o, k, v = own_attention(decoder, block, before)
+                without[id(group)] = moved_keys(decoder, block, k, v, group.start - len(group.without_prefix))
+            before_outputs.append(o)
         patch: ThoughtPatch | None = None
         stages = run.stages if block.index in run.layers else []
         for stage in stages:
@@ -157,9 +159,9 @@ def sequential(run: Run) -> None:
                     stage == stages[-1] and block.index < run.last
                 ):  # nothing reads this block's input with context again
                     _advance(run, block, streams[:1], o[: len(batch.tokens)], batch, None)
-            for group, header, header_o in zip(run.groups, headers, header_outputs, strict=True):
-                if header is not None and header_o is not None:
-                    observe_header(run, block, group, header, header_o, stage, patch)
+            for group, before, before_o in zip(run.groups, befores, before_outputs, strict=True):
+                if before is not None and before_o is not None and group.inserted:
+                    observe_header(run, block, group, before, before_o, stage, patch)
             solved = run.solve(frozenset({block.index}), stage)
             patch = solved if patch is None else patch + solved
         for (group, prefixes, batch), streams in zip(batches, kept, strict=True):
@@ -170,9 +172,9 @@ def sequential(run: Run) -> None:
                 _advance(run, block, left, o, batch, patch)
             run.tick()
         if block.index < run.last:
-            for index, (header, o) in enumerate(zip(headers, header_outputs, strict=True)):
-                if header is not None and o is not None:
-                    headers[index] = _rest(block, header, o, patch)
+            for index, (before, o) in enumerate(zip(befores, before_outputs, strict=True)):
+                if before is not None and o is not None:
+                    befores[index] = _rest(block, before, o, patch)
 
 
 def _advance(run: Run, block: Block, streams: Tensor, o: Tensor, batch: Batch, patch: ThoughtPatch | None) -> None:

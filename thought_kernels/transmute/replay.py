@@ -1,7 +1,11 @@
-"""The exactness theorem on real weights: per-token patches at every block replace the instruction (theory §2)."""
+"""The exactness theorem on real weights: per-token patches at every block replace the instruction (theory §2).
+
+It holds for any two prefixes P and P° before the same e; an inserted instruction, P = [H, I] and P° = H, is one case.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from numbers import Integral
 from typing import Any
@@ -18,7 +22,7 @@ from thought_kernels.transmute.batches import Group, heads_last, own_attention, 
 
 @dataclass(frozen=True)
 class ReplayReport:
-    """How closely [H, e] with per-token patches follows [H, I, e]; errors are max|x − x̂| / max|x| over e's tokens.
+    """How closely [P°, e] with per-token patches follows [P, e]; errors are max|x − x̂| / max|x| over e's tokens.
 
     Attributes:
         block_error: [L], of each block's output.
@@ -96,13 +100,18 @@ def replay(model: Any, with_ids: Tensor, span: tuple[int, int]) -> ReplayReport:
             f"replay: span must satisfy 0 <= start < stop < {len(ids)}, got ({start}, {stop}); "
             "a token after the span is needed to compare"
         )
-    tokens = [int(token) for token in ids]
-    group = Group(tuple(tokens[:start]), tuple(tokens[start:stop]), ())
-    e = torch.tensor([tokens[stop:]])
-    without = torch.tensor([tokens[:start] + tokens[stop:]])
-    positions = torch.tensor([[*range(start), *range(stop, len(tokens))]])
+    tokens = tuple(int(token) for token in ids)
+    return replay_group(decoder, Group(tokens[:start], tokens[start:stop], (), ()), tokens[stop:])
+
+
+@torch.no_grad()
+def replay_group(decoder: Decoder, group: Group, e: Sequence[int]) -> ReplayReport:
+    """replay for a group's two prefixes P and P°: [P°, e], run from position 0, with per-token patches for [P, e]."""
+    start = len(group.without_prefix)
+    without = torch.tensor([[*group.without_prefix, *e]])
+    positions = torch.cat([torch.arange(start)[None], group.positions(len(e))], dim=1)
     with undisturbed(decoder.model):
-        patches, blocks, final = token_patches(decoder, group, e)
+        patches, blocks, final = token_patches(decoder, group, torch.tensor([list(e)]))
         replayed, replayed_final = run_patched(decoder, without, patches, positions)
         _, control_final = run_patched(decoder, without, None, positions)
         logits = decoder.logits(final)
@@ -115,7 +124,7 @@ def replay(model: Any, with_ids: Tensor, span: tuple[int, int]) -> ReplayReport:
 
 
 def token_patches(decoder: Decoder, group: Group, e: Tensor) -> tuple[list[TokenPatches], list[Tensor], Tensor]:
-    """Runs [H, I, e] and returns each block's per-token patches, each block's output at e [1, n, d], and the last."""
+    """Runs [P, e] and returns each block's per-token patches, each block's output at e [1, n, d], and the last."""
     prefixes = prefix_blocks(decoder, group, len(decoder.blocks) - 1)
     positions = group.positions(e.shape[1])
     x = decoder.embed(e, positions)

@@ -14,7 +14,7 @@ from thought_kernels.models import in_memory
 from thought_kernels.models.decoder import Decoder
 from thought_kernels.transmute import estimators
 from thought_kernels.transmute.accumulator import NORMALIZATIONS
-from thought_kernels.transmute.completions import end_of_turn_id, with_completions
+from thought_kernels.transmute.completions import ending_of, with_completions
 from thought_kernels.transmute.fitting import Recipe, fit
 from thought_kernels.transmute.pairing import MEMORY_BUDGET, PAIRINGS
 from thought_kernels.transmute.patch import ThoughtPatch
@@ -31,6 +31,7 @@ def transmute(
     instruction: Instruction,
     examples: Any,
     *,
+    without: Instruction | None = None,
     layers: Iterable[int] | None = None,
     sites: Iterable[str] = ("attention", "mlp"),
     pairing: str = "sequential",
@@ -41,6 +42,7 @@ def transmute(
     tokens: str = "all",
     header_weight: float = 0.0,
     separator: str = "\n",
+    format: str | None = None,
     batch_size: int = 32,
     memory_budget: int = MEMORY_BUDGET,
     max_new_tokens: int = 64,
@@ -48,7 +50,8 @@ def transmute(
 ) -> ThoughtPatch:
     """Turns an instruction into a weight update: the patched model follows it without being told. No training.
 
-    Over the tokens i of e in every prompt C = [H, I, e], with δ_i = a'_i − a_i the activation with minus without I::
+    Over the tokens i of e in every prompt [P, e], with δ_i = a'_i − a_i the activation with P minus that with P°, which
+    is P without the instruction: in the plain case P = [H, I] and P° = H::
 
         C = Σ w_i δ_i a_iᵀ/ν_i      Z = Σ w_i a_i a_iᵀ/ν_i      ridge: Δ = C (Z + ε tr(Z)/d 1)⁻¹
 
@@ -57,10 +60,12 @@ def transmute(
 
     Args:
         model: a transformers causal language model; it is only read.
-        tokenizer: its fast tokenizer, with a chat template.
-        instruction: a text, or chat turns (few-shot demonstrations) that come before the example's turn.
-        examples: user texts, {"prompt", "completion"} dicts, message lists, a jsonl path, or a dataset of these. Where
-            there is no completion the prompted model writes it, greedily.
+        tokenizer: its fast tokenizer.
+        instruction: a text, or chat turns (a system message, few-shot demonstrations) that come before the example's.
+        examples: user texts, {"prompt", "completion"} dicts, message lists, a path (txt, csv, json, jsonl), or a
+            dataset of these. Where there is no completion the prompted model writes it, greedily.
+        without: what the prompt on the other side says in the instruction's place, such as another wording or the
+            opposite; None for the same chat without it, with what the template may write then.
         layers: 0-based block indices, None for all. Only blocks up to the last of them are run.
         sites: of "attention", "mlp", "down", "residual". Within a block they are fitted in this order, each after the
             earlier ones are applied ("residual" beside "mlp", "down" after both): each mends what the others left.
@@ -74,6 +79,7 @@ def transmute(
         header_weight: H's rows join the fit with δ = 0 and this total weight, that of all examples being 1; it keeps
             the patch from moving the keys that e sees in H. 0 leaves them out.
         separator: between instruction and example text; part of I.
+        format: of one turn, "{prompt} -> {completion}\\n" or the like, in place of a chat template.
         batch_size: examples in a batch at most. It changes the result by rounding only.
         memory_budget: bytes of hidden states, 2 GiB unless given. "sequential" keeps 2 · tokens · hidden size numbers
             between blocks, for all examples: first on the model's device and, where that is not the CPU, as many bytes
@@ -115,20 +121,29 @@ def transmute(
         memory_budget=memory_budget,
     )  # fmt: skip
     encoded = [
-        encode(tokenizer, instruction, example, separator=separator)._replace(number=number)
+        encode(tokenizer, instruction, example, without=without, separator=separator, format=format)._replace(
+            number=number
+        )
         for number, example in enumerate(loaded)
     ]
+    if header_weight and any(row.replaced for row in encoded):
+        raise ValueError(
+            "transmute: header_weight must be 0 where the prompt without the instruction is no beginning of the prompt "
+            f"with it, got {header_weight}; only rows that both have in common can join with δ = 0"
+        )
     _check_lengths(decoder, encoded)  # before completions are written, which may take long, and after
     generated = sum(example.completion is None for example in loaded)
     if generated:
-        end_of_turn = end_of_turn_id(tokenizer, instruction, loaded[0], separator)
+        ending = ending_of(decoder.model, tokenizer, loaded[0], format=format)
         encoded = with_completions(
-            decoder.model, encoded, end_of_turn=end_of_turn, max_new_tokens=max_new_tokens, batch_size=batch_size
+            decoder.model, encoded, ending=ending, max_new_tokens=max_new_tokens, batch_size=batch_size
         )
     _check_lengths(decoder, encoded)
     described = {
-        "instruction": instruction if isinstance(instruction, str) else [dict(turn) for turn in instruction],
+        "instruction": _told(instruction),
+        "without": None if without is None else _told(without),
         "separator": separator,
+        "format": format,
         "model": getattr(decoder.config, "_name_or_path", "") or None,
         "model_type": decoder.config.model_type,
         "hidden_size": decoder.hidden_size,
@@ -137,6 +152,10 @@ def transmute(
         "generated_completions": generated,
     }
     return fit(decoder, recipe, encoded, provenance=described, progress=progress)
+
+
+def _told(instruction: Instruction) -> str | list[dict[str, Any]]:
+    return instruction if isinstance(instruction, str) else [dict(turn) for turn in instruction]
 
 
 def _layers(layers: Iterable[int] | None, blocks: int) -> frozenset[int]:
@@ -206,7 +225,7 @@ def _choice(name: str, value: str, known: Iterable[str]) -> None:
 def _check_lengths(decoder: Decoder, encoded: list[EncodedExample]) -> None:
     limit = getattr(decoder.config, "max_position_embeddings", None)
     for index, example in enumerate(encoded):
-        length = len(example.header) + len(example.instruction) + len(example.tokens)
+        length = max(len(example.with_prefix), len(example.without_prefix)) + len(example.tokens)
         if limit is not None and length > limit:
             raise ValueError(
                 f"transmute: examples[{index}] must fit the model's context of {limit} tokens, got {length} with the "

@@ -1,0 +1,98 @@
+"""Rows of a file of examples, each with the place where it stands, by the file's ending."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+_COLUMNS = ("prompt", "completion")
+
+
+def read_rows(path: Path) -> Iterator[tuple[str, Any]]:
+    """("examples.csv, line 3", a text, dict or message list) for each row of a txt, csv, json or jsonl file.
+
+    A file with another ending is read as jsonl.
+
+    Raises:
+        ValueError: no such file, no text in UTF-8, or a row that cannot be read.
+    """
+    if not path.is_file():
+        raise ValueError(
+            "load_examples: examples must be a list of examples or the path of a txt, csv, json or jsonl file, "
+            f"got {str(path)!r}, where no file is"
+        )
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:  # some editors begin with a mark
+            text = file.read()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"load_examples: {path} must be text in UTF-8, got other bytes; {error}") from error
+    return _READERS.get(path.suffix.lower(), _jsonl)(path, text)
+
+
+def _lines(path: Path, text: str) -> Iterator[tuple[str, str]]:
+    for number, line in enumerate(text.replace("\r\n", "\n").split("\n"), start=1):
+        if line.strip():
+            yield f"{path}, line {number}", line
+
+
+def _jsonl(path: Path, text: str) -> Iterator[tuple[str, Any]]:
+    for where, line in _lines(path, text):
+        try:
+            yield where, json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"load_examples: {where}, must be one JSON value, got {line[:60]!r}; {error}") from None
+
+
+def _json(path: Path, text: str) -> Iterator[tuple[str, Any]]:
+    try:
+        rows = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"load_examples: {path} must be JSON, got something else; {error}") from None
+    if not isinstance(rows, list):
+        raise ValueError(f"load_examples: {path} must be a list of examples, got a JSON {type(rows).__name__}")
+    for index, row in enumerate(rows):
+        yield f"{path}, entry {index}", row
+
+
+def _csv(path: Path, text: str) -> Iterator[tuple[str, Any]]:
+    """Rows under the columns prompt and completion; where each row is one text, all of them are prompts.
+
+    Then a first row "prompt" is the column's name. An empty completion is none.
+    """
+    rows, line = [], 1
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+    try:
+        for row in reader:  # a quoted cell may hold line ends: the row stands where it starts
+            if any(cell.strip() for cell in row):
+                rows.append((f"{path}, line {line}", row))
+            line = reader.line_num + 1
+    except csv.Error as error:
+        raise ValueError(f"load_examples: {path}, line {line}, must be comma-separated values; {error}") from None
+    if not rows:
+        return
+    (where, first), *rest = rows
+    columns = [cell.strip().lower() for cell in first]
+    if len(columns) == 1 and columns != ["prompt"]:
+        columns, rest = ["prompt"], rows
+    if "prompt" not in columns or not set(columns) <= set(_COLUMNS) or len(set(columns)) != len(columns):
+        raise ValueError(
+            f"load_examples: {where}, must name the columns prompt and completion, or prompt alone, got "
+            f"{', '.join(first)}; rename or drop the others"
+        )
+    for where, row in rest:
+        if len(row) != len(columns):
+            raise ValueError(
+                f"load_examples: {where}, must have {len(columns)} cells as the first row has, got {len(row)}; "
+                "a text with a comma in it stands in quotation marks"
+            )
+        cells = dict(zip(columns, row, strict=True))
+        yield where, {"prompt": cells["prompt"], "completion": cells.get("completion") or None}
+
+
+_READERS: dict[str, Callable[[Path, str], Iterator[tuple[str, Any]]]] = {
+    ".txt": _lines, ".csv": _csv, ".json": _json, ".jsonl": _jsonl,
+}  # fmt: skip

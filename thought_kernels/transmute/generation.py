@@ -1,0 +1,132 @@
+"""Greedy generation in batches behind a prefix that is run once.
+
+A loop of our own, and not transformers' generate: the prefix's keys and values are the same for every row, positions
+must be right where rows of different lengths are padded behind it, and what ends a row may be a text.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from thought_kernels.models.undisturbed import undisturbed
+from thought_kernels.transmute.cuts import common_length
+from thought_kernels.transmute.logprobs import Ids, may_pad
+
+Ended = Callable[[Sequence[int]], bool]
+
+
+@torch.no_grad()
+def continue_greedily(
+    model: Any, prompts: Ids, ended: Ended, *, max_new_tokens: int, batch_size: int
+) -> list[list[int]]:
+    """The likeliest continuations of id lists, in order, each up to and with the token that ends it.
+
+    Args:
+        model: a transformers causal language model.
+        prompts: token ids, each with at least one.
+        ended: whether a continuation ends with its last token; asked after each token.
+        max_new_tokens: where a continuation is cut that has not ended.
+        batch_size: prompts at a time.
+    """
+    if not prompts:
+        return []
+    order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
+    # A token of each row is left to say what comes first.
+    shared = min(common_length(min(map(list, prompts)), max(map(list, prompts))), len(prompts[order[0]]) - 1)
+    written: list[list[int]] = [[] for _ in prompts]
+    with undisturbed(model):
+        prefix = _run_prefix(model, prompts[0][:shared])
+        for rows in _batches(model, prompts, order, shared, max_new_tokens, batch_size):
+            rests = [list(prompts[index][shared:]) for index in rows]
+            for index, answer in zip(rows, _continue(model, prefix, shared, rests, ended, max_new_tokens), strict=True):
+                written[index] = answer
+    return written
+
+
+def _batches(
+    model: Any, prompts: Ids, order: list[int], shared: int, max_new_tokens: int, batch_size: int
+) -> Iterator[list[int]]:
+    """Indices of prompts that may be run together, shortest prompts first."""
+    window = _window(model)
+    padded, start = may_pad(model), 0
+    while start < len(order):
+        rows = order[start : start + batch_size]
+        longest = len(prompts[rows[-1]])
+        # Windows count places in the cache, and padding behind the prefix takes some: right only while all are in it.
+        if not padded or (shared and window is not None and longest + max_new_tokens > window):
+            rows = [index for index in rows if len(prompts[index]) == len(prompts[rows[0]])]
+        yield rows
+        start += len(rows)
+
+
+def _window(model: Any) -> int | None:
+    """The keys that a sliding layer of the model sees, None where no layer slides."""
+    config = model.config.get_text_config()
+    kinds = getattr(config, "layer_types", None)
+    return None if kinds and "sliding_attention" not in kinds else getattr(config, "sliding_window", None)
+
+
+def _device(model: Any) -> torch.device:
+    return model.get_input_embeddings().weight.device
+
+
+def _run_prefix(model: Any, ids: Sequence[int]) -> dict[str, Any]:
+    """The cache of a prefix as a keyword argument of the model, none for an empty one."""
+    if not ids:
+        return {}
+    row = torch.tensor([list(ids)], device=_device(model))
+    return _cache(model(input_ids=row, use_cache=True, logits_to_keep=1))
+
+
+def _cache(output: Any) -> dict[str, Any]:
+    """A model's cache under the name that this version of transformers has for it, as output and as argument."""
+    name = next(name for name in ("cache", "past_key_values") if name in output)
+    return {name: output[name]}
+
+
+def _continue(
+    model: Any, prefix: dict[str, Any], shared: int, rows: list[list[int]], ended: Ended, max_new_tokens: int
+) -> list[list[int]]:
+    """Continues one batch behind a prefix of `shared` tokens."""
+    device, longest = _device(model), max(map(len, rows))
+    ids = torch.zeros(len(rows), longest, dtype=torch.long, device=device)
+    mask = torch.zeros(len(rows), shared + longest, dtype=torch.long, device=device)
+    mask[:, :shared] = 1
+    for index, row in enumerate(rows):  # padding stands between the prefix and the row
+        ids[index, longest - len(row) :] = torch.tensor(row, device=device)
+        mask[index, shared + longest - len(row) :] = 1
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, shared:]
+    cache = copy.deepcopy(prefix)
+    for kept in cache.values():
+        kept.batch_repeat_interleave(len(rows))
+    answers: list[list[int]] = [[] for _ in rows]
+    going = [True] * len(rows)
+    for _ in range(max_new_tokens):
+        logits, cache = _step(model, ids, mask, positions, cache)
+        ids = logits.argmax(-1)[:, None]
+        for index, token in enumerate(ids[:, 0].tolist()):
+            if going[index]:
+                answers[index].append(token)
+                going[index] = not ended(answers[index])
+        if not any(going):
+            break
+        mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
+        positions = positions[:, -1:] + 1
+    return answers
+
+
+def _step(
+    model: Any, ids: Tensor, mask: Tensor, positions: Tensor, cache: dict[str, Any]
+) -> tuple[Tensor, dict[str, Any]]:
+    """(the last token's logits [B, vocabulary], the cache with these tokens)."""
+    padded = bool((mask == 0).any())
+    out = model(
+        input_ids=ids, attention_mask=mask if padded else None, position_ids=positions, use_cache=True,
+        logits_to_keep=1, **cache,
+    )  # fmt: skip
+    return out.logits[:, -1], _cache(out)
