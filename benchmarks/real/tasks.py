@@ -17,6 +17,7 @@ class Task:
 
     name: str
     kind: str  # word, instruction, system, arithmetic
+    seed: int
     reserved: bool  # no recipe or default may be chosen by it
     instruction: str | list[dict[str, str]]
     inputs: list[tuple[str, str | None]]  # to fit on
@@ -56,7 +57,7 @@ def task(name: str, *, seed: int, inputs: int = 32) -> Task:
             for role, text in zip(("user", "assistant"), pair, strict=True)
         ]
     held_out, rest = rows[:HELD_OUT], rows[HELD_OUT:]
-    return Task(name, kind, table["reserved"], instruction, rest[:inputs], held_out)
+    return Task(name, kind, seed, table["reserved"], instruction, rest[:inputs], held_out)
 
 
 def word_pairs(table: dict) -> list[tuple[str, str]]:
