@@ -13,6 +13,7 @@ from tasks import WORD_FORMAT, Task
 import thought_kernels as tk
 from thought_kernels.evaluate.lora import injected, optimised
 from thought_kernels.evaluate.trial import Score, Trial, prompted_texts
+from thought_kernels.transmute.patch import ThoughtPatch
 
 MAX_NEW_TOKENS = {"word": 12, "instruction": 32, "system": 32, "arithmetic": 32}
 BATCH_SIZE = 32
@@ -41,15 +42,18 @@ class Measurement:
         model: a transformers causal language model; it is as it was afterwards.
         tokenizer: its tokenizer.
         task: what to measure.
+
+    Attributes:
+        held_out: the trial on the task's held-out inputs.
     """
 
     def __init__(self, model: Any, tokenizer: Any, task: Task) -> None:
         self._model, self._tokenizer, self._task = model, tokenizer, task
         self._options = {"format": WORD_FORMAT} if task.kind == "word" else {}
-        self._held_out = self._trial(task.held_out)
+        self.held_out = self._trial(task.held_out)
 
-    def patched(self, inputs: int, recipe: dict[str, Any]) -> Row:
-        """The patch of the first inputs by a recipe; its completions are written first, and timed apart."""
+    def fit(self, inputs: int, recipe: dict[str, Any]) -> tuple[ThoughtPatch, Row]:
+        """The patch of the first inputs by a recipe; their completions are written before, and timed apart."""
         questions = [question for question, _ in self._task.inputs[:inputs]]
         started = time.perf_counter()
         texts = prompted_texts(
@@ -63,10 +67,14 @@ class Measurement:
             self._model, self._tokenizer, self._task.instruction, examples,
             max_new_tokens=self._max_new_tokens, **self._options, **recipe,
         )  # fmt: skip
-        fitted = time.perf_counter()
+        seconds = {"seconds": time.perf_counter() - written, "generation": written - started}
+        return patch, {name: round(value, 2) for name, value in seconds.items()}
+
+    def patched(self, inputs: int, recipe: dict[str, Any]) -> Row:
+        """What the patch of the first inputs does on held-out ones."""
+        patch, seconds = self.fit(inputs, recipe)
         with patch.applied(self._model):
-            row = self._row(self._held_out.score(self._model))
-        return {**row, "seconds": round(fitted - written, 2), "generation": round(written - started, 2)}
+            return {**self._row(self.held_out.score(self._model)), **seconds}
 
     def trained(self, inputs: int, rate: float) -> Iterator[Row]:
         """A LoRA distilled by gradient descent on the same rows, at each checkpoint; evaluation is not in its seconds.
@@ -82,7 +90,7 @@ class Measurement:
             ):
                 if step in CHECKPOINTS:
                     seconds += time.perf_counter() - started
-                    row = self._row(self._held_out.score(self._model))
+                    row = self._row(self.held_out.score(self._model))
                     yield {**row, "steps": step, "seconds": round(seconds, 2)}
                     started = time.perf_counter()
 
@@ -103,5 +111,5 @@ class Measurement:
         row = {"recovered": round(score.effect.recovered, 5), "tokens": score.effect.tokens}
         if self._task.kind not in MATCHES:
             return row
-        accuracies = {"prompted": self._held_out.prompted, "bare": self._held_out.base, "patched": score.accuracy}
+        accuracies = {"prompted": self.held_out.prompted, "bare": self.held_out.base, "patched": score.accuracy}
         return {**{name: round(value, 5) for name, value in accuracies.items()}, **row}
