@@ -25,7 +25,7 @@ def main() -> None:
     except NotAvailable as error:
         sys.exit(f"demo-gemma: Gemma 3 270M cannot be had here; {error}\n`make demo` needs no network.")
     print(
-        f"Gemma 3 270M, a base model. Each task is {DEMONSTRATIONS} demonstrations in the prompt; a patch is fitted on\n"
+        f"Gemma 3 270M, a base model. Each task is {DEMONSTRATIONS} demonstrations in the prompt; a patch is made of\n"
         f"{INPUTS} other words, whose completions the prompted model wrote. Accuracy on words that neither has seen:\n"
     )
     print(LINE.format("task", "bare", "prompted", "patched", "recovered", "seconds"))
