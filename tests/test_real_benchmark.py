@@ -14,10 +14,12 @@ import pytest
 import torch
 from models import tiny_gemma3, tiny_tokenizer
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks" / "real"))
 
 import measure
 import pretrained
+import real_tables
 import run
 import tasks
 
@@ -100,6 +102,26 @@ def test_settings_are_python_values_or_texts() -> None:
         "sites": ("attention",),
         "pairing": "layerwise",
     }
+
+
+def test_tables_take_means_over_seeds_and_the_best_rate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(real_tables, "RESULTS", tmp_path)
+    results = run.Results(tmp_path / "real.csv")
+    row = {"model": "gemma", "task": "antonym", "kind": "word", "reserved": False, "seed": 0, "inputs": 32}
+    patch = {**row, "method": "patch", "recipe": "default", "prompted": 0.8, "bare": 0, "generation": 1}
+    results.add({**patch, "patched": 0.7, "recovered": 0.9, "seconds": 4})
+    results.add({**patch, "patched": 0.9, "recovered": 0.8, "seconds": 6, "seed": 1})
+    results.add({**patch, "patched": 0.1, "recovered": 0.1, "seconds": 6, "recipe": "ridge=9"})
+    for rate, recovered in ((1e-3, 0.4), (1e-2, 0.6)):
+        for steps in (25, 200):
+            lora = {"method": run.LORA, "rate": rate, "steps": steps, "seconds": steps}
+            results.add({**row, **lora, "recovered": recovered})
+    assert "| 0.000 | 0.800 | 0.800 | 0.850 | 0.850 |" in real_tables.summary()
+    assert real_tables.summary().splitlines()[-1].endswith("| no | 5 |")
+    assert "| 0.850 | 0.800 to 0.900 | 5.0 | 1.000 |" in real_tables.tasks()
+    assert real_tables.rival().splitlines()[-1] == (
+        "| antonym | Gemma 3 270M | 0.900 in 4 s | 0.600 in 25 s | 0.600 in 200 s |"
+    )
 
 
 class Index:
