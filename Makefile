@@ -1,5 +1,6 @@
 # Set-up is done once, in .venv, and again when pyproject.toml, setup.py or csrc/ change.
-#   make demo | test | test-all | lint | types | cuda-check | wheel | bench | experiments | figures | clean
+#   make demo | demo-gemma | test | test-all | test-real | lint | types | cuda-check | wheel | bench | experiments |
+#     figures | clean
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -29,11 +30,16 @@ CSRC := $(shell find csrc -type f)
 CXX_SOURCES := $(filter %.cpp %.h %.cu %.cuh,$(CSRC))
 CODE := thought_kernels tests benchmarks examples setup.py .ci
 
-.PHONY: setup demo test test-slow test-all lint format types cuda-check wheel bench experiments figures clean
+.PHONY: setup demo demo-gemma test test-slow test-all test-real lint format types cuda-check wheel bench experiments \
+	figures clean
 .DELETE_ON_ERROR:
 
 demo: setup
 	$(VENV)/bin/thought-kernels demo
+
+# On a real pretrained model, which is fetched once.
+demo-gemma: setup
+	$(PY) benchmarks/real/demo_gemma.py
 
 test: setup
 	$(PY) -m pytest $(PYTEST_FLAGS)
@@ -42,7 +48,11 @@ test-slow: setup
 	$(PY) -m pytest -m slow $(PYTEST_FLAGS)
 
 test-all: setup
-	$(PY) -m pytest -m "" $(PYTEST_FLAGS)
+	$(PY) -m pytest -m "not real" $(PYTEST_FLAGS)
+
+# Real pretrained models; skipped, with the reason, where they cannot be fetched.
+test-real: setup
+	$(PY) -m pytest -m real -rs $(PYTEST_FLAGS)
 
 lint: setup
 	$(PY) -m ruff check $(CODE)

@@ -20,6 +20,7 @@ from typing import Any
 from cpu_tables import CPU_TABLES
 from experiment_tables import EXPERIMENTS
 from markdown_table import markdown
+from real_tables import REAL
 
 from thought_kernels.evaluate.files import write_text
 
@@ -32,6 +33,7 @@ DOCUMENTS = (
     "docs/toy_models.md",
     "docs/experiments.md",
     "docs/spectral_models.md",
+    "docs/real_models.md",
 )
 
 
@@ -58,6 +60,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "demo": demo,
     **CPU_TABLES,
     **EXPERIMENTS,
+    **REAL,
 }
 
 

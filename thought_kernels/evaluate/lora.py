@@ -15,7 +15,7 @@ from thought_kernels.evaluate.trial import Trial
 from thought_kernels.models.undisturbed import undisturbed
 from thought_kernels.transmute.logprobs import may_pad
 
-RANK, ALPHA, BATCH = 8, 16, 16
+RANK, BATCH = 8, 16
 RATES = (1e-3, 3e-3, 1e-2)
 
 
@@ -38,7 +38,7 @@ class TrainedLora:
     @contextlib.contextmanager
     def applied(self, model: Any) -> Iterator[None]:
         """The model with the LoRA in it, as a context manager; its modules and flags are restored after."""
-        with _injected(model) as peft_model:
+        with injected(model) as peft_model:
             from peft import set_peft_model_state_dict
 
             set_peft_model_state_dict(peft_model, self.state)
@@ -64,28 +64,50 @@ def train_lora(model: Any, trial: Trial, *, steps: int, rate: float, generator: 
         ValueError: if peft is not installed.
     """
     started = time.monotonic()
-    with _injected(model, seed=int(torch.randint(2**31, (), generator=generator))) as peft_model:
+    seed = int(torch.randint(2**31, (), generator=generator))
+    with injected(model, seed=seed) as peft_model:
         from peft import get_peft_model_state_dict
 
-        parameters = [parameter for parameter in peft_model.parameters() if parameter.requires_grad]
-        optimiser = torch.optim.AdamW(parameters, lr=rate, weight_decay=0.0)
-        order: list[int] = []
-        # The prompted model's answers, the loss's target, were read without dropout and autocast too.
-        with torch.enable_grad(), undisturbed(model):
-            for step in range(steps):
-                if len(order) < min(BATCH, len(trial)):
-                    order += torch.randperm(len(trial), generator=generator).tolist()
-                chosen, order = order[:BATCH], order[BATCH:]
-                for group in optimiser.param_groups:
-                    group["lr"] = rate * (1 - step / steps)
-                together = [chosen] if may_pad(model) else [[index] for index in chosen]
-                loss = torch.cat([_losses(model, trial, part) for part in together]).mean()
-                optimiser.zero_grad(set_to_none=True)
-                loss.backward()
-                optimiser.step()
+        for _ in optimised(model, trial, steps=steps, rate=rate, generator=generator):
+            pass
         seconds = time.monotonic() - started
         state = {name: tensor.detach().clone() for name, tensor in get_peft_model_state_dict(peft_model).items()}
         return TrainedLora(state, rate, trial.effect(model).patched, seconds)
+
+
+def optimised(
+    model: Any, trial: Trial, *, steps: int, rate: float, generator: torch.Generator, falling: bool = True
+) -> Iterator[int]:
+    """Takes optimiser steps on a LoRA that is in the model, as train_lora does.
+
+    Args:
+        model: with its LoRA, `injected`.
+        trial: the examples, with divergences.
+        steps: how many steps to take.
+        rate: learning rate.
+        generator: of the batches.
+        falling: the rate falls linearly to zero; else it stays, and every step is as good a place to stop as the last.
+
+    Yields:
+        The number of steps taken, after each.
+    """
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimiser = torch.optim.AdamW(parameters, lr=rate, weight_decay=0.0)
+    order: list[int] = []
+    for step in range(steps):
+        if len(order) < min(BATCH, len(trial)):
+            order += torch.randperm(len(trial), generator=generator).tolist()
+        chosen, order = order[:BATCH], order[BATCH:]
+        for group in optimiser.param_groups:
+            group["lr"] = rate * (1 - step / steps) if falling else rate
+        together = [chosen] if may_pad(model) else [[index] for index in chosen]
+        # The prompted model's answers, the loss's target, were read without dropout and autocast too.
+        with torch.enable_grad(), undisturbed(model):
+            loss = torch.cat([_losses(model, trial, part) for part in together]).mean()
+            optimiser.zero_grad(set_to_none=True)
+            loss.backward()
+        optimiser.step()
+        yield step + 1
 
 
 def _losses(model: Any, trial: Trial, chosen: Sequence[int]) -> Tensor:
@@ -113,7 +135,20 @@ def _losses(model: Any, trial: Trial, chosen: Sequence[int]) -> Tensor:
 
 
 @contextlib.contextmanager
-def _injected(model: Any, seed: int = 0) -> Iterator[Any]:
+def injected(model: Any, *, seed: int = 0, rank: int = RANK) -> Iterator[Any]:
+    """The model with an untrained LoRA in every linear layer of its blocks; only the LoRA's factors take gradients.
+
+    Args:
+        model: a transformers model; it is as it was afterwards.
+        seed: of the initial factors.
+        rank: of each layer's LoRA; alpha is twice that.
+
+    Yields:
+        The peft model.
+
+    Raises:
+        ValueError: if peft is not installed.
+    """
     try:
         from peft import LoraConfig, get_peft_model
     except ImportError as error:
@@ -125,7 +160,7 @@ def _injected(model: Any, seed: int = 0) -> Iterator[Any]:
     training = model.training
     held = set(vars(model))
     config = LoraConfig(
-        r=RANK, lora_alpha=ALPHA, lora_dropout=0.0, target_modules=_targets(model), task_type="CAUSAL_LM"
+        r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules=_targets(model), task_type="CAUSAL_LM"
     )
     with torch.random.fork_rng():
         torch.manual_seed(seed)

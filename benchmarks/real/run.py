@@ -1,0 +1,148 @@
+"""What patches of real pretrained models are worth: a row of ../results/real.csv for each task, seed and recipe.
+
+    python benchmarks/real/run.py --development --models gemma=DIR smol=DIR qwen=DIR [--seeds 0 1 2]
+    python benchmarks/real/run.py --reserved ...            the report; no recipe or default may be chosen by it
+    python benchmarks/real/run.py ... --recipe ridge=0.3 "sites=('attention', 'down')"         a study
+    python benchmarks/real/run.py ... --rival lora --seeds 0                                   slow: 200 steps a rate
+
+A model is a folder or a .gguf file; those not given are skipped. Rows that are there are kept: delete the file, or
+some of its rows, to measure them again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import csv
+import datetime
+import sys
+from collections.abc import Iterator
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from measure import CHECKPOINTS, RANK, RATES, Measurement, Row
+from tasks import Task, names, task
+from tqdm import tqdm
+
+from thought_kernels.models.load import load
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from harness import device_name
+
+OUTPUT = Path(__file__).parents[1] / "results" / "real.csv"
+KINDS = {"gemma": ("word",), "smol": ("instruction",), "qwen": ("instruction", "system", "arithmetic")}
+LORA = f"LoRA of rank {RANK}"
+KEY = ("model", "task", "seed", "inputs", "method", "recipe", "rate", "steps", "device")
+COLUMNS = (
+    "model", "task", "kind", "reserved", "seed", "inputs", "method", "recipe", "rate", "steps",
+    "prompted", "bare", "patched", "recovered", "tokens", "seconds", "generation",
+    "device", "threads", "torch", "transformers", "date",
+)  # fmt: skip
+SHOWN = ("task", "seed", "inputs", "rate", "steps", "prompted", "bare", "patched", "recovered", "seconds", "generation")
+
+
+class Results:
+    """The results file: what it holds is not measured again, and each new row is written at once."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._held = set()
+        if path.exists():
+            with path.open(newline="") as file:
+                self._held = {tuple(row[name] for name in KEY) for row in csv.DictReader(file)}
+
+    def __contains__(self, row: Row) -> bool:
+        return tuple(str(row.get(name, "")) for name in KEY) in self._held
+
+    def add(self, row: Row) -> None:
+        new = not self._path.exists()
+        with self._path.open("a", newline="") as file:
+            writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+            if new:
+                writer.writeheader()
+            writer.writerow(row)
+
+
+def wanted(options: argparse.Namespace, model: str, of: Task, device: str) -> Iterator[Row]:
+    """The first columns of a task's rows; a LoRA's row stands for its last checkpoint, which is written last."""
+    recipe = " ".join(options.recipe) or "default"
+    for inputs in options.inputs:
+        row = {
+            "model": model, "task": of.name, "kind": of.kind, "reserved": of.reserved, "seed": of.seed,
+            "inputs": inputs, "device": device,
+        }  # fmt: skip
+        if options.rival:
+            for rate in options.rates:
+                yield {**row, "method": LORA, "rate": rate, "steps": max(CHECKPOINTS)}
+        else:
+            yield {**row, "method": "patch", "recipe": recipe}
+
+
+def measured(measurement: Measurement, row: Row, recipe: dict[str, Any]) -> Iterator[Row]:
+    versions = {name: version(name) for name in ("torch", "transformers")}
+    for found in (
+        measurement.trained(row["inputs"], row["rate"])
+        if row["method"] == LORA
+        else [measurement.patched(row["inputs"], recipe)]
+    ):
+        today = datetime.date.today().isoformat()
+        yield {**row, **found, **versions, "threads": torch.get_num_threads(), "date": today}
+
+
+def parsed(settings: list[str]) -> dict[str, Any]:
+    """Keyword arguments of transmute: Python values, or else texts."""
+    recipe = {}
+    for setting in settings:
+        name, _, value = setting.partition("=")
+        try:
+            recipe[name] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            recipe[name] = value
+    return recipe
+
+
+def run(options: argparse.Namespace, name: str, path: str) -> None:
+    """Measures what is missing of one model."""
+    results, recipe, device = Results(options.output), parsed(options.recipe), device_name(options.device)
+    chosen = [of for kind in KINDS[name] for of in names(kind, options.reserved) if of in (options.tasks or [of])]
+    todo = []
+    for of in (task(each, seed=seed, inputs=max(options.inputs)) for each in chosen for seed in options.seeds):
+        rows = [row for row in wanted(options, name, of, device) if row not in results]
+        todo += [(of, rows)] if rows else []
+    if not todo:
+        return
+    model, tokenizer = load(path, device=options.device)
+    for of, rows in tqdm(todo, desc=name):
+        measurement = Measurement(model, tokenizer, of)
+        for row in rows:
+            for found in measured(measurement, row, recipe):
+                results.add(found)
+                tqdm.write("  ".join(f"{key} {found[key]}" for key in SHOWN if key in found), file=sys.stderr)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    half = parser.add_mutually_exclusive_group(required=True)
+    half.add_argument("--development", dest="reserved", action="store_false")
+    half.add_argument("--reserved", dest="reserved", action="store_true")
+    parser.add_argument("--models", nargs="+", required=True, metavar="NAME=PATH", help=f"of {', '.join(KINDS)}")
+    parser.add_argument("--tasks", nargs="+", default=[], help="these alone")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--inputs", type=int, nargs="+", default=[32, 8])
+    parser.add_argument("--recipe", nargs="+", default=[], metavar="KEY=VALUE", help="arguments of transmute")
+    parser.add_argument("--rival", choices=["lora"])
+    parser.add_argument("--rates", type=float, nargs="+", default=RATES)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--output", type=Path, default=OUTPUT)
+    options = parser.parse_args()
+    for entry in options.models:
+        if entry.partition("=")[0] not in KINDS or not entry.partition("=")[2]:
+            parser.error(f"models must be NAME=PATH with a name of {', '.join(KINDS)}, got {entry!r}")
+    for entry in options.models:
+        run(options, *entry.split("=", 1))
+
+
+if __name__ == "__main__":
+    main()

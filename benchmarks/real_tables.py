@@ -1,0 +1,114 @@
+"""The tables of docs/real_models.md, from the rows of real/run.py."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from statistics import mean, median
+
+from markdown_table import markdown
+
+RESULTS = Path(__file__).resolve().parent / "results"
+MODELS = {"gemma": "Gemma 3 270M", "smol": "SmolLM2 135M Instruct", "qwen": "Qwen2.5 Coder 0.5B Instruct"}
+KINDS = {
+    "word": "word tasks, eight demonstrations", "instruction": "natural instructions", "system": "long system prompts",
+    "arithmetic": "arithmetic",
+}  # fmt: skip
+# What a mean over tasks and seeds must reach: the recovered effect, and the patched accuracy over the prompted one.
+WANTED = {"word": (0.95, 0.95), "instruction": (0.90, None), "system": (0.80, None), "arithmetic": (0.95, 0.95)}
+
+Row = dict[str, str]
+
+
+def read(**fields: str) -> list[Row]:
+    """The rows with the given fields; of rows that were written twice the later ones."""
+    found: dict[tuple[str, ...], Row] = {}
+    names = ("model", "task", "seed", "inputs", "method", "recipe", "rate", "steps", "device")
+    with (RESULTS / "real.csv").open(newline="") as file:
+        for row in csv.DictReader(file):
+            if fields.items() <= row.items():
+                found[tuple(row[name] for name in names)] = row
+    return list(found.values())
+
+
+def patches(**fields: str) -> list[Row]:
+    """Rows of the default recipe."""
+    return read(method="patch", recipe="default", **fields)
+
+
+def average(rows: Iterable[Row], name: str) -> float:
+    return mean(float(row[name]) for row in rows)
+
+
+def grouped(rows: Iterable[Row], *names: str) -> dict[tuple[str, ...], list[Row]]:
+    found: dict[tuple[str, ...], list[Row]] = {}
+    for row in rows:
+        found.setdefault(tuple(row[name] for name in names), []).append(row)
+    return found
+
+
+def shown(rows: list[Row], name: str) -> str:
+    return f"{average(rows, name):.3f}" if all(row[name] for row in rows) else "–"
+
+
+def summary() -> str:
+    """Each kind of task on each model: means over tasks and seeds, beside what they must reach."""
+    lines = []
+    for (kind, model, reserved, inputs), rows in grouped(patches(), "kind", "model", "reserved", "inputs").items():
+        recovered, share = WANTED[kind]
+        worst = min(average(mine, "recovered") for mine in grouped(rows, "task").values())
+        ratio = average(rows, "patched") / average(rows, "prompted") if share else None
+        met = average(rows, "recovered") >= recovered and (ratio is None or ratio >= share)
+        lines.append((
+            KINDS[kind], MODELS[model], "reserved" if reserved == "True" else "development", inputs,
+            str(len(grouped(rows, "task"))), *(shown(rows, name) for name in ("bare", "prompted", "patched")),
+            f"{average(rows, 'recovered'):.3f}", f"{worst:.3f}",
+            f"{recovered:.2f}" + (f", accuracy {share:.2f} of prompted" if share else ""), "yes" if met else "no",
+            f"{median(float(row['seconds']) for row in rows):.0f}",
+        ))  # fmt: skip
+    head = (
+        "kind", "model", "half", "inputs", "tasks", "bare", "prompted", "patched", "recovered", "worst task", "wanted",
+        "met", "seconds",
+    )  # fmt: skip
+    order = list(KINDS.values())
+    return markdown(head, sorted(lines, key=lambda line: (order.index(line[0]), line[1:3], -int(line[3]))))
+
+
+def tasks() -> str:
+    """Every task at 32 inputs, means over seeds; a star marks the reserved ones."""
+    lines = []
+    for (model, _, task), rows in grouped(patches(inputs="32"), "model", "kind", "task").items():
+        recovered = [float(row["recovered"]) for row in rows]
+        star = r" \*" if rows[0]["reserved"] == "True" else ""
+        lines.append((
+            task + star, MODELS[model], *(shown(rows, name) for name in ("bare", "prompted", "patched")),
+            f"{mean(recovered):.3f}", f"{min(recovered):.3f} to {max(recovered):.3f}",
+            f"{median(float(row['seconds']) for row in rows):.1f}", shown(rows, "generation"),
+        ))  # fmt: skip
+    head = ("task", "model", "bare", "prompted", "patched", "recovered", "over seeds", "seconds", "writing completions")
+    return markdown(head, lines)
+
+
+def best(rows: list[Row]) -> str:
+    """The row with the best held-out effect."""
+    row = max(rows, key=lambda row: float(row["recovered"]))
+    return f"{float(row['recovered']):.3f} in {float(row['seconds']):.0f} s"
+
+
+def rival() -> str:
+    """The patch, and a LoRA trained on the same rows: at each step the rate with the best held-out effect."""
+    lines = []
+    for (model, task, seed, inputs), rows in grouped(read(steps="200"), "model", "task", "seed", "inputs").items():
+        found = read(model=model, task=task, seed=seed, inputs=inputs)
+        ours = [row for row in found if row["method"] == "patch" and row["recipe"] == "default"]
+        if not ours:
+            continue
+        checkpoints = grouped((row for row in found if row["steps"]), "steps")
+        cells = [best(trained) for _, trained in sorted(checkpoints.items(), key=lambda item: int(item[0][0]))]
+        star = r" \*" if rows[0]["reserved"] == "True" else ""
+        lines.append((task + star, MODELS[model], best(ours), *cells))
+    return markdown(("task", "model", "patch", "LoRA, 25 steps", "50", "100", "200"), lines)
+
+
+REAL: dict[str, Callable[[], str]] = {"real summary": summary, "real tasks": tasks, "real rival": rival}

