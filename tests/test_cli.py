@@ -17,6 +17,7 @@ import thought_kernels as tk
 from thought_kernels.cli import app, options
 from thought_kernels.cli.transmute import read_layers, read_scale
 from thought_kernels.evaluate.trial import prompted_texts
+from thought_kernels.models.load import load
 from thought_kernels.transmute.transmute import transmute
 
 

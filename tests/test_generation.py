@@ -10,6 +10,7 @@ from models import tiny_gemma3, tiny_multimodal_gemma3, tiny_tokenizer
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
 from thought_kernels.transmute.completions import Ending, complete, ending_of
+from thought_kernels.transmute.generation import continue_prompts
 from thought_kernels.transmute.prompt import load_examples
 
 TOKENIZER = tiny_tokenizer()
@@ -124,3 +125,26 @@ def test_chats_end_with_a_special_token_and_formats_without_a_text_with_eos() ->
     assert (found.ids, found.text) == ((1, 3), "")
     bare = tiny_tokenizer(template="{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n\n' }}{% endfor %}")
     assert ending_of(model, bare, chat).text == "\n\n"
+
+
+def test_drawn_tokens_follow_the_models_distribution_whatever_batch_they_are_in() -> None:
+    model, prompt = MODELS["llama"](), ids(1, 4)
+    shares = torch.softmax(model(torch.tensor([prompt])).logits[0, -1].double(), -1)
+    count = 1500
+    draw = [
+        continue_prompts(model, [prompt] * count, lambda _: True, max_new_tokens=1, batch_size=size, seeds=range(count))
+        for size in (count, 400)
+    ]
+    assert draw[0] == draw[1]
+    found = torch.bincount(torch.tensor(draw[0])[:, 0], minlength=VOCABULARY).double() / count
+    # Each frequency has variance p (1 − p) / count; five deviations leave all of them but once in 30,000 draws.
+    assert bool(((found - shares).abs() <= 5 * (shares * (1 - shares) / count).sqrt() + 1 / count).all())
+    assert shares.max() < 0.9  # or the likeliest token alone would pass
+
+
+def test_greedy_and_drawn_rows_share_a_batch() -> None:
+    model, prompts = MODELS["gpt2"](), [ids(1, 3), ids(1, 3), ids(2, 6)]
+    seeds = [None, 5, None]
+    found = continue_prompts(model, prompts, lambda _: False, max_new_tokens=NEW, batch_size=8, seeds=seeds)
+    assert [found[0], found[2]] == [alone(model, prompts[0]), alone(model, prompts[2])]
+    assert found[1] != found[0]

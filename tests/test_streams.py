@@ -128,8 +128,8 @@ def peak(work: Callable[[], object]) -> int:
 
 @pytest.mark.parametrize("pairing", ALL)
 def test_memory_does_not_grow_with_the_examples(pairing: str) -> None:
-    """But for the streams that sequential keeps at one boundary: two, of the hidden size. Rows are kept too, but no more
-    than the activation is wide, which is fewer than the fewest here."""
+    """But for the streams that sequential keeps at one boundary: two, of the hidden size. Rows are kept too, but no
+    more than the activation is wide, which is fewer than the fewest here."""
     model, (example, *_) = model_of(2), encoded()
     run(pairing, run_of(model, [example], ("attention",)))  # loads what is loaded once
     few, many = (peak(lambda n=n: run(pairing, run_of(model, [example] * n, ("attention",)))) for n in (4, 14))

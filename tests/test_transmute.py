@@ -98,9 +98,23 @@ def test_completions_are_greedy_whatever_the_generation_config_says() -> None:
 
 @pytest.mark.filterwarnings("ignore:transmute. .* completions did not end")
 def test_inputs_alone_are_enough() -> None:
-    patch = tk.transmute(model_of(5), TOKENIZER, "Sum now", ["8 76", "abc"], max_new_tokens=4)
-    assert patch.provenance["generated_completions"] == 2
-    assert patch.layers == (0, 1, 2)
+    patch = tk.transmute(model_of(5), TOKENIZER, "Sum now", ["8 76", "abc"], max_new_tokens=4, completions=2)
+    assert patch.provenance["examples"] == 2 and patch.provenance["generated_completions"] == 4
+    assert patch.layers == (0, 1, 2) and patch.sites == ("attention", "down")
+
+
+@pytest.mark.filterwarnings("ignore:transmute. .* completions did not end")
+def test_further_completions_are_drawn_by_the_seed_and_given_ones_are_left_alone() -> None:
+    model = model_of(4, torch.float32)
+    encoded = [encode(TOKENIZER, "Sum now", example) for example in ("8 76", EXAMPLE, "9")]
+    arguments = {"ending": Ending((5,), "", TOKENIZER), "max_new_tokens": 8}
+    rows = with_completions(model, encoded, **arguments, batch_size=2, completions=3, seed=1)
+    assert [row.tokens[: len(encoded[0].tokens)] == encoded[0].tokens for row in rows[:3]] == [True] * 3
+    assert rows[3] == encoded[1] and len(rows) == 7
+    (greedy, _, _) = with_completions(model, encoded, **arguments, batch_size=2)
+    assert rows[0] == greedy and rows[1] != greedy != rows[2] != rows[1]
+    assert with_completions(model, encoded, **arguments, batch_size=8, completions=3, seed=1) == rows
+    assert with_completions(model, encoded, **arguments, batch_size=8, completions=3, seed=2) != rows
 
 
 def test_a_cut_completion_is_reported() -> None:
@@ -212,7 +226,7 @@ def test_a_multimodal_model_is_transmuted_by_its_text_blocks() -> None:
         ({"tokens": "last"}, "tokens must be one of all, answer, got 'last'"),
         ({"ridge": 0.0}, "ridge must be finite and positive"),
         ({"scale": float("nan")}, "scale must be finite"),
-        ({"scale": {"mlp": 1.0}}, "scale must have one entry for each of ['attention', 'mlp']"),
+        ({"scale": {"mlp": 1.0}}, "scale must have one entry for each of ['attention', 'down']"),
         ({"header_weight": -1.0}, "header_weight must not be negative"),
         ({"header_weight": float("inf")}, "header_weight must be finite"),
         ({"batch_size": 0}, "batch_size must be at least 1"),

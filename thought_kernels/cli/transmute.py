@@ -14,11 +14,10 @@ from thought_kernels.transmute.transmute import transmute as run_transmute
 _DEFAULTS = {name: parameter.default for name, parameter in inspect.signature(run_transmute).parameters.items()}
 
 
-def _help(name: str, text: str) -> str:
-    """The option's help with transmute's own default, so that the two cannot drift apart."""
+def _help(name: str, text: str, none: str = "all") -> str:
+    """The option's help with transmute's own default, so that the two cannot drift apart; `none` says what None is."""
     default = _DEFAULTS[name]
-    shown = ",".join(default) if isinstance(default, tuple) else "all" if default is None else str(default)
-    return f"{text} (default {shown})"
+    return f"{text} (default {none if default is None else default})"
 
 
 def transmute(
@@ -43,7 +42,8 @@ def transmute(
         str | None, typer.Option(help=_help("layers", "0-based block indices, such as 10-19 or 0,3,5-7."))
     ] = None,
     site: Annotated[
-        list[str] | None, typer.Option(help=_help("sites", "attention, mlp, down, residual; may be repeated."))
+        list[str] | None,
+        typer.Option(help=_help("sites", "attention, mlp, down, residual; may be repeated.", "attention,down")),
     ] = None,
     pairing: Annotated[str | None, typer.Option(help=_help("pairing", "two_pass, layerwise or sequential."))] = None,
     estimator: Annotated[
@@ -70,13 +70,17 @@ def transmute(
     max_new_tokens: Annotated[
         int | None, typer.Option(help=_help("max_new_tokens", "Longest generated completion."))
     ] = None,
+    completions: Annotated[
+        int | None, typer.Option(help=_help("completions", "Answers written for an example without one."))
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help=_help("seed", "Of the answers that are drawn."))] = None,
     dtype: options.Dtype = "auto",
     device: options.Device = "cpu",
     offline: options.Offline = False,
 ) -> None:
     """Turn an instruction into a patch, and save it.
 
-    Examples are inputs; where one has no completion, the model writes it with the instruction in its prompt.
+    Examples are inputs; where one has no completion, the model writes some with the instruction in its prompt.
     """
     from thought_kernels.transmute.examples import load_examples
 
@@ -91,7 +95,7 @@ def transmute(
         "pairing": pairing, "estimator": estimator, "normalization": normalization,
         "scale": None if scale is None else read_scale(scale), "ridge": ridge, "tokens": tokens,
         "header_weight": header_weight, "batch_size": batch_size, "memory_budget": memory_budget,
-        "max_new_tokens": max_new_tokens,
+        "max_new_tokens": max_new_tokens, "completions": completions, "seed": seed,
     })  # fmt: skip
     settings = _recipe(recipe, options.pairs({"c1": c1, "c2": c2, "steps": steps})) | given
     loaded = [*(load_examples(examples) if examples is not None else []), *(example or [])]

@@ -174,12 +174,13 @@ class Subject:
 
     @cached_property
     def encoded(self) -> list[EncodedExample]:
-        """The examples as token ids, completed by the prompted model where they had no completion."""
+        """The examples as token ids, completed as the patch's were where they had no completion."""
         self.need_examples("controls")
+        made = self.patch.provenance
         ending = ending_of(self.model, self.tokenizer, self.examples[0], format=self.format)
         return with_completions(
             self.model, list(map(self.encode, self.examples)), ending=ending, max_new_tokens=self.max_new_tokens,
-            batch_size=self.batch_size,
+            batch_size=self.batch_size, completions=made.get("completions", 1), seed=made.get("seed", 0),
         )  # fmt: skip
 
     def encode(self, example: Example, instruction: Instruction | None = None) -> EncodedExample:

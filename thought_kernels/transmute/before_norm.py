@@ -2,12 +2,10 @@
 
 Where nothing stands between down_proj and the residual stream the two are one. Gemma 2 and 3 have an RMSNorm there,
 y = h + n(m), n(m) = g ⊙ m r with r = (mean m² + eps)^(-1/2), which takes the length of m away: no m gives n(m) + δ
-unless that has n's own length, so neither way below is exact, and both agree where δ is small.
+unless that has n's own length, so the change below is exact to first order in δ.
 """
 
 from __future__ import annotations
-
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -16,8 +14,6 @@ from thought_kernels.models.norm import Norm
 
 # Of the mean square of g: an element of y that g all but silences is not worth a large change of m.
 _GUARD = 1e-3
-
-_Way = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def linearised(m: Tensor, r: Tensor, change: Tensor) -> Tensor:
@@ -30,24 +26,13 @@ def linearised(m: Tensor, r: Tensor, change: Tensor) -> Tensor:
     return (change - along * m) / r
 
 
-def by_direction(m: Tensor, r: Tensor, change: Tensor) -> Tensor:
-    """The change of m's direction to that of (n(m) + δ)/g, at m's own length.
-
-    Exact for a δ that leaves (n(m) + δ)/g at root mean square 1; otherwise n(m + δm) is n(m) + δ up to one factor.
-    """
-    target = m * r + change
-    lengths = [torch.linalg.vector_norm(t, dim=-1, keepdim=True) for t in (m, target)]
-    return target * (lengths[0] / lengths[1].clamp_min(torch.finfo(m.dtype).tiny)) - m
-
-
-def before_norm(norm: Norm | None, m: Tensor, delta: Tensor, way: _Way = linearised) -> tuple[Tensor, Tensor]:
+def before_norm(norm: Norm | None, m: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
     """The change of the MLP's output m that changes n(m) by δ, and what an error in it costs.
 
     Args:
         norm: between the MLP and the residual stream, None for nothing.
         m: output of down_proj, [B, T, d].
         delta: δ, the wanted change of n(m), [B, T, d], float32 or float64.
-        way: linearised or by_direction.
 
     Returns:
         δm [B, T, d] in delta's dtype, and the factor r² of the rows' weights [B, T]: n scales errors in m by r. Where m
@@ -60,4 +45,4 @@ def before_norm(norm: Norm | None, m: Tensor, delta: Tensor, way: _Way = lineari
     r = torch.rsqrt(m.square().mean(-1, keepdim=True) + norm.eps)
     change = delta * (g / (g.square() + _GUARD * g.square().mean()))
     weight = r.squeeze(-1).square()
-    return way(m, r, change), torch.where(m.isfinite().all(-1), weight, 1)
+    return linearised(m, r, change), torch.where(m.isfinite().all(-1), weight, 1)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import random
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from thought_kernels.transmute.chat import text_tokenizer, writer_of
-from thought_kernels.transmute.generation import continue_greedily
+from thought_kernels.transmute.generation import continue_prompts
 from thought_kernels.transmute.prompt import EncodedExample, Example
 
 
@@ -69,27 +70,42 @@ def complete(
         max_new_tokens: where a continuation is cut that has not ended.
         batch_size: prompts at a time.
     """
-    return continue_greedily(model, prompts, ending.reached, max_new_tokens=max_new_tokens, batch_size=batch_size)
+    return continue_prompts(model, prompts, ending.reached, max_new_tokens=max_new_tokens, batch_size=batch_size)
 
 
 def with_completions(
-    model: Any, encoded: Sequence[EncodedExample], *, ending: Ending, max_new_tokens: int, batch_size: int
-) -> list[EncodedExample]:
-    """The same examples, those without a completion completed by the prompted model.
+    model: Any, encoded: Sequence[EncodedExample], *, ending: Ending, max_new_tokens: int, batch_size: int,
+    completions: int = 1, seed: int = 0,
+) -> list[EncodedExample]:  # fmt: skip
+    """The same examples, those without a completion in as many copies as the prompted model writes completions.
 
-    Completions that reach max_new_tokens stay cut there, with a warning.
+    The first is the likeliest token by token, the others are drawn from the model's own distribution. Completions that
+    reach max_new_tokens stay cut there, with a warning.
+
+    Args:
+        model: a transformers causal language model.
+        encoded: aligned examples.
+        ending: of a completion.
+        max_new_tokens: longest completion.
+        batch_size: prompts at a time.
+        completions: of each example without one.
+        seed: of the draws, with the example's place and the completion's number.
     """
     open_ended = [index for index, example in enumerate(encoded) if example.answer_start == len(example.tokens)]
-    prompts = [[*encoded[i].with_prefix, *encoded[i].tokens] for i in open_ended]
-    answers = complete(model, prompts, ending=ending, max_new_tokens=max_new_tokens, batch_size=batch_size)
-    completed = list(encoded)
-    for index, answer in zip(open_ended, answers, strict=True):
-        completed[index] = encoded[index]._replace(tokens=[*encoded[index].tokens, *answer])
+    wanted = [(index, number) for index in open_ended for number in range(completions)]
+    prompts = [[*encoded[index].with_prefix, *encoded[index].tokens] for index, _ in wanted]
+    seeds = [random.Random(f"{seed} {place} {number}").getrandbits(63) if number else None for place, number in wanted]
+    answers = continue_prompts(
+        model, prompts, ending.reached, max_new_tokens=max_new_tokens, batch_size=batch_size, seeds=seeds
+    )
+    written: dict[int, list[EncodedExample]] = {index: [] for index in open_ended}
+    for (index, _), answer in zip(wanted, answers, strict=True):
+        written[index].append(encoded[index]._replace(tokens=[*encoded[index].tokens, *answer]))
     cut = sum(not ending.reached(answer) for answer in answers)
     if cut:
         warnings.warn(
-            f"transmute: {cut} of {len(prompts)} completions did not end within max_new_tokens={max_new_tokens} tokens "
+            f"transmute: {cut} of {len(answers)} completions did not end within max_new_tokens={max_new_tokens} tokens "
             "and were cut there",
             stacklevel=3,
         )
-    return completed
+    return [row for index, example in enumerate(encoded) for row in written.get(index, [example])]

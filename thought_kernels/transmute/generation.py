@@ -1,4 +1,4 @@
-"""Greedy generation in batches behind a prefix that is run once.
+"""Generation in batches behind a prefix that is run once.
 
 A loop of our own, and not transformers' generate: the prefix's keys and values are the same for every row, positions
 must be right where rows of different lengths are padded behind it, and what ends a row may be a text.
@@ -18,13 +18,14 @@ from thought_kernels.transmute.cuts import common_length
 from thought_kernels.transmute.logprobs import Ids, may_pad
 
 Ended = Callable[[Sequence[int]], bool]
+Begun = tuple[list[int], torch.Generator | None]  # a row's own tokens, and what its draws come from
 
 
 @torch.no_grad()
-def continue_greedily(
-    model: Any, prompts: Ids, ended: Ended, *, max_new_tokens: int, batch_size: int
+def continue_prompts(
+    model: Any, prompts: Ids, ended: Ended, *, max_new_tokens: int, batch_size: int, seeds: Sequence[int | None] = ()
 ) -> list[list[int]]:
-    """The likeliest continuations of id lists, in order, each up to and with the token that ends it.
+    """Continuations of id lists, in order, each up to and with the token that ends it.
 
     Args:
         model: a transformers causal language model.
@@ -32,9 +33,12 @@ def continue_greedily(
         ended: whether a continuation ends with its last token; asked after each token.
         max_new_tokens: where a continuation is cut that has not ended.
         batch_size: prompts at a time.
+        seeds: of each prompt's draws from the model's own distribution, whatever batch it is in; None, or no seeds at
+            all, for the likeliest token each time.
     """
     if not prompts:
         return []
+    draws = [None if seed is None else torch.Generator().manual_seed(seed) for seed in seeds] or [None] * len(prompts)
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
     # A token of each row is left to say what comes first.
     shared = min(common_length(min(map(list, prompts)), max(map(list, prompts))), len(prompts[order[0]]) - 1)
@@ -42,8 +46,8 @@ def continue_greedily(
     with undisturbed(model):
         prefix = _run_prefix(model, prompts[0][:shared])
         for rows in _batches(model, prompts, order, shared, max_new_tokens, batch_size):
-            rests = [list(prompts[index][shared:]) for index in rows]
-            for index, answer in zip(rows, _continue(model, prefix, shared, rests, ended, max_new_tokens), strict=True):
+            begun = [(list(prompts[index][shared:]), draws[index]) for index in rows]
+            for index, answer in zip(rows, _continue(model, prefix, shared, begun, ended, max_new_tokens), strict=True):
                 written[index] = answer
     return written
 
@@ -90,9 +94,10 @@ def _cache(output: Any) -> dict[str, Any]:
 
 
 def _continue(
-    model: Any, prefix: dict[str, Any], shared: int, rows: list[list[int]], ended: Ended, max_new_tokens: int
+    model: Any, prefix: dict[str, Any], shared: int, begun: list[Begun], ended: Ended, max_new_tokens: int
 ) -> list[list[int]]:
     """Continues one batch behind a prefix of `shared` tokens."""
+    rows, draws = [row for row, _ in begun], [draw for _, draw in begun]
     device, longest = _device(model), max(map(len, rows))
     ids = torch.zeros(len(rows), longest, dtype=torch.long, device=device)
     mask = torch.zeros(len(rows), shared + longest, dtype=torch.long, device=device)
@@ -108,7 +113,7 @@ def _continue(
     going = [True] * len(rows)
     for _ in range(max_new_tokens):
         logits, cache = _step(model, ids, mask, positions, cache)
-        ids = logits.argmax(-1)[:, None]
+        ids = _chosen(logits, draws)[:, None]
         for index, token in enumerate(ids[:, 0].tolist()):
             if going[index]:
                 answers[index].append(token)
@@ -118,6 +123,17 @@ def _continue(
         mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
         positions = positions[:, -1:] + 1
     return answers
+
+
+def _chosen(logits: Tensor, draws: Sequence[torch.Generator | None]) -> Tensor:
+    """The next token of each row, [B]: drawn from softmax(logits) where the row has draws, else the likeliest."""
+    chosen = logits.argmax(-1)
+    for index, draw in enumerate(draws):
+        if draw is not None:
+            shares = torch.softmax(logits[index].to(torch.promote_types(logits.dtype, torch.float32)), -1).cumsum(-1)
+            place = torch.rand((), generator=draw, dtype=torch.float64).to(shares) * shares[-1]
+            chosen[index] = torch.searchsorted(shares, place, right=True).clamp(max=len(shares) - 1)
+    return chosen
 
 
 def _step(

@@ -33,19 +33,21 @@ def transmute(
     *,
     without: Instruction | None = None,
     layers: Iterable[int] | None = None,
-    sites: Iterable[str] = ("attention", "mlp"),
+    sites: Iterable[str] | None = None,
     pairing: str = "sequential",
     estimator: str = "ridge",
     normalization: str = "none",
     scale: float | Mapping[str, float] = 1.0,
-    ridge: float = 0.1,
+    ridge: float = 1.0,
     tokens: str = "all",
     header_weight: float = 0.0,
     separator: str = "\n",
     format: str | None = None,
     batch_size: int = 32,
     memory_budget: int = MEMORY_BUDGET,
+    completions: int = 3,
     max_new_tokens: int = 64,
+    seed: int = 0,
     progress: bool = False,
 ) -> ThoughtPatch:
     """Turns an instruction into a weight update: the patched model follows it without being told. No training.
@@ -63,13 +65,14 @@ def transmute(
         tokenizer: its fast tokenizer.
         instruction: a text, or chat turns (a system message, few-shot demonstrations) that come before the example's.
         examples: user texts, {"prompt", "completion"} dicts, message lists, a path (txt, csv, json, jsonl), or a
-            dataset of these. Where there is no completion the prompted model writes it, greedily.
+            dataset of these. Where there is no completion the prompted model writes some.
         without: what the prompt on the other side says in the instruction's place, such as another wording or the
             opposite; None for the same chat without it, with what the template may write then.
         layers: 0-based block indices, None for all. Only blocks up to the last of them are run.
-        sites: of "attention", "mlp", "down", "residual". Within a block they are fitted in this order, each after the
-            earlier ones are applied ("residual" beside "mlp", "down" after both): each mends what the others left.
-            Blocks that are mixtures of experts have neither "mlp" nor "down".
+        sites: of "attention", "mlp", "down", "residual"; None for "attention" and "down", the two output projections
+            of a block, or for "attention" alone where there is a mixture of experts, which has neither "mlp" nor
+            "down". Within a block they are fitted in this order, each after the earlier ones are applied ("residual"
+            beside "mlp", "down" after both): each mends what the others left.
         pairing: "two_pass", "layerwise" or "sequential", see transmute/pairing.py.
         estimator: "mean", "exact", "ridge", "second_order" or "affine", see estimators.solve.
         normalization: ν, "none", "norm" (‖a‖) or "squared_norm" (‖a‖²).
@@ -84,7 +87,10 @@ def transmute(
         memory_budget: bytes of hidden states, 2 GiB unless given. "sequential" keeps 2 · tokens · hidden size numbers
             between blocks, for all examples: first on the model's device and, where that is not the CPU, as many bytes
             again in CPU memory; what is left over lies in a temporary file. The others need none of it.
+        completions: that the prompted model writes for an example without one: the first greedily, the others drawn
+            from its own distribution, since a patch sees more of what an instruction does in several answers.
         max_new_tokens: longest completion that is generated.
+        seed: of the completions that are drawn.
         progress: show a progress bar on stderr.
 
     Returns:
@@ -100,8 +106,8 @@ def transmute(
     """
     decoder = in_memory("transmute", model)
     loaded = load_examples(examples)
-    chosen_layers, chosen_sites = _layers(layers, len(decoder.blocks)), _sites(sites)
-    _check_sites(decoder, chosen_layers, chosen_sites)
+    chosen_layers = _layers(layers, len(decoder.blocks))
+    chosen_sites = _sites(sites, decoder, chosen_layers)
     for name, value, known in (
         ("pairing", pairing, PAIRINGS),
         ("estimator", estimator, estimators.ESTIMATORS),
@@ -110,6 +116,7 @@ def transmute(
     ):
         _choice(name, value, known)
     batch_size, max_new_tokens = _count("batch_size", batch_size), _count("max_new_tokens", max_new_tokens)
+    completions, seed = _count("completions", completions), _integer("seed", seed)
     memory_budget, header_weight = _count("memory_budget", memory_budget), _number("header_weight", header_weight)
     scales, ridge = _scales(scale, chosen_sites), _number("ridge", ridge)
     if header_weight < 0:
@@ -136,8 +143,9 @@ def transmute(
     if generated:
         ending = ending_of(decoder.model, tokenizer, loaded[0], format=format)
         encoded = with_completions(
-            decoder.model, encoded, ending=ending, max_new_tokens=max_new_tokens, batch_size=batch_size
-        )
+            decoder.model, encoded, ending=ending, max_new_tokens=max_new_tokens, batch_size=batch_size,
+            completions=completions, seed=seed,
+        )  # fmt: skip
     _check_lengths(decoder, encoded)
     described = {
         "instruction": _told(instruction),
@@ -148,8 +156,10 @@ def transmute(
         "model_type": decoder.config.model_type,
         "hidden_size": decoder.hidden_size,
         "num_hidden_layers": len(decoder.blocks),
-        "examples": len(encoded),
-        "generated_completions": generated,
+        "examples": len(loaded),
+        "generated_completions": generated * completions,
+        "completions": completions,
+        "seed": seed,
     }
     return fit(decoder, recipe, encoded, provenance=described, progress=progress)
 
@@ -173,21 +183,20 @@ def _layers(layers: Iterable[int] | None, blocks: int) -> frozenset[int]:
     return frozenset(chosen)
 
 
-def _sites(sites: Iterable[str]) -> frozenset[str]:
+def _sites(sites: Iterable[str] | None, decoder: Decoder, layers: frozenset[int]) -> frozenset[str]:
+    experts = [layer for layer in sorted(layers) if not decoder.blocks[layer].mlp_inputs]
+    if sites is None:
+        return frozenset({"attention"} if experts else {"attention", "down"})
     chosen = [sites] if isinstance(sites, str) else list(sites) if isinstance(sites, Iterable) else [sites]
     if not chosen or not all(site in SITES for site in chosen):
         raise ValueError(f"transmute: sites must be among {', '.join(SITES)}, got {chosen}")
-    return frozenset(chosen)
-
-
-def _check_sites(decoder: Decoder, layers: frozenset[int], sites: frozenset[str]) -> None:
-    experts = [layer for layer in sorted(layers) if not decoder.blocks[layer].mlp_inputs]
-    inside = [site for site in ("mlp", "down") if site in sites]
+    inside = [site for site in ("mlp", "down") if site in chosen]
     if inside and experts:
         raise ValueError(
             f"transmute: sites must be without {inside[0]!r} where the MLP is a mixture of experts, as at block "
-            f"{experts[0]}, got {sorted(sites)}; give sites=('attention',)"
+            f"{experts[0]}, got {sorted(chosen)}; give sites=('attention',)"
         )
+    return frozenset(chosen)
 
 
 def _scales(scale: float | Mapping[str, float], sites: frozenset[str]) -> dict[str, float]:
@@ -207,11 +216,17 @@ def _number(name: str, value: Any) -> float:
     return float(value)
 
 
-def _count(name: str, value: Any) -> int:
+def _integer(name: str, value: Any) -> int:
+    if isinstance(value, bool):
+        raise TypeError(f"transmute: {name} must be an integer, got {value!r}")
     try:
-        count = operator.index(value)
+        return operator.index(value)
     except TypeError:
         raise TypeError(f"transmute: {name} must be an integer, got {value!r}") from None
+
+
+def _count(name: str, value: Any) -> int:
+    count = _integer(name, value)
     if count < 1:
         raise ValueError(f"transmute: {name} must be at least 1, got {count}")
     return count
