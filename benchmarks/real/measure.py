@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 import time
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
+from unittest import mock
 
 import torch
 from tasks import WORD_FORMAT, Task
+from torch import Tensor
 
 import thought_kernels as tk
 from thought_kernels.evaluate.lora import injected, optimised
-from thought_kernels.evaluate.trial import Score, Trial, prompted_texts
+from thought_kernels.evaluate.trial import Score, Trial
+from thought_kernels.transmute.completions import ending_of, with_completions
+from thought_kernels.transmute.logprobs import completion_logprobs
 from thought_kernels.transmute.patch import ThoughtPatch
+from thought_kernels.transmute.prompt import encode, load_examples
 
 MAX_NEW_TOKENS = {"word": 12, "instruction": 32, "system": 32, "arithmetic": 32}
 BATCH_SIZE = 32
@@ -35,6 +43,32 @@ def last_number(text: str, answer: str, question: str) -> bool:
 MATCHES = {"word": first_line, "arithmetic": last_number}
 
 
+class Stopwatch:
+    """A function that counts the seconds it takes."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self._function, self.seconds = function, 0.0
+
+    def __call__(self, *args: Any, **options: Any) -> Any:
+        started = time.perf_counter()
+        try:
+            return self._function(*args, **options)
+        finally:
+            self.seconds += time.perf_counter() - started
+
+
+@dataclass(frozen=True)
+class TrainingRows:
+    """What a LoRA learns from: prompts without the instruction, answers, and the prompted model's opinion of these."""
+
+    bare_prompts: list[list[int]]
+    written: list[list[int]]
+    prompted_logprobs: list[Tensor]
+
+    def __len__(self) -> int:
+        return len(self.written)
+
+
 class Measurement:
     """A task on a model: the prompted and the bare model are asked once, then any number of patches and LoRAs.
 
@@ -53,21 +87,17 @@ class Measurement:
         self.held_out = self._trial(task.held_out)
 
     def fit(self, inputs: int, recipe: dict[str, Any]) -> tuple[ThoughtPatch, Row]:
-        """The patch of the first inputs by a recipe; their completions are written before, and timed apart."""
+        """The patch of the first inputs by a recipe; what the writing of their completions takes is timed apart."""
         questions = [question for question, _ in self._task.inputs[:inputs]]
+        writing = Stopwatch(with_completions)
         started = time.perf_counter()
-        texts = prompted_texts(
-            self._model, self._tokenizer, self._task.instruction, questions, batch_size=BATCH_SIZE,
-            max_new_tokens=self._max_new_tokens, **self._options,
-        )  # fmt: skip
-        written = time.perf_counter()
-        # An empty answer is left to transmute, which writes it again.
-        examples = [{"prompt": q, "completion": text or None} for q, text in zip(questions, texts, strict=True)]
-        patch = tk.transmute(
-            self._model, self._tokenizer, self._task.instruction, examples,
-            max_new_tokens=self._max_new_tokens, **self._options, **recipe,
-        )  # fmt: skip
-        seconds = {"seconds": time.perf_counter() - written, "generation": written - started}
+        with mock.patch("thought_kernels.transmute.transmute.with_completions", writing), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "transmute: .* completions did not end")  # and were cut, as held-out ones
+            patch = tk.transmute(
+                self._model, self._tokenizer, self._task.instruction, questions,
+                max_new_tokens=self._max_new_tokens, **self._options, **recipe,
+            )  # fmt: skip
+        seconds = {"seconds": time.perf_counter() - started - writing.seconds, "generation": writing.seconds}
         return patch, {name: round(value, 2) for name, value in seconds.items()}
 
     def patched(self, inputs: int, recipe: dict[str, Any]) -> Row:
@@ -81,7 +111,7 @@ class Measurement:
 
         loss = mean over the answers' tokens of KL(prompted ‖ bare with LoRA)
         """
-        training = self._trial(self._task.inputs[:inputs])
+        training = self._rows(inputs)
         generator = torch.Generator().manual_seed(0)
         with injected(self._model, rank=RANK):
             seconds, started = 0.0, time.perf_counter()
@@ -93,6 +123,25 @@ class Measurement:
                     row = self._row(self.held_out.score(self._model))
                     yield {**row, "steps": step, "seconds": round(seconds, 2)}
                     started = time.perf_counter()
+
+    def _rows(self, inputs: int) -> TrainingRows:
+        """The rows that transmute fits on by default."""
+        defaults = {name: one.default for name, one in inspect.signature(tk.transmute).parameters.items()}
+        examples = load_examples([question for question, _ in self._task.inputs[:inputs]])
+        encoded = [encode(self._tokenizer, self._task.instruction, one, **self._options) for one in examples]
+        ending = ending_of(self._model, self._tokenizer, examples[0], **self._options)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "transmute: .* completions did not end")
+            written = with_completions(
+                self._model, encoded, ending=ending, max_new_tokens=self._max_new_tokens, batch_size=BATCH_SIZE,
+                completions=defaults["completions"], seed=defaults["seed"],
+            )  # fmt: skip
+        questions = [row.tokens[: row.answer_start] for row in written]
+        answers = [row.tokens[row.answer_start :] for row in written]
+        prompts = [[*row.with_prefix, *question] for row, question in zip(written, questions, strict=True)]
+        reference = list(completion_logprobs(self._model, prompts, answers, batch_size=BATCH_SIZE))
+        bare = [[*row.without_prefix, *question] for row, question in zip(written, questions, strict=True)]
+        return TrainingRows(bare, answers, reference)
 
     @property
     def _max_new_tokens(self) -> int:

@@ -6,7 +6,7 @@ import contextlib
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -75,14 +75,24 @@ def train_lora(model: Any, trial: Trial, *, steps: int, rate: float, generator: 
         return TrainedLora(state, rate, trial.effect(model).patched, seconds)
 
 
+class Rows(Protocol):
+    """What a LoRA learns from, a Trial with divergences among others; see Trial for the attributes."""
+
+    bare_prompts: list[list[int]]
+    written: list[list[int]]
+    prompted_logprobs: list[Tensor] | None
+
+    def __len__(self) -> int: ...
+
+
 def optimised(
-    model: Any, trial: Trial, *, steps: int, rate: float, generator: torch.Generator, falling: bool = True
+    model: Any, trial: Rows, *, steps: int, rate: float, generator: torch.Generator, falling: bool = True
 ) -> Iterator[int]:
     """Takes optimiser steps on a LoRA that is in the model, as train_lora does.
 
     Args:
         model: with its LoRA, `injected`.
-        trial: the examples, with divergences.
+        trial: the rows to learn from.
         steps: how many steps to take.
         rate: learning rate.
         generator: of the batches.
@@ -110,7 +120,7 @@ def optimised(
         yield step + 1
 
 
-def _losses(model: Any, trial: Trial, chosen: Sequence[int]) -> Tensor:
+def _losses(model: Any, trial: Rows, chosen: Sequence[int]) -> Tensor:
     """KL(prompted ‖ model) at each token of the chosen inputs' completions, one below the other."""
     assert trial.prompted_logprobs is not None
     device = model.get_input_embeddings().weight.device
