@@ -49,7 +49,7 @@ def randomised(patch: ThoughtPatch, generator: torch.Generator) -> ThoughtPatch:
         matrix = None
         if dense is not None:
             singular = torch.linalg.svdvals(dense.double())
-            left, right = (_orthogonal(len(singular), generator).to(dense.device) for _ in range(2))
+            left, right = (_orthonormal(size, len(singular), generator).to(dense.device) for size in dense.shape)
             matrix = ((left * singular) @ right.T).to(dense.dtype)
         vector = entry.vector
         if vector is not None:
@@ -60,9 +60,9 @@ def randomised(patch: ThoughtPatch, generator: torch.Generator) -> ThoughtPatch:
     return ThoughtPatch(entries, patch.provenance)
 
 
-def _orthogonal(width: int, generator: torch.Generator) -> Tensor:
-    """A Haar-distributed rotation or reflection: QR's with the signs of R's diagonal."""
-    q, r = torch.linalg.qr(torch.randn(width, width, generator=generator, dtype=torch.float64))
+def _orthonormal(size: int, count: int, generator: torch.Generator) -> Tensor:
+    """``[size, count]`` Haar-distributed orthonormal columns: QR's with the signs of R's diagonal."""
+    q, r = torch.linalg.qr(torch.randn(size, count, generator=generator, dtype=torch.float64))
     return q * torch.sign(torch.diagonal(r))
 
 
