@@ -158,8 +158,7 @@ def test_turns_must_alternate() -> None:
 def test_a_base_model_is_transmuted_from_demonstrations() -> None:
     tokenizer = base_tokenizer(*SPACED)
     model = tiny_gemma3(0, torch.float64, vocab_size=len(tokenizer))
-    patch = tk.transmute(
-        model, tokenizer, DEMONSTRATION, ["4", {"prompt": "5", "completion": "7"}], format=ARROW, max_new_tokens=3
-    )
+    examples = ["4", {"prompt": "5", "completion": "7"}]
+    patch = tk.transmute(model, tokenizer, DEMONSTRATION, examples, format=ARROW, completions=2, max_new_tokens=3)
     assert patch.provenance["format"] == ARROW and patch.provenance["without"] is None
-    assert patch.provenance["generated_completions"] == 1
+    assert patch.provenance["generated_completions"] == 2
