@@ -214,13 +214,15 @@ def test_what_acts_on_which_width(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", EXPERT_CASES)
-def test_mixtures_of_experts_have_no_mlp_site(name: str) -> None:
+def test_mixtures_of_experts_have_the_attention_site_alone(name: str) -> None:
     model = tiny(name)
     experts = [block.index for block in describe(model).blocks if not block.mlp_inputs]
-    with pytest.raises(
-        ValueError, match=rf"transmute: sites must be without 'mlp' .* at block {experts[0]}, got .*'mlp'"
-    ):
-        tk.transmute(model, TOKENIZER, "Sum now", [EXAMPLE])
+    for site in ("mlp", "down"):
+        with pytest.raises(
+            ValueError, match=rf"transmute: sites must be without '{site}' .* at block {experts[0]}, got"
+        ):
+            tk.transmute(model, TOKENIZER, "Sum now", [EXAMPLE], sites=("attention", site))
+    assert tk.transmute(model, TOKENIZER, "Sum now", [EXAMPLE]).sites == ("attention",)
     patch = patch_for(model, ("mlp",))
     for name, call in (("applied", patch.applied), ("merge_", patch.merge_)):
         with pytest.raises(

@@ -23,6 +23,7 @@ PUBLIC = {
     "available_backends",
     "transmute",
     "align",
+    "load",
     "paper_recipe",
     "replay",
     "evaluate",

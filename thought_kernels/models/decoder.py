@@ -63,7 +63,7 @@ class Decoder:
 
     @property
     def positions(self) -> Literal["rotary", "learned"]:
-        """ "learned" where a token's position enters its embedding, so that keys cannot be moved to another place."""
+        """How positions enter: "rotary", or "learned" where they are part of the embedding (theory §3)."""
         return "rotary" if self.embed_positions is None else "learned"
 
     @torch.no_grad()
