@@ -12,7 +12,7 @@ import torch
 import transformers
 from families import BIASED_CASES, CASES, DENSE_CASES, EXPERT_CASES, tiny
 from models import tiny_tokenizer
-from patches import random_patch, same_bits, token_ids, weights
+from patches import MATRICES, random_patch, same_bits, token_ids, weights
 from tolerances import DIFFERENCE, largest
 from torch import Tensor
 from transformers import AutoModelForCausalLM, Gemma3nTextConfig, Gemma4TextConfig
@@ -36,11 +36,11 @@ def error(actual: Tensor, expected: Tensor) -> float:
     return largest(actual.double() - expected.double()) / largest(expected.double())
 
 
-def patch_for(model: Any, sites: tuple[str, ...] = ("attention", "mlp"), **options: Any) -> tk.ThoughtPatch:
+def patch_for(model: Any, sites: tuple[str, ...] = MATRICES, **options: Any) -> tk.ThoughtPatch:
     decoder = describe(model)
     options = {"layers": range(len(decoder.blocks)), "vectors": False, **options}
-    width = decoder.blocks[0].attention_width
-    return random_patch(1, sites=sites, hidden=decoder.hidden_size, attention=width, **options)
+    widths = {"attention": decoder.blocks[0].attention_width, "intermediate": decoder.blocks[0].mlp_width or 7}
+    return random_patch(1, sites=sites, hidden=decoder.hidden_size, **widths, **options)
 
 
 def test_every_described_type_has_a_case() -> None:
@@ -95,6 +95,35 @@ def test_one_example_is_interpolated(name: str, pairing: str) -> None:
     assert error(bare, wanted) >= 1e-3
 
 
+@pytest.mark.parametrize("pairing", ["sequential", "layerwise"])
+@pytest.mark.parametrize("name", DENSE_CASES)
+def test_one_example_is_interpolated_by_down_proj_alone(name: str, pairing: str) -> None:
+    """exact, all blocks: wherever no norm stands behind down_proj, each block's output is met, and so the logits.
+
+    But a parallel block's z knows nothing of its own attention: in the first block it is the token's alone, so that
+    tokens that occur twice share one change, which later blocks can mend in `sequential` only.
+    """
+    model = tiny(name, 2, torch.float64)
+    blocks = describe(model).blocks
+    own = describe(model).positions == "learned" and pairing == "sequential"
+    header, chunk, e = tk.align(TOKENIZER, "Sum now", EXAMPLE)
+    hole = len(header), len(header) + (0 if own else len(chunk))
+    assert len(header) + len(e) < blocks[0].mlp_width
+    patch = tk.transmute(
+        model, TOKENIZER, "Sum now", [EXAMPLE], sites=("down",), estimator="exact", pairing=pairing, header_weight=0.3
+    )
+    wanted = logits_at_e(model, header + chunk + e, (hole[0], hole[0]), len(e))
+    bare = logits_at_e(model, header + e, hole, len(e))
+    with patch.applied(model):
+        patched = logits_at_e(model, header + e, hole, len(e))
+    if blocks[0].post_feedforward_norm is None and (pairing == "sequential" or not blocks[0].parallel):
+        assert error(patched, wanted) <= 1e-6
+    else:
+        assert error(patched, wanted) > 1e-6
+        assert pairing == "layerwise" or error(patched, wanted) < error(bare, wanted)
+    assert error(bare, wanted) >= 1e-3
+
+
 @pytest.mark.parametrize("name", DENSE_CASES)
 def test_differences_are_those_of_two_runs(name: str) -> None:
     decoder = describe(tiny(name, 3, torch.float64))
@@ -134,7 +163,7 @@ def test_a_patch_does_the_same_applied_merged_saved_and_as_a_lora(name: str, tmp
     peft = pytest.importorskip("peft", reason="reads what export_peft writes; pip install 'thought_kernels[peft]'")
     model, ids = tiny(name, 4), token_ids(2, 11)
     before, bare = weights(model), hf_logits(model, ids)
-    patch = patch_for(model, ("attention",) if name in EXPERT_CASES else ("attention", "mlp"), rank=2)
+    patch = patch_for(model, ("attention",) if name in EXPERT_CASES else MATRICES, rank=2)
     with patch.applied(model):
         applied, ours = hf_logits(model, ids), describe(model).forward(ids)
     assert error(applied, bare) >= 1e-2
@@ -213,20 +242,20 @@ def test_what_acts_on_which_width(name: str) -> None:
             assert seen[id(block.down_proj)].shape[-1] == block.mlp_width and block.mlp_inputs
 
 
+@pytest.mark.parametrize("site", ["mlp", "down"])
 @pytest.mark.parametrize("name", EXPERT_CASES)
-def test_mixtures_of_experts_have_the_attention_site_alone(name: str) -> None:
+def test_mixtures_of_experts_have_the_attention_site_alone(name: str, site: str) -> None:
     model = tiny(name)
     experts = [block.index for block in describe(model).blocks if not block.mlp_inputs]
-    for site in ("mlp", "down"):
-        with pytest.raises(
-            ValueError, match=rf"transmute: sites must be without '{site}' .* at block {experts[0]}, got"
-        ):
-            tk.transmute(model, TOKENIZER, "Sum now", [EXAMPLE], sites=("attention", site))
+    with pytest.raises(
+        ValueError, match=rf"transmute: sites must be without '{site}' .* at block {experts[0]}, got .*'{site}'"
+    ):
+        tk.transmute(model, TOKENIZER, "Sum now", [EXAMPLE], sites=("attention", site))
     assert tk.transmute(model, TOKENIZER, "Sum now", [EXAMPLE]).sites == ("attention",)
-    patch = patch_for(model, ("mlp",))
+    patch = patch_for(model, (site,))
     for name, call in (("applied", patch.applied), ("merge_", patch.merge_)):
         with pytest.raises(
-            ValueError, match=f"^{name}: patch must not have site 'mlp' at block {experts[0]}, whose MLP"
+            ValueError, match=f"^{name}: patch must not have site '{site}' at block {experts[0]}, whose MLP"
         ):
             call(model)
     with pytest.raises(
