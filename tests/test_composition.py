@@ -117,7 +117,8 @@ def test_predictions_are_the_sums_written_out(model: Any) -> None:
     kept: dict[tuple[int, str], list[torch.Tensor]] = {}
     for layer in (0, 2):
         block = tiny.model.layers[layer]
-        for site, module in (("attention", block.self_attn.o_proj), ("mlp", block.mlp)):
+        modules = {"attention": block.self_attn.o_proj, "mlp": block.mlp, "down": block.mlp.down_proj}
+        for site, module in modules.items():
             module.register_forward_pre_hook(
                 lambda _, args, key=(layer, site): kept.setdefault(key, []).append(args[0].clone())
             )
@@ -125,12 +126,13 @@ def test_predictions_are_the_sums_written_out(model: Any) -> None:
     with ours.applied(tiny), activation_moments(tiny, ours) as moments:
         tiny(token_ids())
     for key, seen in kept.items():
-        assert moments[key].shape == (ours.entries[key].width + 1,) * 2
-        rows = seen[0].flatten(0, 1).double()
-        before = torch.linalg.solve(  # undo x + Δ x + v
-            torch.eye(rows.shape[1], dtype=torch.float64) + ours.matrix(*key).double(),
-            (rows - ours.vector(*key).double()).T,
-        ).T
+        assert moments[key].shape == (ours.entries[key].input_width + 1,) * 2
+        before = rows = seen[0].flatten(0, 1).double()
+        if key[1] != "down":  # where the patch acts on what comes out
+            before = torch.linalg.solve(  # undo x + Δ x + v
+                torch.eye(rows.shape[1], dtype=torch.float64) + ours.matrix(*key).double(),
+                (rows - ours.vector(*key).double()).T,
+            ).T
         ones = torch.cat([before, torch.ones(len(before), 1, dtype=torch.float64)], 1)
         torch.testing.assert_close(moments[key], ones.T @ ones, rtol=1e-3, atol=1e-2)
     assert moments[0, "residual"].item() == token_ids().numel()
