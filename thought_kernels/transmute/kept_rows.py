@@ -82,26 +82,29 @@ def solve_rows(rows: KeptRows, estimator: str, *, scale: float, ridge: float, no
     energy = _squares(targets)
     fold_residual = _fold_residual(inputs, mean, total) if normalization == "none" else None
     rtol, offset, delta_mean = d_in * torch.finfo(rows.dtype).eps, None, None
-    products = inputs @ inputs.T
+    products = _products(inputs, rows.dtype)
     if estimator == "affine":
         norm, delta_mean = float(products.trace()), root @ targets / total
         offset = torch.outer(root, delta_mean)
         targets, inputs = targets - offset, inputs - torch.outer(root, mean)
-        products = inputs @ inputs.T
+        products = _products(inputs, rows.dtype)
         if float(products.trace()) <= rtol * norm:
             products.zero_()  # equal activations, once centred, are rounding: the vector fits them
     left, right, missed = _solved(estimator, targets, inputs, products, scale, (ridge, rtol))
     left = scale * left
     vector = None
     if delta_mean is not None and offset is not None:
-        vector = (scale * delta_mean - left @ (right.T @ mean)).to(rows.dtype)
+        moved = left @ (mean if right is None else right.T @ mean)
+        vector = (scale * delta_mean - moved).to(rows.dtype)
         targets += offset
     # δ − λ (δ − what was missed)
     error = _squares(missed if scale == 1 else torch.lerp(targets, missed, scale))
-    kept = 0 < left.shape[1] * (d_out + d_in) < d_out * d_in
+    factors = None
+    if right is not None and _kept_as_factors(left.shape[1], d_out, d_in):
+        factors = (left.to(rows.dtype), right.to(rows.dtype))
     return SitePatch(
-        matrix=None if kept else (left @ right.T).to(rows.dtype),
-        factors=(left.to(rows.dtype), right.to(rows.dtype)) if kept else None,
+        matrix=None if factors else (left if right is None else left @ right.T).to(rows.dtype),
+        factors=factors,
         vector=vector,
         activation_mean=mean.to(rows.dtype),
         # Z has no more rank than there are rows.
@@ -111,8 +114,11 @@ def solve_rows(rows: KeptRows, estimator: str, *, scale: float, ridge: float, no
 
 def _solved(
     estimator: str, targets: Tensor, inputs: Tensor, products: Tensor, scale: float, options: tuple[float, float]
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(U [d_out, k], V [d_in, k], targets missed at λ = 1 [N, d_out]) with Δ = λ U Vᵀ; options are ε and the cutoff."""
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """(U [d_out, k], V [d_in, k], targets missed at λ = 1 [N, d_out]) with Δ = λ U Vᵀ; options are ε and the cutoff.
+
+    Where V is None, U is Δ/λ itself.
+    """
     epsilon, rtol = options
     if estimator in ("mean", "second_order"):
         left = targets if estimator == "mean" else targets - scale * (products @ targets)
@@ -127,11 +133,25 @@ def _solved(
         return targets.T[:, :0], inputs.T[:, :0], targets
     shift = epsilon * float(products.trace()) / inputs.shape[1]
     factor = positive_factor(products, shift, epsilon)
+    if not _kept_as_factors(len(inputs), targets.shape[1], inputs.shape[1]):  # Δ itself costs a third of its factors
+        left = torch.cholesky_solve(targets, factor)
+        return left.T @ inputs, None, shift * left
     left, right = (
         torch.linalg.solve_triangular(factor.T, rows.T, upper=True, left=False) for rows in (targets, inputs)
     )
     # targets − K (K + s 1)⁻¹ targets = s (K + s 1)⁻¹ targets
     return left, right, shift * torch.linalg.solve_triangular(factor, left, upper=False, left=False).T
+
+
+def _products(inputs: Tensor, dtype: torch.dtype) -> Tensor:
+    """K = A Aᵀ, float64, its products formed in the sums' dtype as those of Z are: half of the time in float32."""
+    rounded = inputs.to(dtype)
+    return (rounded @ rounded.T).double()
+
+
+def _kept_as_factors(rank: int, d_out: int, d_in: int) -> bool:
+    """Whether factors take less memory than the matrix."""
+    return 0 < rank * (d_out + d_in) < d_out * d_in
 
 
 def positive_factor(gram: Tensor, shift: float, epsilon: float) -> Tensor:
