@@ -82,8 +82,8 @@ wheel: setup
 bench: setup
 	@set -e; for script in benchmarks/bench_*.py; do echo "== $$script"; $(PY) $$script; done
 
-# Every number that the README and docs/ show, all but weightwatcher's (its script says how to install that beside it):
-# hours on two cores. Rows that stand in interference.csv and toy_geometries.csv
+# Every number that the README and docs/ show, all but weightwatcher's (its script says how to install that beside it)
+# and those of real models (docs/real_models.md says how to measure them): hours on two cores. Rows that stand in interference.csv and toy_geometries.csv
 # are kept; delete these files to measure them again.
 figures: setup bench experiments
 	$(PY) benchmarks/bench_transmute.py --model 1b --prefix 32 --no-memory \
