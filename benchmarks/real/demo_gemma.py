@@ -43,7 +43,8 @@ def main() -> None:
             bare, prompted, patched = (text.partition("\n")[0] for text in texts)
             samples.append(f"{question} -> bare {bare!r}, prompted {prompted!r}, patched {patched!r}")
     print("\nThe same words without a demonstration, before and after:", *samples, sep="\n  ")
-    print("\nrecovered: 1 - KL(prompted || patched) / KL(prompted || bare); seconds: of tk.transmute but for writing completions.")
+    print("\nrecovered: 1 - KL(prompted || patched) / KL(prompted || bare)")
+    print("seconds: of tk.transmute but for writing completions")
 
 
 if __name__ == "__main__":
