@@ -15,8 +15,13 @@ KINDS = {
     "word": "word tasks, eight demonstrations", "instruction": "natural instructions", "system": "long system prompts",
     "arithmetic": "arithmetic",
 }  # fmt: skip
-# What a mean over tasks and seeds must reach: the recovered effect, and the patched accuracy over the prompted one.
-WANTED = {"word": (0.95, 0.95), "instruction": (0.90, None), "system": (0.80, None), "arithmetic": (0.95, 0.95)}
+# What a mean over tasks and seeds must reach from 32 inputs: the recovered effect, and the patched accuracy over the
+# prompted one. From 8 inputs each may be FEWER lower.
+WANTED = {
+    ("word", "gemma"): (0.97, 0.97), ("instruction", "smol"): (0.94, None), ("instruction", "qwen"): (0.95, None),
+    ("system", "qwen"): (0.90, None), ("arithmetic", "qwen"): (0.99, 0.99),
+}  # fmt: skip
+FEWER = 0.05
 
 Row = dict[str, str]
 
@@ -56,7 +61,9 @@ def summary() -> str:
     """Each kind of task on each model: means over tasks and seeds, beside what they must reach."""
     lines = []
     for (kind, model, reserved, inputs), rows in grouped(patches(), "kind", "model", "reserved", "inputs").items():
-        recovered, share = WANTED[kind]
+        recovered, share = WANTED[kind, model]
+        if inputs == "8":
+            recovered, share = recovered - FEWER, share and share - FEWER
         worst = min(average(mine, "recovered") for mine in grouped(rows, "task").values())
         ratio = average(rows, "patched") / average(rows, "prompted") if share else None
         met = average(rows, "recovered") >= recovered and (ratio is None or ratio >= share)
