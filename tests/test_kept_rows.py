@@ -135,6 +135,18 @@ def test_zero_activations_are_solved_by_zero() -> None:
         assert not entry.dense().any() and entry.fit.residual == pytest.approx(1)
 
 
+@pytest.mark.parametrize("scale", [1.0, 0.4])
+@pytest.mark.parametrize("kind", ["equal", "zero", "one row"])
+@pytest.mark.parametrize("estimator", estimators.ESTIMATORS)
+def test_degenerate_rows_and_their_sums_give_one_patch(estimator: str, kind: str, scale: float) -> None:
+    delta, activation, weights = rows(3, 8, alike=True)
+    count = 1 if kind == "one row" else 8
+    accumulator = filled((delta[:count], activation[:count] * (kind != "zero"), weights[:count]))
+    found = accumulator.solve(estimator, scale=scale).entries[KEY]
+    accumulator.sums(*KEY)
+    assert_same(found, accumulator.solve(estimator, scale=scale).entries[KEY])
+
+
 def test_what_is_kept_is_a_copy() -> None:
     delta, activation, weights = rows(0, 8)
     accumulator = filled((delta, activation, weights))

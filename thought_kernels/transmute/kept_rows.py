@@ -96,7 +96,7 @@ def solve_rows(rows: KeptRows, estimator: str, *, scale: float, ridge: float, no
     if delta_mean is not None and offset is not None:
         moved = left @ (mean if right is None else right.T @ mean)
         vector = (scale * delta_mean - moved).to(rows.dtype)
-        targets += offset
+        targets = targets + offset  # not in place: what was missed may be the same tensor
     # δ − λ (δ − what was missed)
     error = _squares(missed if scale == 1 else torch.lerp(targets, missed, scale))
     factors = None
