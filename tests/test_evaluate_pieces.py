@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from families import tiny as family
 from models import tiny_gemma3, tiny_tokenizer
 from patches import random_patch, same_bits, token_ids, weights
 
@@ -322,6 +323,19 @@ def test_heads_together_write_what_the_attention_writes(model: Any) -> None:
     written = sum(_written_by(decoder, means, 1, head) for head in range(block.num_attention_heads))
     assert block.post_attention_norm is not None
     torch.testing.assert_close(written, block.post_attention_norm(block.o_proj(means[1])), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "granite with biases", "pythia", "olmo2"])
+def test_heads_together_write_what_the_attention_adds_to_the_stream(name: str) -> None:
+    block = describe(family(name, dtype=torch.float64)).blocks[1]
+    mean = torch.randn(block.attention_width, generator=torch.Generator().manual_seed(0))
+    decoder = describe(family(name))
+    written = sum(_written_by(decoder, {1: mean}, 1, head) for head in range(block.num_attention_heads))
+    x = torch.zeros(1, 1, len(written), dtype=torch.float64)
+    wanted = block.attention_residual(x, mean.double()[None, None])
+    if block.post_attention_norm is None:
+        wanted = wanted - block.attention_residual(x, torch.zeros_like(mean).double()[None, None])  # o_proj's bias
+    torch.testing.assert_close(written.double(), wanted[0, 0], rtol=1e-4, atol=1e-5)
 
 
 def test_a_lora_learns_and_leaves_the_model_as_it_was(model: Any) -> None:
