@@ -163,6 +163,22 @@ def test_rows_that_overflow_the_sums_dtype_are_refused() -> None:
         accumulator.solve("ridge")
 
 
+@pytest.mark.parametrize("summed", [False, True])
+def test_what_overflowed_is_merged_into_nothing(summed: bool) -> None:
+    part = rows(0, 8)
+    ours, theirs = (ThoughtAccumulator(dtype=torch.float32) for _ in range(2))
+    for accumulator in (ours, theirs):
+        accumulator.update(0, "down", *part)
+    theirs.update(1, "down", part[0], 1e300 * part[1], part[2])
+    if summed:
+        theirs.sums(1, "down")
+    wanted = ours.solve("ridge")
+    with pytest.raises(ValueError, match=r"^merge: other must hold finite numbers, got NaN .*; block 1, site 'down'; "):
+        ours.merge(theirs)
+    assert ours.layers == (0,)
+    assert torch.equal(ours.solve("ridge").matrix(0, "down"), wanted.matrix(0, "down"))
+
+
 def test_nan_and_other_widths_are_refused_before_anything_is_kept() -> None:
     delta, activation, weights = rows(0, 8)
     accumulator = filled((delta, activation, weights))

@@ -139,7 +139,8 @@ class ThoughtAccumulator:
         """Adds another accumulator's sums to these: the same as having been given its rows too.
 
         Raises:
-            ValueError: another normalization, dtype or width. Nothing is written then.
+            ValueError: another normalization, dtype or width, or rows or sums that are not finite. Nothing is written
+                then.
             TypeError: something other than a ThoughtAccumulator.
         """
         if not isinstance(other, ThoughtAccumulator):
@@ -155,6 +156,12 @@ class ThoughtAccumulator:
                 raise ValueError(
                     f"merge: other must have width {_words(ours.widths)}, got {_words(theirs.widths)}; "
                     f"block {key[0]}, site {key[1]!r}"
+                )
+            held = theirs.joined() if isinstance(theirs, KeptRows) else theirs.tensors().values()
+            if not all(map(is_finite, held)):
+                raise ValueError(
+                    f"merge: other must hold finite numbers, got NaN or an infinity; block {key[0]}, site {key[1]!r}; "
+                    f"its rows overflowed {self.dtype}"
                 )
         for key, theirs in other._sums.items():
             if isinstance(theirs, KeptRows):
