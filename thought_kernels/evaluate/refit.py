@@ -12,7 +12,7 @@ from thought_kernels.evaluate.subject import Subject
 from thought_kernels.models.undisturbed import undisturbed
 from thought_kernels.transmute.accumulator import ThoughtAccumulator
 from thought_kernels.transmute.batches import group_examples
-from thought_kernels.transmute.estimators import Sums
+from thought_kernels.transmute.estimators import DEFAULT_RIDGE, Sums
 from thought_kernels.transmute.pairing import PAIRINGS
 from thought_kernels.transmute.patch import ThoughtPatch
 from thought_kernels.transmute.run import Run
@@ -107,7 +107,7 @@ def full_recipe(subject: Subject) -> dict[str, Any]:
     names = ("layers", "sites", "pairing", "estimator", "normalization", "scale", "ridge", "tokens", "header_weight")
     recipe = {name: provenance.get(name) for name in names}
     if recipe["ridge"] is None and recipe["estimator"] not in ("ridge", "affine"):
-        recipe["ridge"] = 1.0  # not read by the other estimators
+        recipe["ridge"] = DEFAULT_RIDGE  # not read by the other estimators
     missing = [name for name, value in recipe.items() if value is None]
     if missing:
         raise ValueError(

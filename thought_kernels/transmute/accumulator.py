@@ -278,7 +278,7 @@ class ThoughtAccumulator:
         estimator: str,
         *,
         scale: float | Mapping[str, float] = 1.0,
-        ridge: float = 0.1,
+        ridge: float = estimators.DEFAULT_RIDGE,
         layers: Iterable[int] | None = None,
         sites: Iterable[str] | None = None,
         provenance: Mapping[str, Any] | None = None,

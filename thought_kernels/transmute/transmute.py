@@ -38,7 +38,7 @@ def transmute(
     estimator: str = "ridge",
     normalization: str = "none",
     scale: float | Mapping[str, float] = 1.0,
-    ridge: float = 1.0,
+    ridge: float = estimators.DEFAULT_RIDGE,
     tokens: str = "all",
     header_weight: float = 0.0,
     separator: str = "\n",
