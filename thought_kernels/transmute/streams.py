@@ -181,13 +181,14 @@ def observe_header(
     weights = torch.full(x.shape[:2], run.header_weight * group.weight / len(group.header), dtype=wide)
     if "attention" in stage:
         run.update(block, "attention", torch.zeros_like(o, dtype=wide), o, weights)
-    if "mlp" in stage:
-        u = block.mlp_input(block.attention_residual(x, patched(patch, block.index, "attention", o)), x)
-        run.update(block, "mlp", torch.zeros_like(u, dtype=wide), u, weights)
     if "residual" in stage:
         run.update(block, "residual", torch.zeros_like(x, dtype=wide), None, weights)
+    if not stage & {"mlp", "down"}:
+        return
+    u = block.mlp_input(block.attention_residual(x, patched(patch, block.index, "attention", o)), x)
+    if "mlp" in stage:
+        run.update(block, "mlp", torch.zeros_like(u, dtype=wide), u, weights)
     if "down" in stage:
-        u = block.mlp_input(block.attention_residual(x, patched(patch, block.index, "attention", o)), x)
         m, z = block.mlp_activation(patched(patch, block.index, "mlp", u))
         zero, weight = before_norm(block.post_feedforward_norm, m, torch.zeros_like(m, dtype=wide))
         run.update(block, "down", zero, z, weights.to(weight.device) * weight)
