@@ -138,6 +138,12 @@ def transmute(
             "transmute: header_weight must be 0 where the prompt without the instruction is no beginning of the prompt "
             f"with it, got {header_weight}; only rows that both have in common can join with δ = 0"
         )
+    headless = [row.number for row in encoded if not row.header]
+    if header_weight and headless:
+        raise ValueError(
+            f"transmute: header_weight must be 0 where nothing stands before the instruction, got {header_weight} with "
+            f"examples[{headless[0]}]; there are no rows of a header to join"
+        )
     _check_lengths(decoder, encoded)  # before completions are written, which may take long, and after
     generated = sum(example.completion is None for example in loaded)
     if generated:
