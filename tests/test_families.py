@@ -251,6 +251,11 @@ def test_mixtures_of_experts_have_the_attention_site_alone(name: str, site: str)
         ValueError, match=rf"transmute: sites must be without '{site}' .* at block {experts[0]}, got .*'{site}'"
     ):
         tk.transmute(model, TOKENIZER, "Sum now", [EXAMPLE], sites=("attention", site))
+    dense = [block.index for block in describe(model).blocks if block.mlp_inputs]
+    with pytest.raises(ValueError, match=r"such as 0$" if dense else r"give sites=\('attention',\)$"):
+        tk.transmute(model, TOKENIZER, "Sum now", [EXAMPLE], sites=(site,))
+    if dense:  # as the sentence says
+        assert tk.transmute(model, TOKENIZER, "Sum now", [EXAMPLE], sites=(site,), layers=dense).layers == tuple(dense)
     assert tk.transmute(model, TOKENIZER, "Sum now", [EXAMPLE]).sites == ("attention",)
     patch = patch_for(model, (site,))
     for name, call in (("applied", patch.applied), ("merge_", patch.merge_)):

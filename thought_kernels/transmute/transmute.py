@@ -198,9 +198,11 @@ def _sites(sites: Iterable[str] | None, decoder: Decoder, layers: frozenset[int]
         raise ValueError(f"transmute: sites must be among {', '.join(SITES)}, got {chosen}")
     inside = [site for site in ("mlp", "down") if site in chosen]
     if inside and experts:
+        dense = [block.index for block in decoder.blocks if block.mlp_inputs]
+        instead = f", or layers= of blocks with one MLP, such as {dense[0]}" if dense else ""
         raise ValueError(
             f"transmute: sites must be without {inside[0]!r} where the MLP is a mixture of experts, as at block "
-            f"{experts[0]}, got {sorted(chosen)}; give sites=('attention',)"
+            f"{experts[0]}, got {sorted(chosen)}; give sites=('attention',){instead}"
         )
     return frozenset(chosen)
 
