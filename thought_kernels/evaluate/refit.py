@@ -46,6 +46,12 @@ class Shuffled(ThoughtAccumulator):
         super().update(layer, site, shuffled.reshape(delta.shape), activation, weights)
 
 
+class MeanDifferences(ThoughtAccumulator):
+    """Sums of δ alone: every site is solved by its mean difference, v = λ Σ w δ / Ω, and no matrix is made."""
+
+    matrix_sites = ()
+
+
 def refit(
     subject: Subject,
     recipe: Mapping[str, Any],
@@ -84,6 +90,8 @@ def refit(
                 if sums is None:
                     raise ValueError(f"refit: rows must reach block {layer}, site {site!r}, got none")
                 solved[layer, site] = solver(sums, site)
+            if recipe["pairing"] == "sequential":  # which comes back to no block: its sums are the bulk of memory
+                own.drop(layer, site)
         return ThoughtPatch({key: solved[key] for key in wanted}, described)
 
     layers, sites = frozenset(recipe["layers"]), frozenset(recipe["sites"])
@@ -115,11 +123,6 @@ def full_recipe(subject: Subject) -> dict[str, Any]:
             "transmute records that"
         )
     return recipe
-
-
-def vector_of(sums: Sums, site: str) -> SitePatch:
-    """v = Σ w δ / Ω: the mean difference alone, no matrix."""
-    return SitePatch(vector=sums.delta_sum / sums.moments[0].to(sums.delta_sum.dtype))
 
 
 def rank_one(sums: Sums, site: str) -> SitePatch:
