@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from families import DENSE_CASES
+from families import tiny as family
 from models import tiny_gemma3, tiny_tokenizer
 from tolerances import SOLVED, largest
 from torch import Tensor
@@ -23,6 +26,7 @@ from thought_kernels.transmute.before_norm import before_norm
 from thought_kernels.transmute.pairing import PAIRINGS, Run, passes
 from thought_kernels.transmute.patch import ThoughtPatch
 from thought_kernels.transmute.prompt import encode, load_examples
+from thought_kernels.transmute.streams import observe_difference
 
 TOKENIZER = tiny_tokenizer()
 INSTRUCTION = "Sum now"
@@ -233,3 +237,30 @@ def test_hooks_inside_the_mlp_take_part() -> None:
     handle.remove()
     assert torch.equal(doubled_z, 2 * z) and torch.equal(doubled_m, 2 * m)
     assert not block.down_proj._forward_pre_hooks
+
+
+@pytest.mark.parametrize("share", [0.1, 0.001])
+@pytest.mark.parametrize("name", DENSE_CASES)
+def test_small_differences_keep_their_accuracy_in_narrow_models(name: str, share: float) -> None:
+    """As a share of the activations they are differences of; subtracted in bfloat16 they would be rounding."""
+    narrow = family(name, 0, torch.bfloat16)
+    wide = family(name, 0, torch.bfloat16).double()  # the same numbers
+    generator, width = torch.Generator().manual_seed(0), describe(narrow).blocks[1].attention_width
+    shapes = {"x": describe(narrow).hidden_size, "o": width, "delta": width}
+    drawn = {name: torch.randn(3, 11, size, generator=generator).bfloat16() for name, size in shapes.items()}
+    drawn["delta"] *= share
+
+    def observed(model: Any, dtype: torch.dtype) -> dict[str, Tensor]:
+        found: dict[str, Tensor] = {}
+        decoder = describe(model)
+        run: Any = SimpleNamespace(decoder=decoder, update=lambda _, site, delta, *rest: found.update({site: delta}))
+        batch: Any = SimpleNamespace(weights=torch.ones(3, 11))
+        x, o = drawn["x"].to(decoder.dtype), drawn["o"].to(decoder.dtype)
+        stage = frozenset({"mlp", "residual", "down"})
+        observe_difference(run, decoder.blocks[1], x, o, drawn["delta"].to(dtype), batch, stage, None)
+        return found
+
+    found, truth = observed(narrow, torch.float32), observed(wide, torch.float64)
+    for site, delta in found.items():
+        error = torch.linalg.vector_norm(delta.double() - truth[site])
+        assert error <= 2 * torch.finfo(torch.bfloat16).eps * torch.linalg.vector_norm(truth[site])

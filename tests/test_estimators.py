@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from dataclasses import dataclass
 
@@ -12,7 +13,9 @@ from hypothesis import strategies as st
 from tolerances import allowed_error, largest
 from torch import Tensor
 
-from thought_kernels.transmute.estimators import ESTIMATORS, Sums, condition_number, solve
+from thought_kernels.transmute.accumulator import ThoughtAccumulator
+from thought_kernels.transmute.estimators import DEFAULT_RIDGE, ESTIMATORS, Sums, condition_number, solve
+from thought_kernels.transmute.transmute import transmute
 
 NORMALIZATIONS = ("none", "norm", "squared_norm")
 # Theory §2: claims of exact interpolation are made to 1e-9 in float64.
@@ -261,3 +264,8 @@ def test_a_ridge_below_the_rounding_of_the_sums_is_refused() -> None:
     sums.gram.sub_(1e-6 * torch.eye(16))  # what rounding does to a singular matrix, in the bad direction
     with pytest.raises(ValueError, match="ridge must make Z positive definite, got 1e-09"):
         solve(sums, "ridge", ridge=1e-9)
+
+
+def test_there_is_one_default_ridge() -> None:
+    for function in (solve, ThoughtAccumulator.solve, transmute):
+        assert inspect.signature(function).parameters["ridge"].default == DEFAULT_RIDGE

@@ -10,16 +10,19 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from families import tiny as family
 from models import tiny_gemma3, tiny_tokenizer
 from patches import random_patch, same_bits, token_ids, weights
 
 import thought_kernels as tk
 from thought_kernels.evaluate import journal, resume
+from thought_kernels.evaluate.baselines import BASELINES
 from thought_kernels.evaluate.controls import randomised
 from thought_kernels.evaluate.intervals import mean_interval, recovered_interval
 from thought_kernels.evaluate.lora import train_lora
 from thought_kernels.evaluate.memory import MemoryPeak
-from thought_kernels.evaluate.refit import Shuffled, full_recipe, rank_one, refit, split, vector_of
+from thought_kernels.evaluate.refit import MeanDifferences, Shuffled, full_recipe, rank_one, refit, split
+from thought_kernels.evaluate.report import Section
 from thought_kernels.evaluate.scorers import Each, Judge, ScorerError, as_scorer
 from thought_kernels.evaluate.steering import (
     Steering,
@@ -193,6 +196,36 @@ def test_a_refit_with_nothing_changed_is_the_patch_itself(model: Any, recipe: di
         torch.testing.assert_close(again.entries[key].dense(), entry.dense(), rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.parametrize("pairing", ["sequential", "layerwise"])
+def test_a_refit_in_sequence_holds_one_block_s_sums(model: Any, pairing: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = subject(model, ridge=0.3, pairing=pairing)
+    accumulator, most = ThoughtAccumulator(), set()
+    update = accumulator.update
+
+    def watched(*args: Any) -> None:
+        update(*args)
+        most.add(len(accumulator._sums))
+
+    monkeypatch.setattr(accumulator, "update", watched)
+    patch = refit(found, full_recipe(found), accumulator=accumulator)
+    assert max(most) == (1 if pairing == "sequential" else len(patch.entries))
+    assert accumulator.layers == (() if pairing == "sequential" else patch.layers)
+
+
+def test_mean_differences_of_rows_need_no_matrix() -> None:
+    generator = torch.Generator().manual_seed(1)
+    delta, activation = (torch.randn(40, d, dtype=torch.float64, generator=generator) + 1 for d in (6, 90))
+    weights = torch.rand(40, dtype=torch.float64, generator=generator)
+    accumulator = MeanDifferences(dtype=torch.float64)
+    for rows in (slice(0, 7), slice(7, 40)):
+        accumulator.update(0, "down", delta[rows], activation[rows], weights[rows])
+    sums = accumulator.sums(0, "down")
+    assert sums is not None and set(sums.tensors()) == {"delta_sum", "moments"}
+    entry = accumulator.solve("exact").entries[0, "down"]
+    assert entry.dense() is None
+    torch.testing.assert_close(entry.vector, weights @ delta / weights.sum())
+
+
 def test_shuffling_keeps_what_the_rows_are_alone() -> None:
     generator = torch.Generator().manual_seed(0)
     delta, activation = (torch.randn(3, 5, 7, dtype=torch.float64, generator=generator) for _ in range(2))
@@ -220,7 +253,24 @@ def test_a_rank_one_edit_gives_the_mean_activation_its_mean_difference() -> None
     edit = rank_one(sums, "mlp")
     torch.testing.assert_close(edit.dense() @ activation.mean(0), delta.mean(0))
     assert torch.linalg.matrix_rank(edit.dense()) == 1
-    torch.testing.assert_close(vector_of(sums, "mlp").vector, delta.mean(0))
+
+
+@pytest.mark.parametrize(
+    ("name", "sites"), [("mixtral", {"attention"}), ("qwen3_moe, dense below", {"attention", "mlp"})]
+)
+def test_a_rank_one_edit_is_tried_at_the_sites_that_there_are(
+    name: str, sites: set[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found, tried = subject(family(name)), set()
+
+    def first(self: Subject, candidates: Any) -> list[Any]:
+        listed = list(candidates)
+        tried.update(label[0] for label, _ in listed)
+        return listed[:1]
+
+    monkeypatch.setattr(Subject, "rank", first)
+    label, _ = BASELINES["rank-one edit"](found, Section("baselines", "Baselines"))
+    assert tried == sites and label.startswith("attention site")
 
 
 def test_a_patch_is_taken_apart() -> None:
@@ -322,6 +372,19 @@ def test_heads_together_write_what_the_attention_writes(model: Any) -> None:
     written = sum(_written_by(decoder, means, 1, head) for head in range(block.num_attention_heads))
     assert block.post_attention_norm is not None
     torch.testing.assert_close(written, block.post_attention_norm(block.o_proj(means[1])), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "granite with biases", "pythia", "olmo2"])
+def test_heads_together_write_what_the_attention_adds_to_the_stream(name: str) -> None:
+    block = describe(family(name, dtype=torch.float64)).blocks[1]
+    mean = torch.randn(block.attention_width, generator=torch.Generator().manual_seed(0))
+    decoder = describe(family(name))
+    written = sum(_written_by(decoder, {1: mean}, 1, head) for head in range(block.num_attention_heads))
+    x = torch.zeros(1, 1, len(written), dtype=torch.float64)
+    wanted = block.attention_residual(x, mean.double()[None, None])
+    if block.post_attention_norm is None:
+        wanted = wanted - block.attention_residual(x, torch.zeros_like(mean).double()[None, None])  # o_proj's bias
+    torch.testing.assert_close(written.double(), wanted[0, 0], rtol=1e-4, atol=1e-5)
 
 
 def test_a_lora_learns_and_leaves_the_model_as_it_was(model: Any) -> None:

@@ -198,6 +198,50 @@ def test_vectors_go_into_biases_where_there_are_some(name: str, tmp_path: Path) 
     assert error(describe(wrapped).forward(ids), applied) <= 1e-12
 
 
+@pytest.mark.parametrize("sites", [("residual",), ("attention", "down", "residual")])
+@pytest.mark.parametrize("name", BIASED_CASES)
+def test_residual_vectors_go_into_the_last_bias_where_there_is_one(
+    name: str, sites: tuple[str, ...], tmp_path: Path
+) -> None:
+    peft = pytest.importorskip("peft", reason="reads what export_peft writes; pip install 'thought_kernels[peft]'")
+    model, ids = tiny(name, 5, torch.float64), token_ids(2, 11)
+    before, bare = weights(model), describe(model).forward(ids)
+    patch = patch_for(model, sites, vectors=True, rank=2, dtype=torch.float64)
+    with patch.applied(model):
+        applied = describe(model).forward(ids)
+    assert error(applied, bare) >= 1e-2
+    with patch.merge_(model) as merged:
+        assert not merged.fold_residuals
+        assert error(describe(model).forward(ids), applied) <= 1e-13
+    assert same_bits(model, before)
+    written = patch.export_peft(tmp_path, model)
+    assert written.has_bias and written.rank == (1 if sites == ("residual",) else 2)
+    with tk.ThoughtPatch(written.entries).applied(model):
+        assert error(describe(model).forward(ids), applied) <= 1e-13
+    wrapped = peft.PeftModel.from_pretrained(model, tmp_path).double()
+    assert error(describe(wrapped).forward(ids), applied) <= 1e-12
+    assert error(describe(wrapped.merge_and_unload()).forward(ids), applied) <= 1e-12
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("llama", "down_proj has no bias"),
+        ("gemma3", "a norm stands behind down_proj"),
+        ("mixtral", "its MLP is a mixture of experts"),
+    ],
+)
+def test_a_residual_vector_without_such_a_bias_is_refused(name: str, reason: str, tmp_path: Path) -> None:
+    model = tiny(name)
+    before, patch = weights(model), patch_for(model, ("residual",))
+    for call in (lambda: patch.merge_(model, fold=True), lambda: patch.export_peft(tmp_path, model, fold=True)):
+        with pytest.raises(
+            ValueError, match=f"patch must have no residual vector, got .*; block 0, .* since {reason}; "
+        ):
+            call()
+    assert same_bits(model, before) and not list(tmp_path.iterdir())
+
+
 def add(amount: float) -> Callable[..., Tensor]:
     return lambda module, args, out: out + amount
 
@@ -251,6 +295,11 @@ def test_mixtures_of_experts_have_the_attention_site_alone(name: str, site: str)
         ValueError, match=rf"transmute: sites must be without '{site}' .* at block {experts[0]}, got .*'{site}'"
     ):
         tk.transmute(model, TOKENIZER, "Sum now", [EXAMPLE], sites=("attention", site))
+    dense = [block.index for block in describe(model).blocks if block.mlp_inputs]
+    with pytest.raises(ValueError, match=r"such as 0$" if dense else r"give sites=\('attention',\)$"):
+        tk.transmute(model, TOKENIZER, "Sum now", [EXAMPLE], sites=(site,))
+    if dense:  # as the sentence says
+        assert tk.transmute(model, TOKENIZER, "Sum now", [EXAMPLE], sites=(site,), layers=dense).layers == tuple(dense)
     assert tk.transmute(model, TOKENIZER, "Sum now", [EXAMPLE]).sites == ("attention",)
     patch = patch_for(model, (site,))
     for name, call in (("applied", patch.applied), ("merge_", patch.merge_)):

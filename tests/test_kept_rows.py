@@ -135,6 +135,18 @@ def test_zero_activations_are_solved_by_zero() -> None:
         assert not entry.dense().any() and entry.fit.residual == pytest.approx(1)
 
 
+@pytest.mark.parametrize("scale", [1.0, 0.4])
+@pytest.mark.parametrize("kind", ["equal", "zero", "one row"])
+@pytest.mark.parametrize("estimator", estimators.ESTIMATORS)
+def test_degenerate_rows_and_their_sums_give_one_patch(estimator: str, kind: str, scale: float) -> None:
+    delta, activation, weights = rows(3, 8, alike=True)
+    count = 1 if kind == "one row" else 8
+    accumulator = filled((delta[:count], activation[:count] * (kind != "zero"), weights[:count]))
+    found = accumulator.solve(estimator, scale=scale).entries[KEY]
+    accumulator.sums(*KEY)
+    assert_same(found, accumulator.solve(estimator, scale=scale).entries[KEY])
+
+
 def test_what_is_kept_is_a_copy() -> None:
     delta, activation, weights = rows(0, 8)
     accumulator = filled((delta, activation, weights))
@@ -149,6 +161,22 @@ def test_rows_that_overflow_the_sums_dtype_are_refused() -> None:
     accumulator = filled((delta, 1e300 * activation, weights), dtype=torch.float32)
     with pytest.raises(ValueError, match=r"activation must be finite, .* overflowed torch.float32 \(block 0, site 'do"):
         accumulator.solve("ridge")
+
+
+@pytest.mark.parametrize("summed", [False, True])
+def test_what_overflowed_is_merged_into_nothing(summed: bool) -> None:
+    part = rows(0, 8)
+    ours, theirs = (ThoughtAccumulator(dtype=torch.float32) for _ in range(2))
+    for accumulator in (ours, theirs):
+        accumulator.update(0, "down", *part)
+    theirs.update(1, "down", part[0], 1e300 * part[1], part[2])
+    if summed:
+        theirs.sums(1, "down")
+    wanted = ours.solve("ridge")
+    with pytest.raises(ValueError, match=r"^merge: other must hold finite numbers, got NaN .*; block 1, site 'down'; "):
+        ours.merge(theirs)
+    assert ours.layers == (0,)
+    assert torch.equal(ours.solve("ridge").matrix(0, "down"), wanted.matrix(0, "down"))
 
 
 def test_nan_and_other_widths_are_refused_before_anything_is_kept() -> None:

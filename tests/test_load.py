@@ -124,6 +124,18 @@ def test_a_folder_with_one_gguf_file_and_other_dtypes(tmp_path: Path) -> None:
     assert load_tokenizer(tmp_path)(TEXT).input_ids == byte_tokenizer()(TEXT).input_ids
 
 
+def test_a_config_without_weights_does_not_hide_a_gguf_file(tmp_path: Path) -> None:
+    model = tiny_llama(tied=True)
+    write_gguf(tmp_path / "tied.gguf", model)
+    model.config.save_pretrained(tmp_path)
+    found, _ = tk.load(tmp_path, dtype=torch.float64)
+    assert same_bits(found, weights(tiny_llama(tied=True).double()))
+    other = tiny_llama(tied=True).bfloat16()
+    other.save_pretrained(tmp_path)  # weights beside the config come first
+    byte_tokenizer().save_pretrained(tmp_path)
+    assert tk.load(tmp_path)[0].dtype == torch.bfloat16
+
+
 def test_gguf_files_that_cannot_be_read_are_refused(file: Path, tmp_path: Path) -> None:
     whole = file.read_bytes()
     for kept in (len(whole) // 2, len(whole) - 32):  # tensors end on a boundary of 32 bytes
@@ -192,6 +204,8 @@ def folder(tmp_path: Path) -> Path:
 def test_what_is_no_model_is_refused(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="dtype must be one of auto, float64"):
         load(folder, dtype="int8")
+    with pytest.raises(ValueError, match="dtype must be one of auto, float64, .*, got torch.int8"):
+        load(folder, dtype=torch.int8)
     with pytest.raises(ValueError, match="device must be one that torch can use here, got 'abacus'"):
         load(folder, device="abacus")
     place = tmp_path / "place"

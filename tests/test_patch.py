@@ -64,6 +64,16 @@ def test_sums_cover_the_union() -> None:
     )
 
 
+def test_low_rank_sums_become_dense_where_that_is_smaller() -> None:
+    a, b = (random_patch(seed, rank=10, vectors=False) for seed in range(2))
+    for key, entry in (a + b).entries.items():
+        if key[1] == "residual":
+            continue
+        d_out, d_in = entry.output_width, entry.input_width
+        assert (entry.rank is None) == (20 * (d_out + d_in) >= d_out * d_in)
+        torch.testing.assert_close(entry.dense(), a.matrix(*key) + b.matrix(*key))
+
+
 def test_low_rank_sums_stay_low_rank_and_mixed_ones_become_dense() -> None:
     a, b, dense = random_patch(1, rank=2), random_patch(2, rank=3), random_patch(3)
     key = (0, "attention")

@@ -212,6 +212,13 @@ def test_header_rows_need_a_common_beginning() -> None:
         tk.transmute(model_of(0), TOKENIZER, "Sum", EXAMPLES, without="Add", header_weight=0.5)
 
 
+def test_header_rows_need_a_header() -> None:
+    options: dict[str, Any] = {"format": "{prompt} -> {completion}\n", "layers": [0]}
+    with pytest.raises(ValueError, match=r"^transmute: header_weight must be 0 where nothing .* with examples\[0\]; "):
+        tk.transmute(model_of(0), TOKENIZER, "Sum", EXAMPLES, header_weight=0.5, **options)
+    assert tk.transmute(model_of(0), TOKENIZER, "Sum", EXAMPLES, **options).layers == (0,)
+
+
 def test_the_patch_says_what_it_was_compared_with() -> None:
     patch = tk.transmute(model_of(0), TOKENIZER, "Sum", EXAMPLES, without=TURNS, layers=[0])
     assert patch.provenance["without"] == TURNS and patch.provenance["format"] is None

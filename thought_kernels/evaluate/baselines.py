@@ -93,11 +93,14 @@ def _function_vector(subject: Subject, section: Section) -> tuple[str, Intervent
 
 
 def _rank_one(subject: Subject, section: Section) -> tuple[str, Intervention]:
+    dense = [layer for layer in _layers(subject) if subject.decoder.blocks[layer].mlp_inputs]
+    places = [(site, layers) for site, layers in (("attention", _layers(subject)), ("mlp", dense)) if layers]
+
     def edits() -> Iterator[tuple[Any, Intervention]]:
-        for site in ("attention", "mlp"):
+        for site, layers in places:
             for tokens in ("all", "answer"):
                 recipe = {
-                    "layers": _layers(subject), "sites": (site,), "pairing": "two_pass", "tokens": tokens,
+                    "layers": layers, "sites": (site,), "pairing": "two_pass", "tokens": tokens,
                     "normalization": "none", "header_weight": 0.0,
                 }  # fmt: skip
                 for (layer, _), entry in refit(subject, recipe, rank_one).entries.items():

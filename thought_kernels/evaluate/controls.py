@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from thought_kernels.evaluate.intervals import mean_interval, recovered_interval
-from thought_kernels.evaluate.refit import Shuffled, full_recipe, refit, split, vector_of
+from thought_kernels.evaluate.refit import MeanDifferences, Shuffled, full_recipe, refit, split
 from thought_kernels.evaluate.report import Section
 from thought_kernels.evaluate.subject import Subject, sums
 from thought_kernels.evaluate.trial import Score
@@ -82,7 +82,9 @@ def _refitted(subject: Subject, section: Section) -> None:
     subject.report(section, "shuffled δ", subject.measure(refit(subject, recipe, accumulator=shuffled)))
     section.note("Shuffled δ: the same rows, each difference paired with another token's activation.")
     if split(subject.patch, part="vector") is None:
-        subject.report(section, "vector only", subject.measure(refit(subject, recipe, vector_of)))
+        plain = {**recipe, "estimator": "exact", "scale": 1.0}
+        vectors = refit(subject, plain, accumulator=MeanDifferences(dtype=wide))
+        subject.report(section, "vector only", subject.measure(vectors))
         section.note("Vector only: the mean difference at the patch's own sites, since it has matrices only.")
 
 

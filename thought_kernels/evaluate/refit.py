@@ -12,7 +12,7 @@ from thought_kernels.evaluate.subject import Subject
 from thought_kernels.models.undisturbed import undisturbed
 from thought_kernels.transmute.accumulator import ThoughtAccumulator
 from thought_kernels.transmute.batches import group_examples
-from thought_kernels.transmute.estimators import Sums
+from thought_kernels.transmute.estimators import DEFAULT_RIDGE, Sums
 from thought_kernels.transmute.pairing import PAIRINGS
 from thought_kernels.transmute.patch import ThoughtPatch
 from thought_kernels.transmute.run import Run
@@ -44,6 +44,12 @@ class Shuffled(ThoughtAccumulator):
         shuffled = rows.clone()
         shuffled[kept.to(rows.device)] = rows[order]
         super().update(layer, site, shuffled.reshape(delta.shape), activation, weights)
+
+
+class MeanDifferences(ThoughtAccumulator):
+    """Sums of δ alone: every site is solved by its mean difference, v = λ Σ w δ / Ω, and no matrix is made."""
+
+    matrix_sites = ()
 
 
 def refit(
@@ -84,6 +90,8 @@ def refit(
                 if sums is None:
                     raise ValueError(f"refit: rows must reach block {layer}, site {site!r}, got none")
                 solved[layer, site] = solver(sums, site)
+            if recipe["pairing"] == "sequential":  # which comes back to no block: its sums are the bulk of memory
+                own.drop(layer, site)
         return ThoughtPatch({key: solved[key] for key in wanted}, described)
 
     layers, sites = frozenset(recipe["layers"]), frozenset(recipe["sites"])
@@ -107,7 +115,7 @@ def full_recipe(subject: Subject) -> dict[str, Any]:
     names = ("layers", "sites", "pairing", "estimator", "normalization", "scale", "ridge", "tokens", "header_weight")
     recipe = {name: provenance.get(name) for name in names}
     if recipe["ridge"] is None and recipe["estimator"] not in ("ridge", "affine"):
-        recipe["ridge"] = 1.0  # not read by the other estimators
+        recipe["ridge"] = DEFAULT_RIDGE  # not read by the other estimators
     missing = [name for name, value in recipe.items() if value is None]
     if missing:
         raise ValueError(
@@ -115,11 +123,6 @@ def full_recipe(subject: Subject) -> dict[str, Any]:
             "transmute records that"
         )
     return recipe
-
-
-def vector_of(sums: Sums, site: str) -> SitePatch:
-    """v = Σ w δ / Ω: the mean difference alone, no matrix."""
-    return SitePatch(vector=sums.delta_sum / sums.moments[0].to(sums.delta_sum.dtype))
 
 
 def rank_one(sums: Sums, site: str) -> SitePatch:

@@ -12,6 +12,7 @@ from torch import Tensor
 from thought_kernels.evaluate.trial import Trial
 from thought_kernels.models import describe
 from thought_kernels.models.decoder import Block, Decoder
+from thought_kernels.models.linear import linear_weight
 from thought_kernels.models.undisturbed import undisturbed
 
 TOP_HEADS = 10
@@ -212,14 +213,15 @@ def function_vector(trial: Trial, model: Any, suffix: Sequence[int]) -> tuple[Te
 def _written_by(decoder: Decoder, means: dict[int, Tensor], layer: int, head: int) -> Tensor:
     """What one head's mean output adds to the residual stream, the post-attention norm's scale taken as at the mean."""
     block = decoder.blocks[layer]
-    projection: Any = block.o_proj
-    weight = projection.weight.float().cpu()
+    weight = linear_weight(block.o_proj).float().cpu()
     part = slice(head * block.head_dim, (head + 1) * block.head_dim)
     mean = means[layer].cpu()
-    written = weight[:, part] @ mean[part]
+    written = block.residual_multiplier * (weight[:, part] @ mean[part])
     norm = block.post_attention_norm
     if norm is None:
         return written
     whole = weight @ mean
+    bias: Any = block.o_proj.bias
+    whole = whole if bias is None else whole + bias.float().cpu()
     scale = norm.weight_offset + norm.module.weight.float().cpu()
     return written * torch.rsqrt(whole.square().mean() + norm.eps) * scale

@@ -173,7 +173,11 @@ class Block:
         with OneDNNLinear():
             z = self.o_proj(o)
             constant = self.o_proj(torch.zeros_like(o[..., :1, :]))
-            delta_z = (self.o_proj(delta_o.to(o.dtype)) - constant).to(wide(o.dtype))
+            if constant.any():  # which would round a small difference away in a narrow dtype
+                delta_o, constant = delta_o.to(wide(o.dtype)), torch.zeros_like(o[..., :1, :], dtype=wide(o.dtype))
+                delta_z = _called(self.o_proj, delta_o) - _called(self.o_proj, constant)
+            else:
+                delta_z = self.o_proj(delta_o.to(o.dtype)).to(wide(o.dtype))
         x = x.to(z.device)
         if self.post_attention_norm is None:
             return x + self._scaled(z), self._scaled(delta_z)
@@ -235,10 +239,12 @@ class Block:
         """The MLP's output and, from the same call of it, what its down_proj multiplied.
 
         Args:
-            u: mlp_input(h, x), [B, T, d].
+            u: mlp_input(h, x), [B, T, d]. Where it is float32 and weights are float16 or bfloat16, they are widened for
+                the call: a difference of two narrow outputs is mostly their rounding where it is small.
 
         Returns:
-            down_proj(z) [B, T, d] and z [B, T, mlp_width]. Hooks take part: z is what they left for down_proj.
+            down_proj(z) [B, T, d] and z [B, T, mlp_width] in u's dtype. Hooks take part: z is what they left for
+            down_proj.
 
         Raises:
             ValueError: a mixture of experts, which has no down_proj.
@@ -249,7 +255,7 @@ class Block:
         handle = self.down_proj.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
         try:
             with OneDNNLinear():
-                out = self.mlp(u.to(self.device))
+                out = _called(self.mlp, u.to(self.device))
         finally:
             handle.remove()
         return out, seen[0]
@@ -278,3 +284,12 @@ class Block:
 
     def _scaled(self, z: Tensor) -> Tensor:
         return z if self.residual_multiplier == 1 else z * self.residual_multiplier
+
+
+def _called(module: nn.Module, rows: Tensor) -> Tensor:
+    """The module's output in the rows' dtype, hooks included: narrower weights are widened for the call."""
+    narrow = (torch.float16, torch.bfloat16)
+    if rows.dtype in narrow:
+        return module(rows)
+    widened = {name: weight.to(rows.dtype) for name, weight in module.named_parameters() if weight.dtype in narrow}
+    return torch.func.functional_call(module, widened, (rows,)) if widened else module(rows)

@@ -17,7 +17,7 @@ import torch
 
 from thought_kernels.models import FAMILIES, unsupported
 
-DTYPES = {
+DTYPES: dict[str, str | torch.dtype] = {
     "auto": "auto",
     "float64": torch.float64,
     "float32": torch.float32,
@@ -25,6 +25,7 @@ DTYPES = {
     "float16": torch.float16,
 }
 
+_WEIGHT_FILES = ("*.safetensors", "pytorch_model*.bin")  # which transformers prefers to a GGUF file
 _INSTALL = "pip install 'thought_kernels[hf]'"
 
 
@@ -49,7 +50,7 @@ class _Source:
 def load(
     model: str | os.PathLike[str],
     *,
-    dtype: str = "auto",
+    dtype: str | torch.dtype = "auto",
     device: torch.device | str = "cpu",
     offline: bool = False,
 ) -> tuple[Any, Any]:
@@ -57,8 +58,10 @@ def load(
 
     Args:
         model: a folder with config.json, a hub id such as "google/gemma-3-1b-it", a .gguf file, or a folder that holds
-            one such file and no config.json. Weights of a GGUF file are unpacked, which takes a minute or so.
-        dtype: of the weights, "auto" (as stored; float32 for GGUF), "float64", "float32", "bfloat16" or "float16".
+            one such file and no config.json or no other weights. Weights of a GGUF file are unpacked, which takes a
+            minute or so.
+        dtype: of the weights, "auto" (as stored; float32 for GGUF), or torch's float64, float32, bfloat16 or float16
+            or its name.
         device: where the weights go.
         offline: look in the local cache only. Folders and files are never looked up elsewhere.
 
@@ -70,7 +73,7 @@ def load(
             tokenizer, a hub id that cannot be had, weights that are missing, a tokenizer that is not a fast one, or a
             family without a description.
     """
-    if dtype not in DTYPES:
+    if dtype not in DTYPES and dtype not in DTYPES.values():
         raise ValueError(f"load: dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
     place = usable_device("load", device)
     transformers = _transformers()
@@ -78,7 +81,7 @@ def load(
     config = _config(source)
     if config.model_type not in FAMILIES:  # before the weights are read
         raise ValueError(unsupported("load", f"type {config.model_type!r}", config.model_type))
-    found = _weights(source, config, dtype)
+    found = _weights(source, config, DTYPES[dtype] if isinstance(dtype, str) else dtype)
     tokenizer = _tokenizer(source, transformers)
     return found.to(place).eval().requires_grad_(False), tokenizer
 
@@ -116,9 +119,10 @@ def _source(model: str | os.PathLike[str], offline: bool) -> _Source:
     if path.is_file():
         return _gguf(path)
     if path.is_dir():
-        if (path / "config.json").is_file():
-            return _Source(name, None, local=True)
         files = sorted(path.glob("*.gguf"))
+        described = (path / "config.json").is_file()
+        if described and (len(files) != 1 or any(any(path.glob(pattern)) for pattern in _WEIGHT_FILES)):
+            return _Source(name, None, local=True)
         if len(files) == 1:
             return _gguf(files[0])
         held = f"{len(files)} GGUF files: {[file.name for file in files[:3]]}; name one of them" if files else "none"
@@ -159,16 +163,16 @@ def _config(source: _Source) -> Any:
     return _read(wanted, source, _transformers().AutoConfig)
 
 
-def _weights(source: _Source, config: Any, dtype: str) -> Any:
+def _weights(source: _Source, config: Any, dtype: str | torch.dtype) -> Any:
     transformers = _transformers()
     multimodal = hasattr(config, "vision_config")
     kind = transformers.AutoModelForImageTextToText if multimodal else transformers.AutoModelForCausalLM
-    options: dict[str, Any] = {"config": config, "dtype": DTYPES[dtype], "output_loading_info": True}
+    options: dict[str, Any] = {"config": config, "dtype": dtype, "output_loading_info": True}
     softcap = FAMILIES[config.model_type].softcap
     if softcap and getattr(config, softcap):  # some versions' default attention leaves the cap out
         options["attn_implementation"] = "eager"
     if source.gguf is not None:
-        options["dtype"] = torch.float32 if dtype == "auto" else DTYPES[dtype]
+        options["dtype"] = torch.float32 if dtype == "auto" else dtype
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
     found, information = _read("weights of this architecture", source, kind, **options)
     missing = sorted(information["missing_keys"])

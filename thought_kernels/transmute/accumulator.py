@@ -40,6 +40,8 @@ class ThoughtAccumulator:
     Source: "Transmuting prompts into weights", Algorithm 1 and eq. 8.
     """
 
+    matrix_sites: tuple[str, ...] = MATRIX_SITES  # whose rows are summed with their activations
+
     def __init__(
         self,
         *,
@@ -104,7 +106,8 @@ class ThoughtAccumulator:
             TypeError: an input that is not a floating-point tensor.
         """
         where = checked_place(layer, site)
-        rows = {"delta": delta} if site == "residual" else {"delta": delta, "activation": activation}
+        matrix = site in self.matrix_sites
+        rows = {"delta": delta, "activation": activation} if matrix else {"delta": delta}
         for name, tensor in rows.items():
             if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
                 kind = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
@@ -115,7 +118,7 @@ class ThoughtAccumulator:
                     f"update: {name} must have shape [..., d] equal to delta's, "
                     f"got {list(tensor.shape)} and {list(delta.shape)}; {where}"
                 )
-        widths = (delta.shape[-1], (delta if activation is None or site == "residual" else activation).shape[-1])
+        widths = (delta.shape[-1], (activation if matrix and activation is not None else delta).shape[-1])
         held = self._sums.get((layer, site))
         for name, width, before in zip(("delta", "activation"), widths, held.widths if held else widths, strict=True):
             if width != before:
@@ -128,7 +131,7 @@ class ThoughtAccumulator:
             check_rows(name, tensor, weights, where)
 
         if held is None:
-            held = KeptRows(widths, self.dtype, device) if site in MATRIX_SITES else self._zeros(site, widths, device)
+            held = KeptRows(widths, self.dtype, device) if matrix else self._zeros(site, widths, device)
             self._sums[layer, site] = held
         if isinstance(held, KeptRows) and held.takes(delta.shape[:-1].numel()):
             held.add(moved["delta"], moved["activation"], weights)
@@ -139,7 +142,8 @@ class ThoughtAccumulator:
         """Adds another accumulator's sums to these: the same as having been given its rows too.
 
         Raises:
-            ValueError: another normalization, dtype or width. Nothing is written then.
+            ValueError: another normalization, dtype or width, or rows or sums that are not finite. Nothing is written
+                then.
             TypeError: something other than a ThoughtAccumulator.
         """
         if not isinstance(other, ThoughtAccumulator):
@@ -155,6 +159,12 @@ class ThoughtAccumulator:
                 raise ValueError(
                     f"merge: other must have width {_words(ours.widths)}, got {_words(theirs.widths)}; "
                     f"block {key[0]}, site {key[1]!r}"
+                )
+            held = theirs.joined() if isinstance(theirs, KeptRows) else theirs.tensors().values()
+            if not all(map(is_finite, held)):
+                raise ValueError(
+                    f"merge: other must hold finite numbers, got NaN or an infinity; block {key[0]}, site {key[1]!r}; "
+                    f"its rows overflowed {self.dtype}"
                 )
         for key, theirs in other._sums.items():
             if isinstance(theirs, KeptRows):
@@ -271,7 +281,7 @@ class ThoughtAccumulator:
         estimator: str,
         *,
         scale: float | Mapping[str, float] = 1.0,
-        ridge: float = 0.1,
+        ridge: float = estimators.DEFAULT_RIDGE,
         layers: Iterable[int] | None = None,
         sites: Iterable[str] | None = None,
         provenance: Mapping[str, Any] | None = None,
@@ -354,7 +364,7 @@ class ThoughtAccumulator:
         with torch.inference_mode(False):
             delta_sum, activation_sum = (torch.zeros(width, dtype=self.dtype, device=device) for width in widths)
             moments = torch.zeros(4, dtype=torch.float64, device=device)
-            if site not in MATRIX_SITES:
+            if site not in self.matrix_sites:
                 return Sums(None, None, delta_sum, None, moments)
             cross, gram = (torch.zeros(width, widths[1], dtype=self.dtype, device=device) for width in widths)
             return Sums(cross, gram, delta_sum, activation_sum, moments)

@@ -17,6 +17,7 @@ from thought_kernels.transmute.kept_rows import KeptRows, positive_factor, solve
 from thought_kernels.transmute.site import Fit, SitePatch, is_finite
 
 _POWER_STEPS = 8
+DEFAULT_RIDGE = 1.0
 ESTIMATORS = ("mean", "exact", "ridge", "second_order", "affine")
 
 
@@ -53,7 +54,12 @@ class Sums(NamedTuple):
 
 
 def solve(
-    sums: Sums | KeptRows, estimator: str, *, scale: float = 1.0, ridge: float = 0.1, normalization: str = "none"
+    sums: Sums | KeptRows,
+    estimator: str,
+    *,
+    scale: float = 1.0,
+    ridge: float = DEFAULT_RIDGE,
+    normalization: str = "none",
 ) -> SitePatch:
     """Estimates the patch of one site, Δ (and v) with Δ a + v ≈ δ over the accumulated rows.
 

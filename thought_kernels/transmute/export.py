@@ -22,11 +22,11 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from thought_kernels.models import describe, in_memory
-from thought_kernels.models.linear import is_transposed, linear_weight
+from thought_kernels.models.linear import input_width, is_transposed, linear_weight
 from thought_kernels.models.undisturbed import undisturbed
-from thought_kernels.transmute.apply import targets
 from thought_kernels.transmute.site import SitePatch, is_finite
 from thought_kernels.transmute.storage import replace_files
+from thought_kernels.transmute.vectors import placed
 
 if TYPE_CHECKING:
     from thought_kernels.transmute.patch import ThoughtPatch
@@ -47,7 +47,8 @@ class PeftFolder:
     Attributes:
         folder: where.
         ranks: LoRA rank per module name.
-        entries: what the adapter does, as SitePatches per (block, site): the patch itself but for what was lost.
+        entries: what the adapter does, as SitePatches per (block, site): the patch itself but for what was lost, a
+            residual vector as the down site's.
         truncation: ‖Δ − Δ_r‖_F / ‖Δ‖_F per (block, site) that ``rank`` cut.
         fold_residuals: per (block, site) whose vector was folded into Δ, the relative squared error of doing so on the
             fitted rows, None where it is unknown.
@@ -114,22 +115,20 @@ def export_peft(
     truncation: dict[tuple[int, str], float] = {}
     fold_residuals: dict[tuple[int, str], float | None] = {}
     tensors: dict[str, tuple[Tensor, Tensor, Tensor | None]] = {}
-    planned = list(targets("export_peft", patch, model))
-    for (layer, site), entry, block in planned:  # all refusals come before the first decomposition
-        _check_vector(layer, site, entry, block, fold)
+    # All refusals come before the first decomposition.
+    planned = placed("export_peft", patch, model, fold=fold, instead="keep the patch's own folder for it")
     dtype = describe(model).dtype
-    for key, entry, block in tqdm(planned, desc="export", unit="site", disable=not progress, leave=False):
-        modules = _modules(key[1], block)
-        whole, bias = entry.to(dtype=torch.float64), None
-        if _nonzero(entry.vector):
-            if all(getattr(module, "bias", None) is not None for module in modules):
-                bias = whole.vector
-            else:
-                whole = whole.folded()
-                fold_residuals[key] = entry.fit.fold_residual if entry.fit is not None else None
+    for key, entry, _, modules, folds in tqdm(planned, desc="export", unit="site", disable=not progress, leave=False):
+        whole = entry.to(dtype=torch.float64)
+        bias = None if folds else whole.vector
+        if folds:
+            whole = whole.folded()
+            fold_residuals[key] = entry.fit.fold_residual if entry.fit is not None else None
         left, right, lost = _factors(whole, entry, rank)
         if not left.shape[1] and bias is None:
             continue
+        if not left.shape[1]:  # a vector alone, whose Δ has no width of its own
+            right = right.new_zeros(input_width(modules[0]), 0)
         if lost:
             truncation[key] = lost
         carried[key] = SitePatch(factors=(left, right), vector=bias)
@@ -160,36 +159,6 @@ def export_peft(
     for (layer, site), share in truncation.items():
         _logger.info("export_peft: block %d, site %r: truncated, relative error %.3g", layer, site, share)
     return result
-
-
-def _modules(site: str, block: Any) -> tuple[Any, ...]:
-    if site == "mlp":
-        return block.mlp_inputs
-    return {"attention": (block.o_proj,), "down": (block.down_proj,)}.get(site, ())
-
-
-def _nonzero(tensor: Tensor | None) -> bool:
-    return tensor is not None and bool(tensor.any())
-
-
-def _check_vector(layer: int, site: str, entry: SitePatch, block: Any, fold: bool) -> None:
-    if not _nonzero(entry.vector):
-        return
-    where = f"block {layer}, site {site!r}"
-    if site == "residual":
-        raise ValueError(
-            f"export_peft: patch must have no residual vector, got a nonzero one; {where}: no LoRA adds a constant to "
-            "a block's output, keep the patch's own folder for it"
-        )
-    if all(getattr(module, "bias", None) is not None for module in _modules(site, block)):
-        return
-    if not fold:
-        raise ValueError(
-            f"export_peft: patch must have no vector where the modules have no bias, got a nonzero one; {where}: "
-            "give fold=True (--fold) to approximate it by a matrix, and measure what that costs"
-        )
-    if not _nonzero(entry.activation_mean):
-        raise ValueError(f"export_peft: patch must know its mean activation to fold a vector, got none; {where}")
 
 
 def _factors(whole: SitePatch, stored: SitePatch, rank: int | None) -> tuple[Tensor, Tensor, float]:

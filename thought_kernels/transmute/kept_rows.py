@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from thought_kernels.transmute.site import Fit, SitePatch, is_finite
+from thought_kernels.transmute.site import Fit, SitePatch, factors_are_smaller, is_finite
 
 
 @dataclass
@@ -96,11 +96,11 @@ def solve_rows(rows: KeptRows, estimator: str, *, scale: float, ridge: float, no
     if delta_mean is not None and offset is not None:
         moved = left @ (mean if right is None else right.T @ mean)
         vector = (scale * delta_mean - moved).to(rows.dtype)
-        targets += offset
+        targets = targets + offset  # not in place: what was missed may be the same tensor
     # δ − λ (δ − what was missed)
     error = _squares(missed if scale == 1 else torch.lerp(targets, missed, scale))
     factors = None
-    if right is not None and _kept_as_factors(left.shape[1], d_out, d_in):
+    if right is not None and factors_are_smaller(left.shape[1], d_out, d_in):
         factors = (left.to(rows.dtype), right.to(rows.dtype))
     return SitePatch(
         matrix=None if factors else (left if right is None else left @ right.T).to(rows.dtype),
@@ -133,7 +133,7 @@ def _solved(
         return targets.T[:, :0], inputs.T[:, :0], targets
     shift = epsilon * float(products.trace()) / inputs.shape[1]
     factor = positive_factor(products, shift, epsilon)
-    if not _kept_as_factors(len(inputs), targets.shape[1], inputs.shape[1]):  # Δ itself costs a third of its factors
+    if not factors_are_smaller(len(inputs), targets.shape[1], inputs.shape[1]):  # Δ itself costs a third of its factors
         left = torch.cholesky_solve(targets, factor)
         return left.T @ inputs, None, shift * left
     left, right = (
@@ -147,11 +147,6 @@ def _products(inputs: Tensor, dtype: torch.dtype) -> Tensor:
     """K = A Aᵀ, float64, its products formed in the sums' dtype as those of Z are: half of the time in float32."""
     rounded = inputs.to(dtype)
     return (rounded @ rounded.T).double()
-
-
-def _kept_as_factors(rank: int, d_out: int, d_in: int) -> bool:
-    """Whether factors take less memory than the matrix."""
-    return 0 < rank * (d_out + d_in) < d_out * d_in
 
 
 def positive_factor(gram: Tensor, shift: float, epsilon: float) -> Tensor:

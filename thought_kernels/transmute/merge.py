@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from thought_kernels.models import describe
 from thought_kernels.models.linear import is_transposed, linear_weight
 from thought_kernels.ops.checks import addresses
-from thought_kernels.transmute.apply import targets
 from thought_kernels.transmute.site import DTYPES, SitePatch, is_finite
+from thought_kernels.transmute.vectors import Placed, placed
 
 if TYPE_CHECKING:
     from thought_kernels.transmute.patch import ThoughtPatch
@@ -42,8 +42,8 @@ class MergedPatch:
     ) -> None:
         self.fold_residuals: dict[tuple[int, str], float | None] = {}
         plan: list[_Edit] = []
-        for key, entry, block in targets("merge_", patch, model):
-            plan.extend(self._planned(key, entry, block, fold))
+        for part in placed("merge_", patch, model, fold=fold, instead="use applied"):
+            plan.extend(self._planned(part))
         self._model: nn.Module = describe(model).model
         names = {id(p): name for name, p in self._model.named_parameters()}
         written = [edit.linear.weight for edit in plan if edit.change is not None]
@@ -120,41 +120,17 @@ class MergedPatch:
                 raise
             error.add_note(str(undo_error))  # what went wrong first is what the caller must see
 
-    def _planned(self, key: tuple[int, str], entry: SitePatch, block: Any, fold: bool) -> Iterator[_Edit]:
-        layer, site = key
-        vector = entry.vector if entry.vector is not None and bool(entry.vector.any()) else None
+    def _planned(self, part: Placed) -> Iterator[_Edit]:
+        (layer, site), entry = part.key, part.entry
         where = f"block {layer}, site {site!r}"
-        if site == "residual":
-            if vector is not None:
-                raise ValueError(
-                    f"merge_: patch must have no residual vector, got a nonzero one; {where}: no weight adds "
-                    "a constant to a block's output, use applied"
-                )
-            return
-        names, modules = (block.parts.o_proj,), (block.o_proj,)
-        if site == "mlp":
-            names, modules = block.parts.mlp_inputs, block.mlp_inputs
-        elif site == "down":
-            names, modules = (block.parts.down_proj,), (block.down_proj,)
-        linears = [_plain_linear(*named, entry.input_width, where) for named in zip(modules, names, strict=True)]
+        named = zip(part.modules, part.names, strict=True)
+        linears = [_plain_linear(module, name, entry.input_width, where) for module, name in named]
         change = entry if entry.matrix is not None or entry.factors is not None else None
-        bias = vector if all(linear.bias is not None for linear in linears) else None
-        if vector is not None and bias is None:
-            change = self._folded(key, entry, fold, where)
+        if part.folds:
+            self.fold_residuals[part.key] = entry.fit.fold_residual if entry.fit is not None else None
+            change = entry.to(dtype=torch.float64).folded()
         for linear in linears:
-            yield _Edit(linear, change, bias, site == "down")
-
-    def _folded(self, key: tuple[int, str], entry: SitePatch, fold: bool, where: str) -> SitePatch:
-        if not fold:
-            raise ValueError(
-                f"merge_: patch must have no vector where the modules have no bias, got a nonzero one; {where}: use "
-                "applied, or fold=True to approximate it by a matrix"
-            )
-        mean = entry.activation_mean
-        if mean is None or not bool(mean.any()):
-            raise ValueError(f"merge_: patch must know its mean activation to fold a vector, got none; {where}")
-        self.fold_residuals[key] = entry.fit.fold_residual if entry.fit is not None else None
-        return entry.to(dtype=torch.float64).folded()
+            yield _Edit(linear, change, None if part.folds else entry.vector, site == "down")
 
     def _back_up(self, name: str, parameter: Tensor, device: torch.device | str | None) -> None:
         self._originals.append((name, parameter, parameter.detach().to(device or parameter.device, copy=True)))

@@ -116,7 +116,8 @@ class ThoughtPatch:
         """Writes the patch into the model's weights, in place: W <- W (1 + Δ) for o_proj, or gate_proj and up_proj.
 
         The product is formed in float64 for float32 and float64 weights and in float32 for narrower ones, then rounded
-        once. A vector becomes the bias W v, exactly, where every such module has a bias.
+        once. A vector becomes the bias W v, exactly, where every such module has a bias, and a residual vector becomes
+        down_proj's where that has one and no norm stands behind it.
 
         Args:
             model: a transformers model that ``thought_kernels.models.describe`` knows, with plain floating weights.
@@ -156,7 +157,7 @@ class ThoughtPatch:
 
         peft, transformers (``load_adapter``) and vLLM load it; products are formed in float64 and rounded once, to
         float32 (float64 for a float64 model). A vector becomes the LoRA bias W v, exactly, where every such module has
-        a bias; vLLM refuses those.
+        a bias, and a residual vector down_proj's as in ``merge_``; vLLM refuses those.
 
         Args:
             directory: the folder, created if it does not exist; each file is replaced in one step.

@@ -140,9 +140,12 @@ class SitePatch:
         )
 
     def plus(self, other: SitePatch) -> SitePatch:
-        """(Δ + Δ', v + v'); two low-rank matrices stay low-rank, their factors side by side."""
+        """(Δ + Δ', v + v'); two low-rank matrices stay low-rank, their factors side by side, where that is smaller."""
         factors, matrix = None, None
-        if self.factors is not None and other.factors is not None:
+        rank = (self.rank or 0) + (other.rank or 0)
+        low = self.factors is not None and other.factors is not None
+        if low and factors_are_smaller(rank, self.output_width, self.input_width or 0):
+            assert self.factors is not None and other.factors is not None
             left, right = (torch.cat([a, b.to(a)], dim=1) for a, b in zip(self.factors, other.factors, strict=True))
             factors = (left, right)
         else:
@@ -199,6 +202,11 @@ class SitePatch:
         moved = {name: tensor.to(device=device, dtype=dtype) for name, tensor in self.tensors().items()}
         factors = (moved["left"], moved["right"]) if "left" in moved else None
         return SitePatch(moved.get("matrix"), factors, moved.get("vector"), moved.get("activation_mean"), self.fit)
+
+
+def factors_are_smaller(rank: int, d_out: int, d_in: int) -> bool:
+    """Whether factors of a rank above 0 take less memory than the matrix."""
+    return 0 < rank * (d_out + d_in) < d_out * d_in
 
 
 def is_finite(tensor: Tensor) -> bool:

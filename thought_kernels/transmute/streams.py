@@ -119,7 +119,7 @@ def observe_difference(
             if "mlp" in stage:
                 run.update(block, "mlp", delta_u, u, weights, batch)
             if "down" in stage:
-                _observe_down(run, block, (u + delta_u).to(u.dtype), u, delta_h, batch, patch)
+                _observe_down(run, block, u + delta_u, u.to(delta_u.dtype), delta_h, batch, patch)
 
 
 def observe_streams(
@@ -142,7 +142,7 @@ def observe_streams(
             if "mlp" in stage:
                 run.update(block, "mlp", prime - plain, plain.to(x.dtype), batch.weights, batch)
             if "down" in stage:
-                _observe_down(run, block, prime.to(x.dtype), plain.to(x.dtype), delta_h, batch, patch)
+                _observe_down(run, block, prime, plain, delta_h, batch, patch)
 
 
 def _observe_down(
@@ -150,8 +150,12 @@ def _observe_down(
 ) -> None:
     """Rows of the down site: z, and what down_proj must add for the block's output to be the one with context.
 
+    The MLP runs in float32 at least: a difference of two bf16 outputs is mostly their rounding where it is small
+    (theory §4).
+
     Args:
-        prime, plain: MLP inputs with context, and without as the mlp site's patch finds it, [B, T, d].
+        prime, plain: MLP inputs with context, and without as the mlp site's patch finds it, [B, T, d], float32 or
+            float64.
         delta_h: difference of the residual streams after attention, [B, T, d].
     """
     plain = patched(patch, block.index, "mlp", plain)
@@ -168,7 +172,7 @@ def _observe_down(
     added = block.post_feedforward_norm.pair(m, delta_m)[1] if block.post_feedforward_norm else delta_m
     wanted = added + delta_h / block.residual_multiplier
     delta, weight = before_norm(block.post_feedforward_norm, m, wanted)
-    run.update(block, "down", delta, z, batch.weights.to(weight.device) * weight, batch)
+    run.update(block, "down", delta, z.to(run.decoder.dtype), batch.weights.to(weight.device) * weight, batch)
 
 
 def observe_header(
@@ -181,13 +185,14 @@ def observe_header(
     weights = torch.full(x.shape[:2], run.header_weight * group.weight / len(group.header), dtype=wide)
     if "attention" in stage:
         run.update(block, "attention", torch.zeros_like(o, dtype=wide), o, weights)
-    if "mlp" in stage:
-        u = block.mlp_input(block.attention_residual(x, patched(patch, block.index, "attention", o)), x)
-        run.update(block, "mlp", torch.zeros_like(u, dtype=wide), u, weights)
     if "residual" in stage:
         run.update(block, "residual", torch.zeros_like(x, dtype=wide), None, weights)
+    if not stage & {"mlp", "down"}:
+        return
+    u = block.mlp_input(block.attention_residual(x, patched(patch, block.index, "attention", o)), x)
+    if "mlp" in stage:
+        run.update(block, "mlp", torch.zeros_like(u, dtype=wide), u, weights)
     if "down" in stage:
-        u = block.mlp_input(block.attention_residual(x, patched(patch, block.index, "attention", o)), x)
         m, z = block.mlp_activation(patched(patch, block.index, "mlp", u))
         zero, weight = before_norm(block.post_feedforward_norm, m, torch.zeros_like(m, dtype=wide))
         run.update(block, "down", zero, z, weights.to(weight.device) * weight)

@@ -38,7 +38,7 @@ def transmute(
     estimator: str = "ridge",
     normalization: str = "none",
     scale: float | Mapping[str, float] = 1.0,
-    ridge: float = 1.0,
+    ridge: float = estimators.DEFAULT_RIDGE,
     tokens: str = "all",
     header_weight: float = 0.0,
     separator: str = "\n",
@@ -138,6 +138,12 @@ def transmute(
             "transmute: header_weight must be 0 where the prompt without the instruction is no beginning of the prompt "
             f"with it, got {header_weight}; only rows that both have in common can join with δ = 0"
         )
+    headless = [row.number for row in encoded if not row.header]
+    if header_weight and headless:
+        raise ValueError(
+            f"transmute: header_weight must be 0 where nothing stands before the instruction, got {header_weight} with "
+            f"examples[{headless[0]}]; there are no rows of a header to join"
+        )
     _check_lengths(decoder, encoded)  # before completions are written, which may take long, and after
     generated = sum(example.completion is None for example in loaded)
     if generated:
@@ -192,9 +198,11 @@ def _sites(sites: Iterable[str] | None, decoder: Decoder, layers: frozenset[int]
         raise ValueError(f"transmute: sites must be among {', '.join(SITES)}, got {chosen}")
     inside = [site for site in ("mlp", "down") if site in chosen]
     if inside and experts:
+        dense = [block.index for block in decoder.blocks if block.mlp_inputs]
+        instead = f", or layers= of blocks with one MLP, such as {dense[0]}" if dense else ""
         raise ValueError(
             f"transmute: sites must be without {inside[0]!r} where the MLP is a mixture of experts, as at block "
-            f"{experts[0]}, got {sorted(chosen)}; give sites=('attention',)"
+            f"{experts[0]}, got {sorted(chosen)}; give sites=('attention',){instead}"
         )
     return frozenset(chosen)
 
