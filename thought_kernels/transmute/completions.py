@@ -79,8 +79,8 @@ def with_completions(
 ) -> list[EncodedExample]:  # fmt: skip
     """The same examples, those without a completion in as many copies as the prompted model writes completions.
 
-    The first is the likeliest token by token, the others are drawn from the model's own distribution. Completions that
-    reach max_new_tokens stay cut there, with a warning.
+    The first is the likeliest token by token, the others are drawn from the model's own distribution. The copies share
+    the example's weight. Completions that reach max_new_tokens stay cut there, with a warning.
 
     Args:
         model: a transformers causal language model.
@@ -100,7 +100,9 @@ def with_completions(
     )
     written: dict[int, list[EncodedExample]] = {index: [] for index in open_ended}
     for (index, _), answer in zip(wanted, answers, strict=True):
-        written[index].append(encoded[index]._replace(tokens=[*encoded[index].tokens, *answer]))
+        asked = encoded[index]
+        row = asked._replace(tokens=[*asked.tokens, *answer], share=asked.share / completions)
+        written[index].append(row)
     cut = sum(not ending.reached(answer) for answer in answers)
     if cut:
         warnings.warn(

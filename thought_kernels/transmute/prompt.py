@@ -68,6 +68,7 @@ class EncodedExample(NamedTuple):
             completion.
         number: place in the user's list of examples, 0-based, for messages; None if unknown.
         replaced: I°, the rest of P°; empty where the instruction is inserted.
+        share: of one example's weight: 1/k for each of an example's k completions.
     """
 
     header: list[int]
@@ -76,6 +77,7 @@ class EncodedExample(NamedTuple):
     answer_start: int
     number: int | None = None
     replaced: Sequence[int] = ()
+    share: float = 1.0
 
     @property
     def with_prefix(self) -> list[int]:

@@ -88,7 +88,8 @@ def transmute(
             between blocks, for all examples: first on the model's device and, where that is not the CPU, as many bytes
             again in CPU memory; what is left over lies in a temporary file. The others need none of it.
         completions: that the prompted model writes for an example without one: the first greedily, the others drawn
-            from its own distribution, since a patch sees more of what an instruction does in several answers.
+            from its own distribution, since a patch sees more of what an instruction does in several answers. They
+            share the example's weight.
         max_new_tokens: longest completion that is generated.
         seed: of the completions that are drawn.
         progress: show a progress bar on stderr.
