@@ -15,7 +15,7 @@ from torch import Tensor
 
 from thought_kernels.models.undisturbed import undisturbed
 from thought_kernels.transmute.cuts import common_length
-from thought_kernels.transmute.logprobs import Ids, may_pad
+from thought_kernels.transmute.padding import Ids, may_pad, padded
 
 Ended = Callable[[Sequence[int]], bool]
 Begun = tuple[list[int], torch.Generator | None]  # a row's own tokens, and what its draws come from
@@ -57,12 +57,12 @@ def _batches(
 ) -> Iterator[list[int]]:
     """Indices of prompts that may be run together, shortest prompts first."""
     window = _window(model)
-    padded, start = may_pad(model), 0
+    mixed, start = may_pad(model), 0
     while start < len(order):
         rows = order[start : start + batch_size]
         longest = len(prompts[rows[-1]])
         # Windows count places in the cache, and padding behind the prefix takes some: right only while all are in it.
-        if not padded or (shared and window is not None and longest + max_new_tokens > window):
+        if not mixed or (shared and window is not None and longest + max_new_tokens > window):
             rows = [index for index in rows if len(prompts[index]) == len(prompts[rows[0]])]
         yield rows
         start += len(rows)
@@ -98,14 +98,7 @@ def _continue(
 ) -> list[list[int]]:
     """Continues one batch behind a prefix of `shared` tokens."""
     rows, draws = [row for row, _ in begun], [draw for _, draw in begun]
-    device, longest = _device(model), max(map(len, rows))
-    ids = torch.zeros(len(rows), longest, dtype=torch.long, device=device)
-    mask = torch.zeros(len(rows), shared + longest, dtype=torch.long, device=device)
-    mask[:, :shared] = 1
-    for index, row in enumerate(rows):  # padding stands between the prefix and the row
-        ids[index, longest - len(row) :] = torch.tensor(row, device=device)
-        mask[index, shared + longest - len(row) :] = 1
-    positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, shared:]
+    ids, mask, positions = padded(rows, _device(model), before=shared)
     cache = copy.deepcopy(prefix)
     for kept in cache.values():
         kept.batch_repeat_interleave(len(rows))
@@ -140,9 +133,9 @@ def _step(
     model: Any, ids: Tensor, mask: Tensor, positions: Tensor, cache: dict[str, Any]
 ) -> tuple[Tensor, dict[str, Any]]:
     """(the last token's logits [B, vocabulary], the cache with these tokens)."""
-    padded = bool((mask == 0).any())
+    whole = bool(mask.all())
     out = model(
-        input_ids=ids, attention_mask=mask if padded else None, position_ids=positions, use_cache=True,
+        input_ids=ids, attention_mask=None if whole else mask, position_ids=positions, use_cache=True,
         logits_to_keep=1, **cache,
     )  # fmt: skip
     return out.logits[:, -1], _cache(out)
