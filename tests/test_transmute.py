@@ -145,6 +145,19 @@ def test_the_mean_of_several_equal_completions_is_that_of_one() -> None:
         assert (found - wanted).norm() <= 1e-9 * wanted.norm()
 
 
+def test_completions_end_where_the_context_does_behind_either_prefix() -> None:
+    rows = [encode(TOKENIZER, "Su", text, without="Multiply") for text in ("8", "8 7")]
+    model = model_of(5, max_position_embeddings=rows[1].length + 1)
+    with pytest.warns(UserWarning, match="6 of 6 completions did not end within max_new_tokens=64 tokens or the model"):
+        patch = tk.transmute(model, TOKENIZER, "Su", ["8", "8 7"], without="Multiply", tokens="answer")
+    assert patch.provenance["generated_completions"] == 6
+    with pytest.warns(UserWarning, match="did not end"):
+        made = with_completions(
+            model, rows, ending=Ending((), "", TOKENIZER), max_new_tokens=64, batch_size=2, completions=2
+        )
+    assert [row.length for row in made] == [rows[1].length + 1] * 4
+
+
 def test_a_cut_completion_is_reported() -> None:
     with pytest.warns(UserWarning, match="did not end within max_new_tokens=2"):
         tk.transmute(model_of(5), TOKENIZER, "Sum now", ["8 76", "abc"], max_new_tokens=2)
@@ -300,6 +313,9 @@ def test_bad_examples_are_refused() -> None:
         tk.transmute(model, TOKENIZER, "Sum now", [])
     with pytest.raises(ValueError, match=r"examples\[1\] must fit the model's context of 24 tokens, got"):
         tk.transmute(model, TOKENIZER, "Su", [{"prompt": "8", "completion": "9"}, EXAMPLE | {"prompt": "8 7 6 5 4 3"}])
+    with pytest.raises(ValueError, match=r"examples\[1\] must fit the model's context of"):  # a token's room at least
+        length = encode(TOKENIZER, "Su", "8 7").length - 1
+        tk.transmute(model_of(0, max_position_embeddings=length), TOKENIZER, "Su", ["8", "8 7"])
     with pytest.raises(TypeError, match="describe"):
         tk.transmute(torch.nn.Linear(2, 2), TOKENIZER, "Sum now", [EXAMPLE])
 

@@ -80,6 +80,16 @@ class EncodedExample(NamedTuple):
     share: float = 1.0
 
     @property
+    def is_open(self) -> bool:
+        """Whether it has no completion: the model is to write it."""
+        return self.answer_start == len(self.tokens)
+
+    @property
+    def length(self) -> int:
+        """Tokens of the longer prompt, with one for a completion where there is none."""
+        return len(self.header) + max(len(self.instruction), len(self.replaced)) + len(self.tokens) + self.is_open
+
+    @property
     def with_prefix(self) -> list[int]:
         """P."""
         return [*self.header, *self.instruction]

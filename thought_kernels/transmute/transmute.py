@@ -139,7 +139,7 @@ def transmute(
             "transmute: header_weight must be 0 where the prompt without the instruction is no beginning of the prompt "
             f"with it, got {header_weight}; only rows that both have in common can join with δ = 0"
         )
-    _check_lengths(decoder, encoded)  # before completions are written, which may take long, and after
+    _check_lengths(decoder, encoded)
     generated = sum(example.completion is None for example in loaded)
     if generated:
         ending = ending_of(decoder.model, tokenizer, loaded[0], format=format)
@@ -147,7 +147,6 @@ def transmute(
             decoder.model, encoded, ending=ending, max_new_tokens=max_new_tokens, batch_size=batch_size,
             completions=completions, seed=seed,
         )  # fmt: skip
-    _check_lengths(decoder, encoded)
     described = {
         "instruction": _told(instruction),
         "without": None if without is None else _told(without),
@@ -240,10 +239,9 @@ def _choice(name: str, value: str, known: Iterable[str]) -> None:
 
 def _check_lengths(decoder: Decoder, encoded: list[EncodedExample]) -> None:
     limit = getattr(decoder.config, "max_position_embeddings", None)
-    for index, example in enumerate(encoded):
-        length = max(len(example.with_prefix), len(example.without_prefix)) + len(example.tokens)
-        if limit is not None and length > limit:
+    for example in encoded:
+        if limit is not None and example.length > limit:
             raise ValueError(
-                f"transmute: examples[{index}] must fit the model's context of {limit} tokens, got {length} with the "
-                "instruction; shorten it or drop it"
+                f"transmute: examples[{example.number}] must fit the model's context of {limit} tokens, got "
+                f"{example.length} with the instruction; shorten it or drop it"
             )
