@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -68,16 +69,10 @@ def test_padding_changes_nothing_in_any_family(name: str) -> None:
 @pytest.mark.parametrize("name", ["gpt2", "llama"])
 def test_a_lora_learns_from_padded_rows_what_it_would_from_each(name: str) -> None:
     model, teacher = tiny(name), tiny(name, seed=1)
-
-    class Rows:
-        bare_prompts, written = PROMPTS, ANSWERS
-        prompted_logprobs: Any = list(completion_logprobs(teacher, PROMPTS, ANSWERS, batch_size=1))
-
-        def __len__(self) -> int:
-            return len(PROMPTS)
-
-    together = _losses(model, Rows(), range(len(PROMPTS)))
-    assert_same(together, torch.cat([_losses(model, Rows(), [index]) for index in range(len(PROMPTS))]))
+    told = list(completion_logprobs(teacher, PROMPTS, ANSWERS, batch_size=1))
+    rows: Any = SimpleNamespace(bare_prompts=PROMPTS, written=ANSWERS, prompted_logprobs=told)
+    together = _losses(model, rows, range(len(PROMPTS)))
+    assert_same(together, torch.cat([_losses(model, rows, [index]) for index in range(len(PROMPTS))]))
     assert together.min() > 0.01
 
 
