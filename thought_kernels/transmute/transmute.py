@@ -159,6 +159,7 @@ def transmute(
         "examples": len(loaded),
         "generated_completions": generated * completions,
         "completions": completions,
+        "max_new_tokens": max_new_tokens,
         "seed": seed,
     }
     return fit(decoder, recipe, encoded, provenance=described, progress=progress)
