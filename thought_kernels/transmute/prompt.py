@@ -236,6 +236,11 @@ def _encoded(prompts: _Prompts, writer: Writer, places: Places, start: int, inse
     if places.answer is not None:
         answer = told.ending_by(len(told.text) - places.answer)
         ends = [writer.end(tokens, len(tokens.text) - places.answer_end) for tokens in (told, bare)]
+        if answer == ends[0]:
+            raise ValueError(
+                "align: example must have a completion of at least a token with what closes it, got an empty one that "
+                "nothing closes; give a text, or no completion where the model is to write it"
+            )
     tokens = told.ids[after : ends[0]]
     check_equal(tokenizer, "e", tokens, bare.ids[split : ends[1]])
     replaced = tuple(bare.ids[first:split])
