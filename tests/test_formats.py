@@ -139,6 +139,7 @@ ONCE = "format must hold {prompt} and {completion} once each and no other field,
         ("{prompt!r} {completion}", ValueError, ONCE),
         ("{prompt} {} {completion}", ValueError, ONCE + "got {prompt}, {}, {completion} in"),
         ("{prompt} } {completion}", ValueError, "format must be a format string, "),
+        ("{prompt} = {completion} ", ValueError, "format must have nothing, or more than spaces, after {completion}, "),
         (7, TypeError, "format must be a str, got int"),
     ],
 )

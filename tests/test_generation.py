@@ -125,6 +125,8 @@ def test_chats_end_with_a_special_token_and_formats_without_a_text_with_eos() ->
     assert (found.ids, found.text) == ((1, 3), "")
     bare = tiny_tokenizer(template="{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n\n' }}{% endfor %}")
     assert ending_of(model, bare, chat).text == "\n\n"
+    spaced = tiny_tokenizer(template="{% for m in messages %}{{ m['content'] + '  ' }}{% endfor %}")
+    assert (ending_of(model, spaced, chat).ids, ending_of(model, spaced, chat).text) == ((3,), "")
 
 
 def test_drawn_tokens_follow_the_models_distribution_whatever_batch_they_are_in() -> None:
