@@ -241,9 +241,13 @@ def bare_texts(
 
 
 def bare_prompts(
-    model: Any, tokenizer: Any, questions: Sequence[str], *, format: str | None = None
-) -> tuple[list[list[int]], Ending]:
-    """Questions as prompts without an instruction, and what ends an answer."""
+    model: Any, tokenizer: Any, questions: Sequence[str], *, format: str | None = None,
+    without: Instruction | None = None, separator: str = "\n",
+) -> tuple[list[list[int]], Ending]:  # fmt: skip
+    """Questions as prompts without the instruction, or with what is `without` in its place, and what ends an answer."""
+    if without is not None:
+        encoded, ending = _asked(model, tokenizer, without, questions, None, separator, format)
+        return [[*row.with_prefix, *row.tokens] for row in encoded], ending
     writer = writer_of(tokenizer, format, "")
     chats = load_examples(questions)
     prompts = [writer.tokens(writer.text(chat), closed=False).ids for chat in chats]
