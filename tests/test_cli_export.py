@@ -16,8 +16,10 @@ from typer.testing import CliRunner
 import thought_kernels as tk
 from thought_kernels.cli import app, bench, options
 from thought_kernels.evaluate.export_loss import export_loss
+from thought_kernels.transmute.completions import complete
 from thought_kernels.transmute.export import CONFIG_FILE, WEIGHT_FILE
 from thought_kernels.transmute.patch import ThoughtPatch
+from thought_kernels.transmute.prompt import encode
 
 
 @pytest.fixture(scope="module")
@@ -87,6 +89,42 @@ def test_the_loss_is_zero_of_everything_and_all_of_nothing(folder: Path) -> None
     assert kept.recovered == pytest.approx(1, abs=1e-6) and lost.recovered == pytest.approx(0, abs=1e-6)
     with pytest.raises(ValueError, match="export_loss: questions must be at least one, got none"):
         export_loss(model, tokenizer, patch, patch, [])
+
+
+@pytest.mark.parametrize("chosen", [{}, {"without": "Turn them", "separator": " "}])
+def test_the_loss_is_measured_on_the_prompts_that_the_patch_was_made_for(
+    folder: Path, chosen: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, tokenizer = options.load_model(str(folder))
+    made = {"format": "{prompt} -> {completion}\n", **chosen}
+    patch = random_patch(sites=["attention"], vectors=False, size=0.2, provenance={"instruction": "Add", **made})
+    asked: list[list[list[int]]] = []
+
+    def watched(model: Any, prompts: list[list[int]], **settings: Any) -> list[list[int]]:
+        asked.append(prompts)
+        return complete(model, prompts, **settings)
+
+    monkeypatch.setattr("thought_kernels.evaluate.export_loss.complete", watched)
+    export_loss(model, tokenizer, patch, patch, ["3 4", "5"], max_new_tokens=2)
+    rows = [encode(tokenizer, "Add", question, **made) for question in ("3 4", "5")]
+    assert asked == [[[*row.without_prefix, *row.tokens] for row in rows]]
+
+
+def test_a_base_models_export_is_measured_by_the_patchs_format_and_refused_early_without_one(tmp_path: Path) -> None:
+    base, tokenizer = tmp_path / "base", tiny_tokenizer(template=None)
+    tiny_gemma3(vocab_size=len(tokenizer)).save_pretrained(base)
+    tokenizer.save_pretrained(base)
+    patch = saved(tmp_path / "patch")
+    refused = run("export", patch, "-m", base, "-o", tmp_path / "lora", "--rank", 5)
+    assert refused.exit_code == 1 and "tokenizer must have a chat template" in " ".join(refused.stderr.split())
+    assert not (tmp_path / "lora").exists()
+    told = random_patch(
+        size=0.1, vectors=False, sites=["attention"], provenance={"format": "{prompt} -> {completion}\n"}
+    )
+    told.save_pretrained(tmp_path / "told")
+    result = run("export", tmp_path / "told", "-m", base, "-o", tmp_path / "lora", "--rank", 5, "--max-new-tokens", 3)
+    assert result.exit_code == 0, result.output
+    assert "nats per token of the patched answers" in result.stdout
 
 
 def test_export_refuses_in_a_sentence(folder: Path, tmp_path: Path) -> None:

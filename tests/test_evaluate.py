@@ -25,6 +25,7 @@ from thought_kernels.evaluate.report import Evaluation, Line, Section
 from thought_kernels.evaluate.verdict import summary, verdict
 from thought_kernels.spectral import diagnose
 from thought_kernels.transmute.patch import ThoughtPatch
+from thought_kernels.transmute.prompt import encode
 
 TOKENIZER = tiny_tokenizer()
 EXAMPLES = ["3 1 4", "2 7 8", "1 9", "5 5 5 5"]
@@ -290,6 +291,12 @@ def test_an_output_that_cannot_be_made_and_a_recipe_that_is_none_are_refused(mod
         tk.evaluate(model, TOKENIZER, "Sum them", EXAMPLES, held_out=HELD_OUT, recipe={"ridge": "x"})
     with pytest.raises(ValueError, match="evaluate: recipe must have options"):  # one with a patch is checked too
         tk.evaluate(model, TOKENIZER, random_patch(), held_out=HELD_OUT, instruction="Sum", recipe={"tokens": "some"})
+
+
+def test_an_example_without_a_completion_needs_room_for_one(model: Any) -> None:
+    longest = "3" * (514 - encode(TOKENIZER, "Sum them", "3").length)  # a token each
+    with pytest.raises(ValueError, match=r"examples\[1\] must fit the model's context of 512 tokens, got 513"):
+        tk.evaluate(model, TOKENIZER, "Sum them", ["3", longest], held_out=HELD_OUT, **SETTINGS)
 
 
 def test_a_tokenizer_without_a_chat_template_is_refused(model: Any) -> None:

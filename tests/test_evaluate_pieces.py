@@ -78,6 +78,19 @@ def test_fingerprints_do_not_depend_on_the_number_of_threads(model: Any) -> None
     assert journal.fingerprint(layer) != of_model and resume.fingerprint(whole, {}) != of_subject
 
 
+@pytest.mark.filterwarnings("ignore:transmute. .* completions did not end")
+def test_a_patch_is_fitted_again_from_the_completions_that_it_was_fitted_on(model: Any) -> None:
+    patch = tk.transmute(model, TOKENIZER, INSTRUCTION, QUESTIONS, max_new_tokens=2)
+    assert patch.provenance["max_new_tokens"] == 2
+    whole = replace(subject(model), given_patch=patch)  # whose own answers are longer
+    again = refit(whole, full_recipe(whole))
+    for layer in patch.layers:
+        found, wanted = (one.matrix(layer, "attention") for one in (again, patch))
+        assert torch.linalg.vector_norm(found - wanted) <= 1e-4 * torch.linalg.vector_norm(wanted)
+    other = whole.fit("Turn them", whole.examples)
+    assert other.provenance["max_new_tokens"] == 2
+
+
 def test_an_interval_has_the_width_of_the_normal_approximation() -> None:
     n, p = 900, 0.3
     grades = [float(i < n * p) for i in range(n)]

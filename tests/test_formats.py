@@ -139,12 +139,28 @@ ONCE = "format must hold {prompt} and {completion} once each and no other field,
         ("{prompt!r} {completion}", ValueError, ONCE),
         ("{prompt} {} {completion}", ValueError, ONCE + "got {prompt}, {}, {completion} in"),
         ("{prompt} } {completion}", ValueError, "format must be a format string, "),
+        ("{prompt} = {completion} ", ValueError, "format must have nothing, or more than spaces, after {completion}, "),
         (7, TypeError, "format must be a str, got int"),
     ],
 )
 def test_other_formats_are_refused(format: Any, kind: type[Exception], expected: str) -> None:
     with pytest.raises(kind, match=re.escape(f"align: {expected}")):
         align(base_tokenizer(), "sum", "4", format=format)
+
+
+def test_an_empty_completion_that_nothing_closes_is_refused() -> None:
+    tokenizer = base_tokenizer()
+    empty = {"prompt": "4", "completion": ""}
+    for format in (ARROW, "{prompt}={completion}"):  # a newline closes the one, EOS the other
+        row = encode(tokenizer, DEMONSTRATION, empty, format=format)
+        assert len(row.tokens) == row.answer_start + 1 and not row.is_open
+    tokenizer.eos_token = None
+    assert encode(tokenizer, DEMONSTRATION, empty, format=ARROW) == encode(
+        base_tokenizer(), DEMONSTRATION, empty, format=ARROW
+    )
+    assert not encode(tokenizer, DEMONSTRATION, empty | {"completion": "8"}, format="{prompt}={completion}").is_open
+    with pytest.raises(ValueError, match="align: example must have a completion of at least a token .*, got an empty"):
+        encode(tokenizer, DEMONSTRATION, empty, format="{prompt}={completion}")
 
 
 def test_turns_must_alternate() -> None:

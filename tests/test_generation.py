@@ -50,11 +50,11 @@ def ids(seed: int, length: int) -> list[int]:
     return torch.randint(6, 60, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
 
 
-def alone(model: Any, prompt: list[int]) -> list[int]:
-    """What transformers writes after one prompt, NEW tokens whatever they are."""
+def alone(model: Any, prompt: list[int], count: int = NEW) -> list[int]:
+    """What transformers writes after one prompt, so many tokens whatever they are."""
     row = torch.tensor([prompt])
     out = model.generate(
-        input_ids=row, attention_mask=torch.ones_like(row), do_sample=False, max_new_tokens=NEW, eos_token_id=None,
+        input_ids=row, attention_mask=torch.ones_like(row), do_sample=False, max_new_tokens=count, eos_token_id=None,
         pad_token_id=0,
     )  # fmt: skip
     return out[0, len(prompt) :].tolist()
@@ -125,6 +125,8 @@ def test_chats_end_with_a_special_token_and_formats_without_a_text_with_eos() ->
     assert (found.ids, found.text) == ((1, 3), "")
     bare = tiny_tokenizer(template="{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n\n' }}{% endfor %}")
     assert ending_of(model, bare, chat).text == "\n\n"
+    spaced = tiny_tokenizer(template="{% for m in messages %}{{ m['content'] + '  ' }}{% endfor %}")
+    assert (ending_of(model, spaced, chat).ids, ending_of(model, spaced, chat).text) == ((3,), "")
 
 
 def test_drawn_tokens_follow_the_models_distribution_whatever_batch_they_are_in() -> None:
@@ -140,6 +142,26 @@ def test_drawn_tokens_follow_the_models_distribution_whatever_batch_they_are_in(
     # Each frequency has variance p (1 − p) / count; five deviations leave all of them but once in 30,000 draws.
     assert bool(((found - shares).abs() <= 5 * (shares * (1 - shares) / count).sqrt() + 1 / count).all())
     assert shares.max() < 0.9  # or the likeliest token alone would pass
+
+
+@pytest.mark.parametrize("shared", [0, 11])
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_rows_end_where_the_models_context_does(name: str, shared: int) -> None:
+    """A longer row beside it cuts none short, and asks for no position that is not there."""
+    model = MODELS[name]()
+    limit = 40
+    model.config.max_position_embeddings = limit
+    if name == "gpt2":
+        model.transformer.wpe = torch.nn.Embedding.from_pretrained(model.transformer.wpe.weight[:limit])
+    prefix = ids(0, shared)
+    prompts = [[*prefix, *ids(seed, length - shared)] for seed, length in ((1, 12), (2, 38), (3, 33), (4, 39))]
+    ending = Ending((), "", TOKENIZER)
+    for batch_size in (1, 8):
+        found = complete(model, prompts, ending=ending, max_new_tokens=NEW, batch_size=batch_size)
+        assert list(map(len, found)) == [NEW, 2, 7, 1]
+        assert found == [alone(model, prompt, len(row)) for prompt, row in zip(prompts, found, strict=True)]
+    with pytest.raises(ValueError, match=r"prompts\[1\] must be shorter than the model's context of 40 tokens, got 40"):
+        complete(model, [ids(1, 3), ids(2, 40)], ending=ending, max_new_tokens=NEW, batch_size=8)
 
 
 def test_greedy_and_drawn_rows_share_a_batch() -> None:

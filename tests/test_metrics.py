@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from families import CASES, tiny
 from models import tiny_gemma3, tiny_tokenizer
 from tolerances import FORWARD, largest
 from torch import Tensor
 
 import thought_kernels as tk
 from thought_kernels.evaluate.answers import contains, exact, final_value, value_tokens
+from thought_kernels.evaluate.lora import _losses
 from thought_kernels.evaluate.metrics import completion_logprobs, divergence, effect
 from thought_kernels.evaluate.trial import Trial, bare_texts, prompted_texts
 from thought_kernels.transmute import logprobs as reading
@@ -52,6 +55,25 @@ def test_log_probabilities_do_not_depend_on_padding(model: Any, batch_size: int)
     for logprobs, prompt, answer in zip(found, PROMPTS, ANSWERS, strict=True):
         assert logprobs.shape == (len(answer), len(TOKENIZER))
         assert_same(logprobs, plain_logprobs(model, prompt, answer))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_padding_changes_nothing_in_any_family(name: str) -> None:
+    """Learned positions, for one, are a row's own, wherever padding moves it to."""
+    model = tiny(name)
+    found = list(completion_logprobs(model, PROMPTS, ANSWERS, batch_size=100))
+    for logprobs, prompt, answer in zip(found, PROMPTS, ANSWERS, strict=True):
+        assert_same(logprobs, plain_logprobs(model, prompt, answer))
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_a_lora_learns_from_padded_rows_what_it_would_from_each(name: str) -> None:
+    model, teacher = tiny(name), tiny(name, seed=1)
+    told = list(completion_logprobs(teacher, PROMPTS, ANSWERS, batch_size=1))
+    rows: Any = SimpleNamespace(bare_prompts=PROMPTS, written=ANSWERS, prompted_logprobs=told)
+    together = _losses(model, rows, range(len(PROMPTS)))
+    assert_same(together, torch.cat([_losses(model, rows, [index]) for index in range(len(PROMPTS))]))
+    assert together.min() > 0.01
 
 
 def test_a_large_vocabulary_makes_batches_smaller(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -112,9 +112,50 @@ def test_further_completions_are_drawn_by_the_seed_and_given_ones_are_left_alone
     assert [row.tokens[: len(encoded[0].tokens)] == encoded[0].tokens for row in rows[:3]] == [True] * 3
     assert rows[3] == encoded[1] and len(rows) == 7
     (greedy, _, _) = with_completions(model, encoded, **arguments, batch_size=2)
-    assert rows[0] == greedy and rows[1] != greedy != rows[2] != rows[1]
+    assert rows[0] == greedy._replace(share=1 / 3) and len({tuple(row.tokens) for row in rows[:3]}) == 3
     assert with_completions(model, encoded, **arguments, batch_size=8, completions=3, seed=1) == rows
     assert with_completions(model, encoded, **arguments, batch_size=8, completions=3, seed=2) != rows
+
+
+@pytest.mark.filterwarnings("ignore:transmute. .* completions did not end")
+def test_the_completions_of_an_example_share_its_weight() -> None:
+    model = model_of(4, torch.float32)
+    encoded = [encode(TOKENIZER, "Sum now", example) for example in ("8 76", EXAMPLE)]
+    arguments = {"ending": Ending((5,), "", TOKENIZER), "max_new_tokens": 4, "batch_size": 2}
+    rows = with_completions(model, encoded, **arguments, completions=3)
+    for tokens in ("all", "answer"):
+        (group,) = group_examples(rows, 2, tokens, torch.float64)
+        assert group.weight == len(encoded)
+        sums = [float(weights.sum()) for batch in group.batches for weights in batch.weights]
+        assert sorted(sums) == pytest.approx([1 / 3, 1 / 3, 1 / 3, 1])
+
+
+@pytest.mark.filterwarnings("ignore:transmute. .* completions did not end")
+def test_the_mean_of_several_equal_completions_is_that_of_one() -> None:
+    model = model_of(4)
+    with torch.no_grad():  # one token has all of the distribution, so that draws are greedy
+        model.lm_head.weight.mul_(1e4)
+    options = {"estimator": "mean", "sites": ("attention",), "max_new_tokens": 3}
+    one, three = (
+        tk.transmute(model, TOKENIZER, "Sum now", ["8 76", "abc", EXAMPLE], completions=count, **options)
+        for count in (1, 3)
+    )
+    for layer in range(3):
+        found, wanted = (patch.matrix(layer, "attention") for patch in (three, one))
+        assert (found - wanted).norm() <= 1e-9 * wanted.norm()
+
+
+def test_completions_end_where_the_context_does_behind_either_prefix() -> None:
+    rows = [encode(TOKENIZER, "Su", text, without="Multiply") for text in ("8", "8 7")]
+    model = model_of(5, max_position_embeddings=rows[1].length + 1)
+    with pytest.warns(UserWarning, match="6 of 6 completions did not end within max_new_tokens=64 tokens or the model"):
+        patch = tk.transmute(model, TOKENIZER, "Su", ["8", "8 7"], without="Multiply", tokens="answer")
+    assert patch.provenance["generated_completions"] == 6
+    with pytest.warns(UserWarning, match="did not end"):
+        made = with_completions(
+            model, rows, ending=Ending((), "", TOKENIZER), max_new_tokens=64, batch_size=2, completions=2
+        )
+    assert [row.length for row in made] == [rows[1].length + 1] * 4
 
 
 def test_a_cut_completion_is_reported() -> None:
@@ -272,6 +313,9 @@ def test_bad_examples_are_refused() -> None:
         tk.transmute(model, TOKENIZER, "Sum now", [])
     with pytest.raises(ValueError, match=r"examples\[1\] must fit the model's context of 24 tokens, got"):
         tk.transmute(model, TOKENIZER, "Su", [{"prompt": "8", "completion": "9"}, EXAMPLE | {"prompt": "8 7 6 5 4 3"}])
+    with pytest.raises(ValueError, match=r"examples\[1\] must fit the model's context of"):  # a token's room at least
+        length = encode(TOKENIZER, "Su", "8 7").length - 1
+        tk.transmute(model_of(0, max_position_embeddings=length), TOKENIZER, "Su", ["8", "8 7"])
     with pytest.raises(TypeError, match="describe"):
         tk.transmute(torch.nn.Linear(2, 2), TOKENIZER, "Sum now", [EXAMPLE])
 
@@ -288,6 +332,7 @@ def test_paper_recipe_options() -> None:
     recipe = tk.paper_recipe(c1=0.03, c2=0.2)
     assert recipe["layers"] == list(range(10, 20))
     assert recipe["scale"] == {"mlp": 0.03 / 300, "residual": 0.2 / 300}
+    assert recipe["completions"] == 1
     for options in ({"steps": 0}, {"c1": float("inf")}, {"c2": float("nan")}):
         with pytest.raises(ValueError, match="paper_recipe: "):
             tk.paper_recipe(**options)

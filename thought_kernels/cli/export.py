@@ -42,7 +42,11 @@ def export(
     device: options.Device = "cpu",
     offline: options.Offline = False,
 ) -> None:
-    """Export a patch; what the format cannot carry is refused, or measured once its loss is accepted."""
+    """Export a patch; what the format cannot carry is refused, or measured once its loss is accepted.
+
+    The loss is measured on prompts like those that the patch was fitted to be given.
+    """
+    from thought_kernels.evaluate.export_loss import loss_prompts
     from thought_kernels.transmute.examples import load_examples
     from thought_kernels.transmute.patch import ThoughtPatch
 
@@ -54,6 +58,8 @@ def export(
     if examples is not None:
         questions += [found.messages[-1]["content"] for found in load_examples(examples)]
     found, tokenizer = options.load_model(model, dtype, device, offline)
+    if questions or rank is not None or fold:  # a loss may have to be measured: not after the folder is there
+        loss_prompts(found, tokenizer, loaded, questions or [_stand_in(loaded)])
     written = loaded.export_peft(output, found, rank=rank, fold=fold, pad=pad, progress=options.err.is_terminal)
 
     table = Table(box=None, pad_edge=False, show_header=False)
@@ -80,16 +86,21 @@ def _folds(residuals: list[float | None]) -> str:
     return f"{len(residuals)}, relative squared error on the fitted rows at worst {max(known):.2g}"
 
 
+def _stand_in(patch: Any) -> str:
+    """What a loss is measured on where no input is given."""
+    told = patch.provenance.get("instruction")
+    return told if isinstance(told, str) else "Hello"
+
+
 def _loss(
     model: Any, tokenizer: Any, patch: Any, entries: Any, questions: list[str], max_new_tokens: int
 ) -> str:  # fmt: skip
     from thought_kernels.evaluate.export_loss import export_loss
     from thought_kernels.transmute.patch import ThoughtPatch
 
-    told = patch.provenance.get("instruction")
     where = f"{len(questions)} inputs"
     if not questions:
-        questions = [told if isinstance(told, str) else "Hello"]
+        questions = [_stand_in(patch)]
         where = f"{questions[0]!r}; give --example or --examples for inputs of your own"
     exported = ThoughtPatch(entries, patch.provenance)
     found = export_loss(model, tokenizer, patch, exported, questions, max_new_tokens=max_new_tokens)

@@ -216,30 +216,27 @@ def _outside(given: Any, most: int) -> Outside | None:
 
 
 def _check_fits(subject: Subject, *, also_unrelated: bool) -> None:
-    """All inputs and examples align, and fit the model's context with their answers' room."""
+    """All inputs and examples align, and fit the model's context with room for an answer."""
     limit = getattr(subject.decoder.config, "max_position_embeddings", None)
     told, outside = subject.instruction, subject.outside
-    given: list[tuple[str, Instruction, Sequence[Example], int]] = [
-        ("examples", told, subject.examples, 0),
-        ("pool", told, subject.pool[len(subject.examples) :], 0),
-        ("held_out", told, subject.held_out.questions, 1),
-        ("outside", told, [] if outside is None else outside.inputs.questions, 1),
-        ("outside's examples", told, [] if outside is None else outside.examples or [], 0),
-        ("longer", told, [] if subject.longer is None else subject.longer.questions, 1),
-        ("unrelated", told, subject.unrelated if also_unrelated else [], 1),
+    given: list[tuple[str, Instruction, Sequence[Example]]] = [
+        ("examples", told, subject.examples),
+        ("pool", told, subject.pool[len(subject.examples) :]),
+        ("held_out", told, subject.held_out.questions),
+        ("outside", told, [] if outside is None else outside.inputs.questions),
+        ("outside's examples", told, [] if outside is None else outside.examples or []),
+        ("longer", told, [] if subject.longer is None else subject.longer.questions),
+        ("unrelated", told, subject.unrelated if also_unrelated else []),
     ]
     for name, other in subject.others.items():
-        given.append(
-            (f"others[{name!r}]", other.instruction, [] if other.inputs is None else other.inputs.questions, 1)
-        )
-    for name, instruction, rows, room in given:
+        given.append((f"others[{name!r}]", other.instruction, [] if other.inputs is None else other.inputs.questions))
+    for name, instruction, rows in given:
         for index, example in enumerate(rows):
             row = subject.encode(example, instruction)
-            length = max(len(row.with_prefix), len(row.without_prefix)) + len(row.tokens) + room
-            if limit is not None and length > limit:
+            if limit is not None and row.length > limit:
                 raise ValueError(
-                    f"evaluate: {name}[{index}] must fit the model's context of {limit} tokens, got {length} with the "
-                    "instruction; shorten it or drop it"
+                    f"evaluate: {name}[{index}] must fit the model's context of {limit} tokens, got {row.length} with "
+                    "the instruction; shorten it or drop it"
                 )
 
 

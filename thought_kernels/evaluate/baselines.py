@@ -117,7 +117,7 @@ def _paper(subject: Subject, section: Section) -> tuple[str, Intervention]:
     # Its matrices are linear in c1: one patch is fitted and scaled.
     unit: Any = transmute(
         subject.model, subject.tokenizer, subject.instruction, subject.examples, without=subject.without,
-        separator=subject.separator, format=subject.format, max_new_tokens=subject.max_new_tokens,
+        separator=subject.separator, format=subject.format, max_new_tokens=subject.fitted_tokens,
         **paper_recipe(c1=1.0, layers=layers, steps=count),
     )  # fmt: skip
     c1, patch = subject.rank((factor * PAPER_C1, factor * PAPER_C1 * unit) for factor in C1_FACTORS)[0]

@@ -7,7 +7,7 @@ from typing import Any
 
 from thought_kernels.evaluate.metrics import Effect, completion_logprobs, divergence, effect
 from thought_kernels.evaluate.trial import bare_prompts
-from thought_kernels.transmute.completions import complete
+from thought_kernels.transmute.completions import Ending, complete
 from thought_kernels.transmute.patch import ThoughtPatch
 
 
@@ -25,8 +25,8 @@ def export_loss(
 
     Args:
         model: a transformers causal language model, unpatched.
-        tokenizer: its tokenizer, with a chat template.
-        patch: the whole patch.
+        tokenizer: its tokenizer.
+        patch: the whole patch, whose provenance says how prompts are written; the chat template where it does not.
         exported: what is left of it.
         questions: user texts, at least one.
         max_new_tokens: where an answer is cut.
@@ -37,11 +37,9 @@ def export_loss(
         Σ KL(patch ‖ unpatched), and ``recovered`` the share of the patch's effect that the export keeps.
 
     Raises:
-        ValueError: no questions, or a patch that does not fit the model.
+        ValueError: no questions, prompts that cannot be written, or a patch that does not fit the model.
     """
-    if not questions:
-        raise ValueError("export_loss: questions must be at least one, got none")
-    prompts, ending = bare_prompts(model, tokenizer, questions)
+    prompts, ending = loss_prompts(model, tokenizer, patch, questions)
     with patch.applied(model):
         answers = complete(model, prompts, ending=ending, max_new_tokens=max_new_tokens, batch_size=batch_size)
         wanted = list(completion_logprobs(model, prompts, answers, batch_size=batch_size))
@@ -49,3 +47,19 @@ def export_loss(
         lost = divergence(wanted, completion_logprobs(model, prompts, answers, batch_size=batch_size))
     bare = divergence(wanted, completion_logprobs(model, prompts, answers, batch_size=batch_size))
     return effect(lost, bare)
+
+
+def loss_prompts(
+    model: Any, tokenizer: Any, patch: ThoughtPatch, questions: Sequence[str]
+) -> tuple[list[list[int]], Ending]:
+    """The questions as the patched model is asked them, and what ends an answer; nothing is run.
+
+    Args and errors are export_loss's.
+    """
+    if not questions:
+        raise ValueError("export_loss: questions must be at least one, got none")
+    made = patch.provenance
+    return bare_prompts(
+        model, tokenizer, questions, format=made.get("format"), without=made.get("without"),
+        separator=made.get("separator", "\n"),
+    )  # fmt: skip

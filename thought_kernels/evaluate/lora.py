@@ -13,7 +13,7 @@ from torch import Tensor
 
 from thought_kernels.evaluate.trial import Trial
 from thought_kernels.models.undisturbed import undisturbed
-from thought_kernels.transmute.logprobs import may_pad
+from thought_kernels.transmute.padding import may_pad, padded
 
 RANK, BATCH = 8, 16
 RATES = (1e-3, 3e-3, 1e-2)
@@ -123,17 +123,11 @@ def optimised(
 def _losses(model: Any, trial: Rows, chosen: Sequence[int]) -> Tensor:
     """KL(prompted ‖ model) at each token of the chosen inputs' completions, one below the other."""
     assert trial.prompted_logprobs is not None
-    device = model.get_input_embeddings().weight.device
     rows = [[*trial.bare_prompts[i], *trial.written[i]] for i in chosen]
-    longest = max(map(len, rows))
-    ids = torch.zeros(len(rows), longest, dtype=torch.long)
-    mask = torch.zeros_like(ids)
-    for index, row in enumerate(rows):
-        ids[index, longest - len(row) :] = torch.tensor(row)
-        mask[index, longest - len(row) :] = 1
+    ids, mask, positions = padded(rows, model.get_input_embeddings().weight.device)
     keep = max(len(trial.written[i]) for i in chosen) + 1
     logits = model(
-        input_ids=ids.to(device), attention_mask=mask.to(device), logits_to_keep=keep, use_cache=False
+        input_ids=ids, attention_mask=mask, position_ids=positions, logits_to_keep=keep, use_cache=False
     ).logits.float()
     divergences = []
     for index, i in enumerate(chosen):

@@ -102,11 +102,10 @@ def check_context(model: Any, tokenizer: Any, instruction: Instruction, pairs: I
     limit = getattr(describe(model).config, "max_position_embeddings", None)
     for pair in pairs:
         row = encode(tokenizer, instruction, {"prompt": pair.question, "completion": pair.answer})
-        length = max(len(row.with_prefix), len(row.without_prefix)) + len(row.tokens)
-        if limit is not None and length > limit:
+        if limit is not None and row.length > limit:
             raise ValueError(
-                f"experiment: data must fit the model's context of {limit} tokens, got {length} with the instruction "
-                f"for {pair.question[:60]!r}; drop it or shorten it"
+                f"experiment: data must fit the model's context of {limit} tokens, got {row.length} with the "
+                f"instruction for {pair.question[:60]!r}; drop it or shorten it"
             )
 
 

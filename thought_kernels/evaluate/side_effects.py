@@ -12,7 +12,7 @@ from thought_kernels.evaluate.intervals import Interval, mean_interval, recovere
 from thought_kernels.evaluate.metrics import completion_logprobs, divergence
 from thought_kernels.evaluate.report import Section
 from thought_kernels.evaluate.subject import Inputs, Intervention, Subject, sums
-from thought_kernels.transmute.completions import complete, ending_of
+from thought_kernels.transmute.completions import complete, ending_of, within_context
 
 OTHER_INPUTS = 64
 
@@ -56,7 +56,7 @@ class Bystander:
             if chat.completion is not None:
                 row = subject.encode(chat)
                 written[index] = list(row.tokens[row.answer_start :])
-        return bare, told, written
+        return bare, told, within_context(subject.model, told, written)
 
     def _logprobs(self, prompts: list[list[int]]) -> Any:
         _, _, written = self._rows

@@ -172,6 +172,12 @@ class Subject:
         """The examples that hyper-parameters are chosen on."""
         return self.training.first(CHOICE_EXAMPLES)
 
+    @property
+    def fitted_tokens(self) -> int:
+        """The longest completion that fits write: as the given patch's, so that they are made like it."""
+        made: Mapping[str, Any] = {} if self.given_patch is None else self.given_patch.provenance
+        return made.get("max_new_tokens", self.max_new_tokens)
+
     @cached_property
     def encoded(self) -> list[EncodedExample]:
         """The examples as token ids, completed as the patch's were where they had no completion."""
@@ -179,7 +185,7 @@ class Subject:
         made = self.patch.provenance
         ending = ending_of(self.model, self.tokenizer, self.examples[0], format=self.format)
         return with_completions(
-            self.model, list(map(self.encode, self.examples)), ending=ending, max_new_tokens=self.max_new_tokens,
+            self.model, list(map(self.encode, self.examples)), ending=ending, max_new_tokens=self.fitted_tokens,
             batch_size=self.batch_size, completions=made.get("completions", 1), seed=made.get("seed", 0),
         )  # fmt: skip
 
@@ -200,7 +206,7 @@ class Subject:
         """transmute with the recipe."""
         return transmute(
             self.model, self.tokenizer, instruction, list(examples), without=self.without, separator=self.separator,
-            format=self.format, max_new_tokens=self.max_new_tokens, **self.recipe,
+            format=self.format, max_new_tokens=self.fitted_tokens, **self.recipe,
         )  # fmt: skip
 
     def other_patch(self, name: str) -> ThoughtPatch:

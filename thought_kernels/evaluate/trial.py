@@ -16,7 +16,7 @@ from thought_kernels.evaluate.answers import MATCHES, value_tokens
 from thought_kernels.evaluate.metrics import Effect, completion_logprobs, divergence, effect
 from thought_kernels.evaluate.scorers import as_scorer
 from thought_kernels.transmute.chat import writer_of
-from thought_kernels.transmute.completions import Ending, complete, ending_of
+from thought_kernels.transmute.completions import Ending, complete, ending_of, within_context
 from thought_kernels.transmute.prompt import EncodedExample, Example, Instruction, encode, load_examples
 from thought_kernels.transmute.spill import buffers
 
@@ -114,7 +114,8 @@ class Trial:
         self.prompts = [[*row.with_prefix, *row.tokens] for row in encoded]
         self.bare_prompts = [[*row.without_prefix, *row.tokens] for row in encoded]
 
-        self.written = self._complete(model, self.prompts)
+        # They are read behind both prompts.
+        self.written = within_context(model, self.bare_prompts, self._complete(model, self.prompts))
         self.prompted_texts = self._ending.texts(self.written)
         self.answers = list(self.prompted_texts if answers is None else answers)
         self.prompted_grades = self.grade(self.prompted_texts)
@@ -240,9 +241,13 @@ def bare_texts(
 
 
 def bare_prompts(
-    model: Any, tokenizer: Any, questions: Sequence[str], *, format: str | None = None
-) -> tuple[list[list[int]], Ending]:
-    """Questions as prompts without an instruction, and what ends an answer."""
+    model: Any, tokenizer: Any, questions: Sequence[str], *, format: str | None = None,
+    without: Instruction | None = None, separator: str = "\n",
+) -> tuple[list[list[int]], Ending]:  # fmt: skip
+    """Questions as prompts without the instruction, or with what is `without` in its place, and what ends an answer."""
+    if without is not None:
+        encoded, ending = _asked(model, tokenizer, without, questions, None, separator, format)
+        return [[*row.with_prefix, *row.tokens] for row in encoded], ending
     writer = writer_of(tokenizer, format, "")
     chats = load_examples(questions)
     prompts = [writer.tokens(writer.text(chat), closed=False).ids for chat in chats]

@@ -11,6 +11,7 @@
     replay        the exactness theorem on real weights
     fitting       one recipe on one set of examples
     logprobs      what a model thinks of given completions; divergences
+    padding       rows of different lengths in one batch of a model
     transmute     the function that joins them
 
 All of it is about block indices counted from 0 and the sites "attention", "mlp", "down" and "residual".

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -22,14 +23,16 @@ class Batch:
     Attributes:
         tokens: ids of e, [B, T].
         lengths: real tokens per row, [B].
-        weights: w_i, 1/n_e at the tokens of e that are summed and 0 elsewhere, [B, T] (theory §5).
+        weights: w_i, share/n_e at the tokens of e that are summed and 0 elsewhere, [B, T] (theory §5).
         examples: each row's place in the user's list of examples, for messages.
+        shares: of one example's weight that each row has.
     """
 
     tokens: Tensor
     lengths: Tensor
     weights: Tensor
     examples: tuple[int, ...]
+    shares: tuple[float, ...]
 
 
 @dataclass(frozen=True)
@@ -70,9 +73,9 @@ class Group:
         return len(self.with_prefix)
 
     @property
-    def weight(self) -> int:
-        """Total weight of the examples, which is their number."""
-        return sum(len(batch.examples) for batch in self.batches)
+    def weight(self) -> float:
+        """Total weight of the rows, which is the number of the user's examples: several of one example share its 1."""
+        return math.fsum(share for batch in self.batches for share in batch.shares)
 
     def positions(self, length: int) -> Tensor:
         """Positions of e's tokens in [P, e], [1, T]; rotary attention without context uses them too."""
@@ -132,9 +135,10 @@ def _batches(
             length = len(example.tokens)
             first = example.answer_start if tokens == "answer" else 0
             ids[row, :length] = torch.as_tensor(example.tokens)
-            weights[row, first:length] = 1 / (length - first)
+            weights[row, first:length] = example.share / (length - first)
         lengths = torch.tensor([len(example.tokens) for _, example in rows])
-        yield Batch(ids, lengths, weights, tuple(number for number, _ in rows))
+        shares = tuple(example.share for _, example in rows)
+        yield Batch(ids, lengths, weights, tuple(number for number, _ in rows), shares)
         start = stop
 
 

@@ -113,13 +113,16 @@ class TemplateWriter:
         return len(tokens.ids)
 
     def closing(self, chat: Example) -> tuple[list[int], str]:
-        """The first special token after a completion; in a template without one, all it writes there."""
+        """The first special token after a completion; without one, all that the template writes there."""
         word = "placeholder"
         text = self.text(Example(chat.messages, word))
         character = text.rindex(word) + len(word)
         tokens = self.tokens(text, closed=True)
         last = tokens.ids[self.end(tokens, character) - 1]
-        return ([last], "") if self._is_special(last) else ([], text[character:])
+        if self._is_special(last):
+            return [last], ""
+        # Most first tokens of an answer begin with a space, so spaces alone cannot end it.
+        return [], text[character:] if text[character:].strip(" ") else ""
 
     def _is_special(self, token: int) -> bool:
         visible = self._tokenizer.decode([token], skip_special_tokens=False)
@@ -215,7 +218,13 @@ def _read_format(format: str) -> _Turn:
         texts[-1] += text
         if field is not None:
             texts.append("")
-    return _Turn(*texts)
+    turn = _Turn(*texts)
+    if turn.after and not turn.after.strip(" "):
+        raise ValueError(
+            f"align: format must have nothing, or more than spaces, after {{completion}}, {needed}, got {format!r}; "
+            "most first tokens of an answer begin with a space, and would end it"
+        )
+    return turn
 
 
 def _leading_special_ids(tokenizer: Any) -> list[int]:

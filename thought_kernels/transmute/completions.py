@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from thought_kernels.transmute.chat import text_tokenizer, writer_of
-from thought_kernels.transmute.generation import continue_prompts
+from thought_kernels.transmute.generation import continue_prompts, rooms_behind
 from thought_kernels.transmute.prompt import EncodedExample, Example
 
 
@@ -67,10 +67,22 @@ def complete(
         model: a transformers causal language model.
         prompts: token ids, each with at least one.
         ending: of a continuation.
-        max_new_tokens: where a continuation is cut that has not ended.
+        max_new_tokens: where a continuation is cut that has not ended, if the model's context goes so far.
         batch_size: prompts at a time.
+
+    Raises:
+        ValueError: if a prompt leaves no room for a token in the model's context.
     """
     return continue_prompts(model, prompts, ending.reached, max_new_tokens=max_new_tokens, batch_size=batch_size)
+
+
+def within_context(model: Any, prompts: Sequence[Sequence[int]], answers: Sequence[list[int]]) -> list[list[int]]:
+    """Answers cut where they pass the model's context behind other prompts than those that they were written to.
+
+    Raises:
+        ValueError: if a prompt leaves no room for a token.
+    """
+    return [answer[:room] for answer, room in zip(answers, rooms_behind(model, prompts), strict=True)]
 
 
 def with_completions(
@@ -79,8 +91,9 @@ def with_completions(
 ) -> list[EncodedExample]:  # fmt: skip
     """The same examples, those without a completion in as many copies as the prompted model writes completions.
 
-    The first is the likeliest token by token, the others are drawn from the model's own distribution. Completions that
-    reach max_new_tokens stay cut there, with a warning.
+    The first is the likeliest token by token, the others are drawn from the model's own distribution. The copies share
+    the example's weight. Completions that reach max_new_tokens, or the end of the model's context behind either
+    prefix, stay cut there, with a warning.
 
     Args:
         model: a transformers causal language model.
@@ -91,21 +104,25 @@ def with_completions(
         completions: of each example without one.
         seed: of the draws, with the example's place and the completion's number.
     """
-    open_ended = [index for index, example in enumerate(encoded) if example.answer_start == len(example.tokens)]
+    open_ended = [index for index, example in enumerate(encoded) if example.is_open]
     wanted = [(index, number) for index in open_ended for number in range(completions)]
     prompts = [[*encoded[index].with_prefix, *encoded[index].tokens] for index, _ in wanted]
     seeds = [random.Random(f"{seed} {place} {number}").getrandbits(63) if number else None for place, number in wanted]
     answers = continue_prompts(
         model, prompts, ending.reached, max_new_tokens=max_new_tokens, batch_size=batch_size, seeds=seeds
     )
+    others = [[*encoded[index].without_prefix, *encoded[index].tokens] for index, _ in wanted]
+    answers = within_context(model, others, answers)
     written: dict[int, list[EncodedExample]] = {index: [] for index in open_ended}
     for (index, _), answer in zip(wanted, answers, strict=True):
-        written[index].append(encoded[index]._replace(tokens=[*encoded[index].tokens, *answer]))
+        asked = encoded[index]
+        row = asked._replace(tokens=[*asked.tokens, *answer], share=asked.share / completions)
+        written[index].append(row)
     cut = sum(not ending.reached(answer) for answer in answers)
     if cut:
         warnings.warn(
             f"transmute: {cut} of {len(answers)} completions did not end within max_new_tokens={max_new_tokens} tokens "
-            "and were cut there",
+            "or the model's context, and were cut there",
             stacklevel=3,
         )
     return [row for index, example in enumerate(encoded) for row in written.get(index, [example])]

@@ -7,18 +7,26 @@ must be right where rows of different lengths are padded behind it, and what end
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from thought_kernels.models.undisturbed import undisturbed
 from thought_kernels.transmute.cuts import common_length
-from thought_kernels.transmute.logprobs import Ids, may_pad
+from thought_kernels.transmute.padding import Ids, may_pad, padded
 
 Ended = Callable[[Sequence[int]], bool]
-Begun = tuple[list[int], torch.Generator | None]  # a row's own tokens, and what its draws come from
+
+
+class Begun(NamedTuple):
+    """A row: its own tokens, how many may follow, and what they are drawn from, None for the likeliest."""
+
+    ids: list[int]
+    room: int
+    draws: torch.Generator | None
 
 
 @torch.no_grad()
@@ -31,13 +39,17 @@ def continue_prompts(
         model: a transformers causal language model.
         prompts: token ids, each with at least one.
         ended: whether a continuation ends with its last token; asked after each token.
-        max_new_tokens: where a continuation is cut that has not ended.
+        max_new_tokens: where a continuation is cut that has not ended, if the model's context goes so far.
         batch_size: prompts at a time.
         seeds: of each prompt's draws from the model's own distribution, whatever batch it is in; None, or no seeds at
             all, for the likeliest token each time.
+
+    Raises:
+        ValueError: if a prompt leaves no room for a token in the model's context.
     """
     if not prompts:
         return []
+    rooms = [min(max_new_tokens, room) for room in rooms_behind(model, prompts)]
     draws = [None if seed is None else torch.Generator().manual_seed(seed) for seed in seeds] or [None] * len(prompts)
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
     # A token of each row is left to say what comes first.
@@ -46,8 +58,8 @@ def continue_prompts(
     with undisturbed(model):
         prefix = _run_prefix(model, prompts[0][:shared])
         for rows in _batches(model, prompts, order, shared, max_new_tokens, batch_size):
-            begun = [(list(prompts[index][shared:]), draws[index]) for index in rows]
-            for index, answer in zip(rows, _continue(model, prefix, shared, begun, ended, max_new_tokens), strict=True):
+            begun = [Begun(list(prompts[index][shared:]), rooms[index], draws[index]) for index in rows]
+            for index, answer in zip(rows, _continue(model, prefix, shared, begun, ended), strict=True):
                 written[index] = answer
     return written
 
@@ -57,15 +69,31 @@ def _batches(
 ) -> Iterator[list[int]]:
     """Indices of prompts that may be run together, shortest prompts first."""
     window = _window(model)
-    padded, start = may_pad(model), 0
+    mixed, start = may_pad(model), 0
     while start < len(order):
         rows = order[start : start + batch_size]
         longest = len(prompts[rows[-1]])
         # Windows count places in the cache, and padding behind the prefix takes some: right only while all are in it.
-        if not padded or (shared and window is not None and longest + max_new_tokens > window):
+        if not mixed or (shared and window is not None and longest + max_new_tokens > window):
             rows = [index for index in rows if len(prompts[index]) == len(prompts[rows[0]])]
         yield rows
         start += len(rows)
+
+
+def rooms_behind(model: Any, prompts: Ids) -> list[int]:
+    """How many tokens the model's context holds behind each prompt; sys.maxsize where its configuration names no end.
+
+    Raises:
+        ValueError: if a prompt leaves no room for a token.
+    """
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
+    for index, prompt in enumerate(prompts):
+        if len(prompt) >= limit:
+            raise ValueError(
+                f"complete: prompts[{index}] must be shorter than the model's context of {limit} tokens, "
+                f"got {len(prompt)}; shorten it or drop it"
+            )
+    return [limit - len(prompt) for prompt in prompts]
 
 
 def _window(model: Any) -> int | None:
@@ -93,35 +121,27 @@ def _cache(output: Any) -> dict[str, Any]:
     return {name: output[name]}
 
 
-def _continue(
-    model: Any, prefix: dict[str, Any], shared: int, begun: list[Begun], ended: Ended, max_new_tokens: int
-) -> list[list[int]]:
+def _continue(model: Any, prefix: dict[str, Any], shared: int, begun: list[Begun], ended: Ended) -> list[list[int]]:
     """Continues one batch behind a prefix of `shared` tokens."""
-    rows, draws = [row for row, _ in begun], [draw for _, draw in begun]
-    device, longest = _device(model), max(map(len, rows))
-    ids = torch.zeros(len(rows), longest, dtype=torch.long, device=device)
-    mask = torch.zeros(len(rows), shared + longest, dtype=torch.long, device=device)
-    mask[:, :shared] = 1
-    for index, row in enumerate(rows):  # padding stands between the prefix and the row
-        ids[index, longest - len(row) :] = torch.tensor(row, device=device)
-        mask[index, shared + longest - len(row) :] = 1
-    positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, shared:]
+    rows, draws = [row.ids for row in begun], [row.draws for row in begun]
+    ids, mask, positions = padded(rows, _device(model), before=shared)
     cache = copy.deepcopy(prefix)
     for kept in cache.values():
         kept.batch_repeat_interleave(len(rows))
     answers: list[list[int]] = [[] for _ in rows]
     going = [True] * len(rows)
-    for _ in range(max_new_tokens):
+    for _ in range(max(row.room for row in begun)):
         logits, cache = _step(model, ids, mask, positions, cache)
         ids = _chosen(logits, draws)[:, None]
         for index, token in enumerate(ids[:, 0].tolist()):
             if going[index]:
                 answers[index].append(token)
-                going[index] = not ended(answers[index])
+                going[index] = len(answers[index]) < begun[index].room and not ended(answers[index])
         if not any(going):
             break
         mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
-        positions = positions[:, -1:] + 1
+        # Rows that are done are run until all are, and stay where they are: no position may be left for them.
+        positions = positions[:, -1:] + torch.tensor(going, device=positions.device)[:, None]
     return answers
 
 
@@ -140,9 +160,9 @@ def _step(
     model: Any, ids: Tensor, mask: Tensor, positions: Tensor, cache: dict[str, Any]
 ) -> tuple[Tensor, dict[str, Any]]:
     """(the last token's logits [B, vocabulary], the cache with these tokens)."""
-    padded = bool((mask == 0).any())
+    whole = bool(mask.all())
     out = model(
-        input_ids=ids, attention_mask=mask if padded else None, position_ids=positions, use_cache=True,
+        input_ids=ids, attention_mask=None if whole else mask, position_ids=positions, use_cache=True,
         logits_to_keep=1, **cache,
     )  # fmt: skip
     return out.logits[:, -1], _cache(out)

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from thought_kernels.models.undisturbed import undisturbed
-
-Ids = Sequence[Sequence[int]]
+from thought_kernels.transmute.padding import Ids, may_pad, padded
 
 # Logits held at once, [rows, tokens, vocabulary] in float32: 256 MiB. Gemma's vocabulary has 262,144 entries.
 MAX_LOGITS = 2**26
@@ -37,41 +36,25 @@ def completion_logprobs(model: Any, prompts: Ids, answers: Ids, *, batch_size: i
             f"completion_logprobs: answers must be one per prompt, got {len(answers)} for {len(prompts)} prompts"
         )
     embedding = model.get_input_embeddings().weight
-    padded = may_pad(model)
+    mixed = may_pad(model)
     start = 0
     while start < len(prompts):
         stop = _batch_stop(answers, start, batch_size, embedding.shape[0])
-        if not padded:
+        if not mixed:
             stop = start + equal_lengths([[*prompts[i], *answers[i]] for i in range(start, stop)])
         rows = [[*prompts[i], *answers[i]] for i in range(start, stop)]
         counts = [len(answers[i]) for i in range(start, stop)]
-        longest = max(map(len, rows))
-        # Padding on the left: rotary attention depends on relative positions only, and answers end together.
-        ids = torch.zeros(len(rows), longest, dtype=torch.long)
-        mask = torch.zeros_like(ids)
-        for index, row in enumerate(rows):
-            ids[index, longest - len(row) :] = torch.tensor(row)
-            mask[index, longest - len(row) :] = 1
+        ids, mask, positions = padded(rows, embedding.device)  # on the left: answers end together
         keep = max(counts) + 1
         with undisturbed(model):
             logits = model(
-                input_ids=ids.to(embedding.device), attention_mask=mask.to(embedding.device), logits_to_keep=keep,
-                use_cache=False,
+                input_ids=ids, attention_mask=mask, position_ids=positions, logits_to_keep=keep, use_cache=False
             ).logits  # fmt: skip
         wide = torch.promote_types(logits.dtype, torch.float32)
         for index, count in enumerate(counts):
             # The token before the answer predicts its first; what the last one predicts is not asked.
             yield torch.log_softmax(logits[index, keep - 1 - count : keep - 1].to(wide), dim=-1)
         start = stop
-
-
-def may_pad(model: Any) -> bool:
-    """Whether prompts of different lengths may share a batch of this model.
-
-    Not in float64: transformers masks a padded row with float64's minimum and then takes the softmax in float32, where
-    that is −inf and the row NaN, which spreads to all tokens.
-    """
-    return bool(model.get_input_embeddings().weight.dtype != torch.float64)
 
 
 def equal_lengths(rows: Ids) -> int:

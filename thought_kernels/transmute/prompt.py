@@ -68,6 +68,7 @@ class EncodedExample(NamedTuple):
             completion.
         number: place in the user's list of examples, 0-based, for messages; None if unknown.
         replaced: I°, the rest of P°; empty where the instruction is inserted.
+        share: of one example's weight: 1/k for each of an example's k completions.
     """
 
     header: list[int]
@@ -76,6 +77,17 @@ class EncodedExample(NamedTuple):
     answer_start: int
     number: int | None = None
     replaced: Sequence[int] = ()
+    share: float = 1.0
+
+    @property
+    def is_open(self) -> bool:
+        """Whether it has no completion: the model is to write it."""
+        return self.answer_start == len(self.tokens)
+
+    @property
+    def length(self) -> int:
+        """Tokens of the longer prompt, with one for a completion where there is none."""
+        return len(self.header) + max(len(self.instruction), len(self.replaced)) + len(self.tokens) + self.is_open
 
     @property
     def with_prefix(self) -> list[int]:
@@ -224,6 +236,11 @@ def _encoded(prompts: _Prompts, writer: Writer, places: Places, start: int, inse
     if places.answer is not None:
         answer = told.ending_by(len(told.text) - places.answer)
         ends = [writer.end(tokens, len(tokens.text) - places.answer_end) for tokens in (told, bare)]
+        if answer == ends[0]:
+            raise ValueError(
+                "align: example must have a completion of at least a token with what closes it, got an empty one that "
+                "nothing closes; give a text, or no completion where the model is to write it"
+            )
     tokens = told.ids[after : ends[0]]
     check_equal(tokenizer, "e", tokens, bare.ids[split : ends[1]])
     replaced = tuple(bare.ids[first:split])

@@ -16,7 +16,7 @@ def paper_recipe(
         ΔW_l = c1/steps Σ_e (1/n_e) Σ_i δ_i a_iᵀ / ‖a_i‖          δb_l = c2/steps Σ_e (1/n_e) Σ_i δ_i
 
     `steps` is the constant that the paper divides by (300), not the number of examples, so that the effective c1,
-    c1 · examples / steps, grows with the examples.
+    c1 · examples / steps, grows with the examples. An example without a completion gets one, the likeliest.
 
     Args:
         c1: scale of the matrices. The paper took 0.015 for addition and multiplication, 0.03 for translation.
@@ -44,5 +44,6 @@ def paper_recipe(
         "normalization": "norm",
         "tokens": "all",
         "header_weight": 0.0,
+        "completions": 1,
         "scale": {"mlp": c1 / steps, "residual": c2 / steps},
     }

@@ -88,7 +88,8 @@ def transmute(
             between blocks, for all examples: first on the model's device and, where that is not the CPU, as many bytes
             again in CPU memory; what is left over lies in a temporary file. The others need none of it.
         completions: that the prompted model writes for an example without one: the first greedily, the others drawn
-            from its own distribution, since a patch sees more of what an instruction does in several answers.
+            from its own distribution, since a patch sees more of what an instruction does in several answers. They
+            share the example's weight.
         max_new_tokens: longest completion that is generated.
         seed: of the completions that are drawn.
         progress: show a progress bar on stderr.
@@ -144,7 +145,7 @@ def transmute(
             f"transmute: header_weight must be 0 where nothing stands before the instruction, got {header_weight} with "
             f"examples[{headless[0]}]; there are no rows of a header to join"
         )
-    _check_lengths(decoder, encoded)  # before completions are written, which may take long, and after
+    _check_lengths(decoder, encoded)
     generated = sum(example.completion is None for example in loaded)
     if generated:
         ending = ending_of(decoder.model, tokenizer, loaded[0], format=format)
@@ -152,7 +153,6 @@ def transmute(
             decoder.model, encoded, ending=ending, max_new_tokens=max_new_tokens, batch_size=batch_size,
             completions=completions, seed=seed,
         )  # fmt: skip
-    _check_lengths(decoder, encoded)
     described = {
         "instruction": _told(instruction),
         "without": None if without is None else _told(without),
@@ -165,6 +165,7 @@ def transmute(
         "examples": len(loaded),
         "generated_completions": generated * completions,
         "completions": completions,
+        "max_new_tokens": max_new_tokens,
         "seed": seed,
     }
     return fit(decoder, recipe, encoded, provenance=described, progress=progress)
@@ -247,10 +248,9 @@ def _choice(name: str, value: str, known: Iterable[str]) -> None:
 
 def _check_lengths(decoder: Decoder, encoded: list[EncodedExample]) -> None:
     limit = getattr(decoder.config, "max_position_embeddings", None)
-    for index, example in enumerate(encoded):
-        length = max(len(example.with_prefix), len(example.without_prefix)) + len(example.tokens)
-        if limit is not None and length > limit:
+    for example in encoded:
+        if limit is not None and example.length > limit:
             raise ValueError(
-                f"transmute: examples[{index}] must fit the model's context of {limit} tokens, got {length} with the "
-                "instruction; shorten it or drop it"
+                f"transmute: examples[{example.number}] must fit the model's context of {limit} tokens, got "
+                f"{example.length} with the instruction; shorten it or drop it"
             )
