@@ -148,5 +148,6 @@ REAL: dict[str, Callable[[], str]] = {
     "real summary": summary,
     "real tasks": tasks,
     "real rival": rival,
+    "real recipes": recipes,
     "real given": given,
 }

@@ -222,8 +222,11 @@ def test_blocks_beyond_the_last_targeted_one_and_the_head_are_not_run() -> None:
         raise AssertionError("this module must not be run")
 
     model.model.layers[2].self_attn.q_proj.register_forward_pre_hook(refuse)
-    model.model.layers[1].mlp.register_forward_pre_hook(refuse)
+    model.model.layers[2].mlp.register_forward_pre_hook(refuse)
     model.lm_head.register_forward_pre_hook(refuse)
     for pairing in ("two_pass", "layerwise", "sequential"):
         patch = tk.transmute(model, TOKENIZER, INSTRUCTION, EXAMPLES, layers=[0, 1], pairing=pairing)
         assert patch.layers == (0, 1)
+    model.model.layers[1].mlp.register_forward_pre_hook(refuse)  # nor the MLP of the last one where no site needs it
+    for pairing in ("two_pass", "layerwise", "sequential"):
+        tk.transmute(model, TOKENIZER, INSTRUCTION, EXAMPLES, layers=[0, 1], sites=("attention",), pairing=pairing)
