@@ -146,7 +146,7 @@ def run_demo(
     the lexicon) and is measured on numbers 5-9 (the other half), whether held out from training or not.
 
     Args:
-        model: a transformers causal language model, unpatched; Gemma 3.
+        model: a transformers causal language model of a known family, unpatched.
         tokenizer: its tokenizer.
         instructions: names of demo.tasks.TASKS, None for all.
         examples: inputs that a patch is fitted on.

@@ -51,7 +51,7 @@ def paper_steps(steps: int) -> list[int]:
 
 
 def default_steps(steps: int) -> list[int]:
-    """A few examples, then doubling, up to 64 or all of them: a curve that has long been flat there."""
+    """A few examples, then doubling, up to 64 or all of them: most of what more examples bring comes before."""
     return [*itertools.takewhile(lambda n: n < min(steps, 64), (4, 8, 16, 32)), min(steps, 64)]
 
 

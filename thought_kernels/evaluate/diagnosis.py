@@ -36,9 +36,9 @@ def diagnosis(subject: Subject, section: Section) -> None:
             section.add(name, "written", found.top_share("write", share), x=share)
             section.add(name, "read", found.top_share("read", share), x=share)
     section.note(
-        "W is o_proj at the attention site, gate_proj and up_proj at the MLP; its rows are features, and Δ makes each "
-        "w to (1 + Δ)ᵀw; at the down site W is down_proj, and Δ is added to it. Effective rank: exp of the entropy of "
-        "Δ's squared singular values. Write, read: how much more "
+        "W is o_proj at the attention site, all that multiplies the MLP's input at the mlp site; its rows are "
+        "features, and Δ makes each w to (1 + Δ)ᵀw; at the down site W is down_proj, and Δ is added to it. Effective "
+        "rank: exp of the entropy of Δ's squared singular values. Write, read: how much more "
         "than an average direction W amplifies what Δ writes into, or reads from. ΔD: change of a feature's fractional "
         "dimensionality, which is 1 for one that shares its direction with none. Transport: share of a feature's norm "
         "that changed eigenspace of WᵀW. Means over all features."
@@ -75,8 +75,8 @@ def _predicted(subject: Subject, section: Section) -> None:
     rho = rank_correlation(caused, lost)
     section.note(
         ("Too few others, or too alike, for a rank correlation" if rho is None else f"Rank correlation {rho:.2f}")
-        + f" of “caused” with the accuracy lost, over {len(caused)}. Trust it little: over many pairs the prediction "
-        "ranked small disturbances and failed for patches at full strength (docs/spectral_models.md)."
+        + f" of “caused” with the accuracy lost, over {len(caused)}. Trust it little: over 30 pairs of the "
+        "shipped model's patches the prediction could not be told from none (docs/spectral_models.md)."
     )
 
 

@@ -1,7 +1,7 @@
 """What else a patch touches: its spectrum, its place among the eigenspaces of the weights it edits, whom it moves.
 
-A patch turns W x into W (1 + Δ) x. Features here are the rows w_i of W (the neurons that read x; gate_proj's and
-up_proj's together), as columns of Wᵀ [d, n]: they live where Δ acts, F = WᵀW is their frame operator, and the patch
+A patch turns W x into W (1 + Δ) x. Features here are the rows w_i of W (the neurons that read x; those of a site's
+modules together), as columns of Wᵀ [d, n]: they live where Δ acts, F = WᵀW is their frame operator, and the patch
 moves each to (1 + Δ)ᵀ w_i. Δ's column space is what it writes into x, its row space what it reads from x. At the down
 site W is down_proj and becomes W + Δ: the patch moves w_i by Δ's own row, and Δ writes into W's outputs beside W.
 """

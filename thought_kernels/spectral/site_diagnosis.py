@@ -17,7 +17,7 @@ from thought_kernels.spectral.spectrum import FrameSpectrum, decompose
 
 @dataclass(frozen=True, eq=False)
 class FeatureChange:
-    """What W -> W (1 + Δ) does to each row of W; tensors ``[n]`` float64, gate_proj's rows before up_proj's.
+    """What W -> W (1 + Δ), at down W + Δ, does to each row of W; tensors ``[n]`` float64, a site's modules in order.
 
     Attributes:
         before, after: the features' measures in their own frame, before and after.

@@ -1,8 +1,8 @@
 """From a wanted change of a block's output back to a change of what down_proj must return (the down site's δ).
 
-Where nothing stands between down_proj and the residual stream the two are one. Gemma 2 and 3 have an RMSNorm there,
-y = h + n(m), n(m) = g ⊙ m r with r = (mean m² + eps)^(-1/2), which takes the length of m away: no m gives n(m) + δ
-unless that has n's own length, so the change below is exact to first order in δ.
+Where nothing stands between down_proj and the residual stream the two are one. Gemma 2 and 3 and OLMo 2
+and 3 have an RMSNorm there, y = h + n(m), n(m) = g ⊙ m r with r = (mean m² + eps)^(-1/2), which takes the length of m
+away: no m gives n(m) + δ unless that has n's own length, so the change below is exact to first order in δ.
 """
 
 from __future__ import annotations

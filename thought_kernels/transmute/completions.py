@@ -89,10 +89,10 @@ def with_completions(
     model: Any, encoded: Sequence[EncodedExample], *, ending: Ending, max_new_tokens: int, batch_size: int,
     completions: int = 1, seed: int = 0,
 ) -> list[EncodedExample]:  # fmt: skip
-    """The same examples, those without a completion in as many copies as the prompted model writes completions.
+    """The same examples, those without a completion once for each that the prompted model writes.
 
-    The first is the likeliest token by token, the others are drawn from the model's own distribution. The copies share
-    the example's weight. Completions that reach max_new_tokens, or the end of the model's context behind either
+    The first is the likeliest token by token, the others are drawn from the model's own distribution. They share the
+    example's weight. Completions that reach max_new_tokens, or the end of the model's context behind either
     prefix, stay cut there, with a warning.
 
     Args:

@@ -1,8 +1,9 @@
 """A patch as a PEFT LoRA folder, which peft, transformers, vLLM and llama.cpp's converter read.
 
 LoRA adds B A x to W x, and a patch asks for W (1 + Δ) x. So Δ = U Vᵀ becomes A = Vᵀ and B = W U: the adapter belongs to
-the one model whose weights W entered it. gate_proj and up_proj read the same input and share A. The down site's Δ is
-added to W itself, and B = U. lora_alpha is the rank, module by module, so that every reader's scaling alpha / r is 1.
+the one model whose weights W entered it. Modules that read the same input (gate_proj and up_proj) share A. The down
+site's Δ is added to W itself, and B = U. lora_alpha is the rank, module by module, so that every reader's scaling
+alpha / r is 1.
 """
 
 from __future__ import annotations

@@ -113,11 +113,11 @@ class ThoughtPatch:
         return AppliedPatch(self, model)
 
     def merge_(self, model: Any, *, fold: bool = False, backup_device: torch.device | str | None = None) -> MergedPatch:
-        """Writes the patch into the model's weights, in place: W <- W (1 + Δ) for o_proj, or gate_proj and up_proj.
+        """Writes the patch into the model's weights, in place: W <- W (1 + Δ), and W <- W + Δ for down_proj.
 
         The product is formed in float64 for float32 and float64 weights and in float32 for narrower ones, then rounded
-        once. A vector becomes the bias W v, exactly, where every such module has a bias, and a residual vector becomes
-        down_proj's where that has one and no norm stands behind it.
+        once. A vector becomes the bias W v (at the down site v), exactly, where every such module has a bias, and a
+        residual vector becomes down_proj's where that has one and no norm stands behind it.
 
         Args:
             model: a transformers model that ``thought_kernels.models.describe`` knows, with plain floating weights.
@@ -153,11 +153,11 @@ class ThoughtPatch:
         pad: bool = False,
         progress: bool = False,
     ) -> PeftFolder:
-        """Writes a PEFT LoRA folder for one model: Δ = U Vᵀ becomes A = Vᵀ, B = W U in o_proj, gate_proj and up_proj.
+        """Writes a PEFT LoRA folder for one model: Δ = U Vᵀ becomes A = Vᵀ and B = W U, and B = U in down_proj.
 
         peft, transformers (``load_adapter``) and vLLM load it; products are formed in float64 and rounded once, to
-        float32 (float64 for a float64 model). A vector becomes the LoRA bias W v, exactly, where every such module has
-        a bias, and a residual vector down_proj's as in ``merge_``; vLLM refuses those.
+        float32 (float64 for a float64 model). A vector becomes the LoRA bias W v (at the down site v), exactly, where
+        every such module has a bias, and a residual vector down_proj's as in ``merge_``; vLLM refuses those.
 
         Args:
             directory: the folder, created if it does not exist; each file is replaced in one step.
