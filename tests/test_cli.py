@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import typer
 from models import tiny_gemma3, tiny_tokenizer
 from typer.testing import CliRunner
 
@@ -60,7 +61,7 @@ def test_help_names_every_command_and_option() -> None:
         assert "--model" in printed(run(command, "--help"))
     assert tk.__version__ in printed(run("--version"))
     for command in ("tokens", "transmute", "verify"):
-        assert "(required, or --demonstrations in its place)" in " ".join(
+        assert "(required, or --system or --demonstrations)" in " ".join(
             printed(run(command, "--help")).replace("│", " ").split()
         )
 
@@ -129,6 +130,10 @@ def test_demonstrations_are_the_instruction(folder: str, tmp_path: Path) -> None
     found = options.read_instruction(None, file)
     assert found == turns
     assert options.read_instruction("add", file) == [{"role": "system", "content": "add"}, *turns]
+    assert options.read_instruction(None, file, "add") == [{"role": "system", "content": "add"}, *turns]
+    assert options.read_instruction(None, None, "add") == [{"role": "system", "content": "add"}]
+    with pytest.raises(typer.BadParameter, match="give --system or --instruction, not both"):
+        options.read_instruction("add", None, "add")
     expected = tk.align(tiny_tokenizer(), turns, "3 4").I
     shown = printed(run("tokens", "-m", folder, "--demonstrations", file, "-e", "3 4"))
     assert str(expected) in shown

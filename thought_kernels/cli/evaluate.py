@@ -24,6 +24,7 @@ def evaluate(
     patch: Annotated[Path | None, typer.Option(help="A folder written by transmute.")] = None,
     instruction: options.InstructionText = None,
     demonstrations: options.Demonstrations = None,
+    system: options.System = None,
     examples: Annotated[
         Path | None, typer.Option(help="jsonl that the patch is, or was, fitted on; the baselines get the same.")
     ] = None,
@@ -91,8 +92,8 @@ def evaluate(
     subject: Any = None
     if patch is not None:
         subject = ThoughtPatch.from_pretrained(patch)
-    elif instruction is not None or demonstrations is not None:
-        subject = options.read_instruction(instruction, demonstrations)
+    elif any(part is not None for part in (instruction, demonstrations, system)):
+        subject = options.read_instruction(instruction, demonstrations, system)
     fitted: Any = examples
     if task is not None or (subject is None and examples is None and held_out is None):
         task = task or _TASK

@@ -32,8 +32,9 @@ Offline = Annotated[bool, typer.Option("--offline", help="Never ask the hub; use
 InstructionText = Annotated[str | None, typer.Option("--instruction", "-i", help="What the model is told.")]
 RequiredInstruction = Annotated[
     str | None,
-    typer.Option("--instruction", "-i", help="What the model is told (required, or --demonstrations in its place)."),
+    typer.Option("--instruction", "-i", help="What the model is told (required, or --system or --demonstrations)."),
 ]
+System = Annotated[str | None, typer.Option(help="A system message as the instruction, in place of --instruction.")]
 Demonstrations = Annotated[
     Path | None,
     typer.Option(help="File of few-shot turns, each with prompt and completion; the instruction, or after it."),
@@ -116,13 +117,23 @@ def prompting(separator: str | None, format: str | None, without: str | None = N
     }
 
 
-def read_instruction(text: str | None, demonstrations: Path | None) -> str | list[dict[str, str]]:
-    """The instruction as transmute takes it: text, few-shot turns, or turns with the text as their system message."""
-    if demonstrations is None:
+def read_instruction(
+    text: str | None, demonstrations: Path | None, system: str | None = None
+) -> str | list[dict[str, str]]:
+    """The instruction as transmute takes it: text, a system message, few-shot turns, or a system message and turns.
+
+    Beside demonstrations the text is the system message too.
+    """
+    if system is not None and text is not None:
+        raise typer.BadParameter("give --system or --instruction, not both")
+    if demonstrations is None and system is None:
         if text is None:
-            raise typer.BadParameter("give --instruction, or --demonstrations, or both")
+            raise typer.BadParameter("give --instruction, --system or --demonstrations")
         return text
-    turns = [{"role": "system", "content": text}] if text is not None else []
+    opening = text if system is None else system
+    turns = [{"role": "system", "content": opening}] if opening is not None else []
+    if demonstrations is None:
+        return turns
     for index, example in enumerate(load_examples(demonstrations)):
         if example.completion is None:
             raise ValueError(

@@ -27,6 +27,7 @@ def tokens(
         str | None, typer.Option(help="The answer; without it e ends where the model would write.")
     ] = None,
     demonstrations: options.Demonstrations = None,
+    system: options.System = None,
     model: options.Model = options.DEFAULT_MODEL,
     separator: options.Separator = options.DEFAULT_SEPARATOR,
     without: options.Without = None,
@@ -37,7 +38,7 @@ def tokens(
     from thought_kernels.models.load import context_length
     from thought_kernels.transmute.prompt import explain
 
-    told = options.read_instruction(instruction, demonstrations)
+    told = options.read_instruction(instruction, demonstrations, system)
     tokenizer = options.load_tokenizer(model, offline)
     rows = explain(
         tokenizer, told, options.with_completion(example, completion), **options.prompting(separator, format, without)

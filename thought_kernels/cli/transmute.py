@@ -31,6 +31,7 @@ def transmute(
     ] = None,
     example: Annotated[list[str] | None, typer.Option("--example", "-e", help="A user text; may be repeated.")] = None,
     demonstrations: options.Demonstrations = None,
+    system: options.System = None,
     model: options.Model = options.DEFAULT_MODEL,
     recipe: Annotated[
         str, typer.Option(help="default, or paper (Algorithm 1); the options below change either.")
@@ -84,7 +85,7 @@ def transmute(
     """
     from thought_kernels.transmute.examples import load_examples
 
-    told = options.read_instruction(instruction, demonstrations)
+    told = options.read_instruction(instruction, demonstrations, system)
     if examples is None and not example:
         raise typer.BadParameter("give --examples FILE, or --example TEXT once or more, or both")
     if not all(text.strip() for text in example or ()):

@@ -19,6 +19,7 @@ def verify(
     example: Annotated[str, typer.Option("--example", "-e", help="The user's text.")] = "3 1 4",
     completion: Annotated[str | None, typer.Option(help="The answer, compared too.")] = None,
     demonstrations: options.Demonstrations = None,
+    system: options.System = None,
     model: options.Model = options.DEFAULT_MODEL,
     tolerance: Annotated[
         float | None, typer.Option(help="Worst relative error that passes; by dtype if not given.")
@@ -39,7 +40,7 @@ def verify(
     from thought_kernels.transmute.prompt import encode
     from thought_kernels.transmute.replay import replay_group
 
-    told = options.read_instruction(instruction, demonstrations)
+    told = options.read_instruction(instruction, demonstrations, system)
     found, tokenizer = options.load_model(model, dtype, device, offline)
     row = encode(
         tokenizer, told, options.with_completion(example, completion), **options.prompting(separator, format, without)

@@ -211,4 +211,7 @@ def _read(wanted: str, source: _Source, kind: Any, **options: Any) -> Any:
     except Exception as error:  # transformers, safetensors, tokenizers and the hub each raise types of their own
         reason = str(error).strip().split("\n")[0] or type(error).__name__
         where = ";" if source.gguf is not None or os.path.isdir(source.name) else ", where no folder is; as a hub id:"
-        raise ValueError(f"load: model must have {wanted}, got none from {source.shown!r}{where} {reason}") from error
+        hint = "" if source.gguf is None else "; a file that was cut or damaged must be fetched again"
+        raise ValueError(
+            f"load: model must have {wanted}, got none from {source.shown!r}{where} {reason}{hint}"
+        ) from error

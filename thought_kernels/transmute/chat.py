@@ -51,7 +51,7 @@ def writer_of(tokenizer: Any, format: str | None, separator: str) -> Writer:
     if not getattr(tokenizer, "chat_template", None):
         raise ValueError(
             f"align: tokenizer must have a chat template, got {type(tokenizer).__name__} without one; "
-            r"give the format of a turn, such as format='{prompt} -> {completion}\n'"
+            r"give the format of a turn, such as format='{prompt} -> {completion}\n' (--format on the command line)"
         )
     return TemplateWriter(tokenizer)
 
