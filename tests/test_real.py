@@ -26,6 +26,7 @@ from measure import Measurement
 pytestmark = pytest.mark.real
 Model = tuple[Any, Any]
 INSTRUCTION = "Answer in French."
+RECIPE = {"completions": 1}  # the default's three take three times as long
 
 
 def had(fetch: Any, name: str) -> Path:
@@ -67,14 +68,14 @@ def logits(model: Model) -> torch.Tensor:
 @pytest.mark.parametrize("name", ["antonym", "lower-upper"])
 def test_demonstrations_become_a_patch(gemma: Model, name: str) -> None:
     # Measured 0.95 and more recovered over seeds (docs/real_models.md); an accuracy of 32 words scatters by 0.08.
-    row = Measurement(*gemma, tasks.task(name, seed=0)).patched(32, {})
+    row = Measurement(*gemma, tasks.task(name, seed=0)).patched(32, RECIPE)
     assert row["prompted"] > row["bare"] + 0.3, row
     assert row["patched"] >= row["prompted"] - 0.17, row
     assert row["recovered"] > 0.85, row
 
 
 def test_an_instruction_in_words_becomes_a_patch(smol: Model) -> None:
-    row = Measurement(*smol, tasks.task("french", seed=0)).patched(32, {})
+    row = Measurement(*smol, tasks.task("french", seed=0)).patched(32, RECIPE)
     assert row["recovered"] > 0.85, row
 
 
