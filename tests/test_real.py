@@ -26,7 +26,7 @@ from measure import Measurement
 pytestmark = pytest.mark.real
 Model = tuple[Any, Any]
 INSTRUCTION = "Answer in French."
-RECIPE = {"completions": 1}  # the default's three take three times as long
+RECIPE = {"completions": 1}  # the default's three take longer and tell these tests no more
 
 
 def had(fetch: Any, name: str) -> Path:

@@ -133,7 +133,7 @@ def _solved(
         return targets.T[:, :0], inputs.T[:, :0], targets
     shift = epsilon * float(products.trace()) / inputs.shape[1]
     factor = positive_factor(products, shift, epsilon)
-    if not factors_are_smaller(len(inputs), targets.shape[1], inputs.shape[1]):  # Δ itself costs a third of its factors
+    if not factors_are_smaller(len(inputs), targets.shape[1], inputs.shape[1]):  # then Δ itself costs less than they do
         left = torch.cholesky_solve(targets, factor)
         return left.T @ inputs, None, shift * left
     left, right = (
