@@ -32,14 +32,14 @@ from torch import Tensor
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 from two_forwards_peers import naive, naive_layerwise, one_forward, strong, with_context
 
+from thought_kernels.estimation.accumulator import ThoughtAccumulator
 from thought_kernels.models import describe
 from thought_kernels.models.linear import OneDNNLinear
-from thought_kernels.transmute.accumulator import ThoughtAccumulator
-from thought_kernels.transmute.batches import group_examples
-from thought_kernels.transmute.pairing import PAIRINGS, Run
-from thought_kernels.transmute.patch import ThoughtPatch
-from thought_kernels.transmute.prompt import EncodedExample
-from thought_kernels.transmute.site import SitePatch
+from thought_kernels.pairing.batches import group_examples
+from thought_kernels.pairing.pairings import PAIRINGS, Run
+from thought_kernels.patches.patch import ThoughtPatch
+from thought_kernels.patches.site import SitePatch
+from thought_kernels.prompts.prompt import EncodedExample
 
 INTERMEDIATE = {"270m": 2048, "1b": 6912, "4b": 10240}
 VOCABULARY = 262144

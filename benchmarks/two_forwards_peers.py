@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
+from thought_kernels.estimation.accumulator import ThoughtAccumulator
 from thought_kernels.models.decoder import Decoder
 from thought_kernels.ops.shared_prefix_attention import shared_prefix_attention
-from thought_kernels.transmute.accumulator import ThoughtAccumulator
 
 
 @contextlib.contextmanager

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from thought_kernels.transmute.patch import ThoughtPatch
-from thought_kernels.transmute.site import MATRIX_SITES, SITES, Fit, SitePatch
+from thought_kernels.patches.patch import ThoughtPatch
+from thought_kernels.patches.site import MATRIX_SITES, SITES, Fit, SitePatch
 
 HIDDEN, ATTENTION, INTERMEDIATE = 36, 40, 52  # of tiny_gemma3: hidden size, heads times head_dim, width of the MLP
 MATRICES, ALL = MATRIX_SITES, SITES

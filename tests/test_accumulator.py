@@ -15,7 +15,7 @@ import torch.multiprocessing as multiprocessing
 from tolerances import FLOORS, largest
 from torch import Tensor
 
-from thought_kernels.transmute.accumulator import ThoughtAccumulator
+from thought_kernels.estimation.accumulator import ThoughtAccumulator
 
 D = 6
 

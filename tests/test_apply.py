@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from thought_kernels.models import describe
 from thought_kernels.models.norm import hooked
-from thought_kernels.transmute.patch import ThoughtPatch
-from thought_kernels.transmute.site import SitePatch
+from thought_kernels.patches.patch import ThoughtPatch
+from thought_kernels.patches.site import SitePatch
 
 # Theory §2: what the adapter's float64 path resolves.
 EXACT = 1e-9

@@ -17,9 +17,9 @@ from typer.testing import CliRunner
 import thought_kernels as tk
 from thought_kernels.cli import app, options
 from thought_kernels.cli.transmute import read_layers, read_scale
-from thought_kernels.evaluate.trial import prompted_texts
+from thought_kernels.evaluation.measures.trial import prompted_texts
+from thought_kernels.fitting.transmute import transmute
 from thought_kernels.models.load import load
-from thought_kernels.transmute.transmute import transmute
 
 
 @pytest.fixture(scope="module")

@@ -15,11 +15,11 @@ from typer.testing import CliRunner
 
 import thought_kernels as tk
 from thought_kernels.cli import app, bench, options
-from thought_kernels.evaluate.export_loss import export_loss
-from thought_kernels.transmute.completions import complete
-from thought_kernels.transmute.export import CONFIG_FILE, WEIGHT_FILE
-from thought_kernels.transmute.patch import ThoughtPatch
-from thought_kernels.transmute.prompt import encode
+from thought_kernels.evaluation.measures.export_loss import export_loss
+from thought_kernels.generation.completions import complete
+from thought_kernels.patches.export import CONFIG_FILE, WEIGHT_FILE
+from thought_kernels.patches.patch import ThoughtPatch
+from thought_kernels.prompts.prompt import encode
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +104,7 @@ def test_the_loss_is_measured_on_the_prompts_that_the_patch_was_made_for(
         asked.append(prompts)
         return complete(model, prompts, **settings)
 
-    monkeypatch.setattr("thought_kernels.evaluate.export_loss.complete", watched)
+    monkeypatch.setattr("thought_kernels.evaluation.measures.export_loss.complete", watched)
     export_loss(model, tokenizer, patch, patch, ["3 4", "5"], max_new_tokens=2)
     rows = [encode(tokenizer, "Add", question, **made) for question in ("3 4", "5")]
     assert asked == [[[*row.without_prefix, *row.tokens] for row in rows]]

@@ -17,17 +17,17 @@ import thought_kernels as tk
 from thought_kernels.cli import app
 from thought_kernels.cli.composition import PAIRS, read_pair
 from thought_kernels.cli.knowledge import read_facts
-from thought_kernels.evaluate.composition import Behaviour, Composition
-from thought_kernels.evaluate.knowledge import FACTS, QUESTIONS, run_knowledge
-from thought_kernels.evaluate.overlap import (
+from thought_kernels.evaluation.experiments.composition import Behaviour, Composition
+from thought_kernels.evaluation.experiments.knowledge import FACTS, QUESTIONS, run_knowledge
+from thought_kernels.evaluation.experiments.pairs import Pair
+from thought_kernels.evaluation.measures.overlap import (
     PREDICTORS,
     activation_moments,
     augmented,
     predictions,
     rank_correlation,
 )
-from thought_kernels.evaluate.pairs import Pair
-from thought_kernels.evaluate.trial import Trial
+from thought_kernels.evaluation.measures.trial import Trial
 
 TOKENIZER = tiny_tokenizer()
 FRESH, EXAMPLES = ["1 2 3", "4 5 6", "7 8 9"], ["2 4 6", "9 1 5"]

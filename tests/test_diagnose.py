@@ -12,10 +12,10 @@ from patches import ATTENTION, HIDDEN, MATRICES, random_patch
 from torch import Tensor, nn
 
 from thought_kernels.models import describe
+from thought_kernels.patches.patch import ThoughtPatch
+from thought_kernels.patches.site import SitePatch
 from thought_kernels.spectral import Diagnosis, diagnose, measure_features, spectral_measure
 from thought_kernels.spectral.overlap import overlap
-from thought_kernels.transmute.patch import ThoughtPatch
-from thought_kernels.transmute.site import SitePatch
 
 # Two float64 computations of the same figure, decompositions of matrices of condition 100 or so included.
 SAME = 1e-9

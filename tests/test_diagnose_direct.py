@@ -16,9 +16,9 @@ from torch import Tensor
 
 from thought_kernels.demo import CHECKPOINT
 from thought_kernels.models.load import load
+from thought_kernels.patches.patch import ThoughtPatch
+from thought_kernels.patches.site import SitePatch
 from thought_kernels.spectral import diagnose, interference
-from thought_kernels.transmute.patch import ThoughtPatch
-from thought_kernels.transmute.site import SitePatch
 
 # Leverage divides by the smallest singular value of W, 2e-6 of the largest in the shipped model: eps over that.
 DIRECT = 1e-8

@@ -16,17 +16,17 @@ from torch import Tensor
 from two_forwards import activations, float64_throughout, recorded, row_sums
 
 import thought_kernels as tk
+from thought_kernels.estimation import estimators
+from thought_kernels.estimation.accumulator import ThoughtAccumulator
 from thought_kernels.models import describe
 from thought_kernels.models.decoder import Decoder
 from thought_kernels.models.norm import Norm
-from thought_kernels.transmute import estimators
-from thought_kernels.transmute.accumulator import ThoughtAccumulator
-from thought_kernels.transmute.batches import group_examples
-from thought_kernels.transmute.before_norm import before_norm
-from thought_kernels.transmute.pairing import PAIRINGS, Run, passes
-from thought_kernels.transmute.patch import ThoughtPatch
-from thought_kernels.transmute.prompt import encode, load_examples
-from thought_kernels.transmute.streams import observe_difference
+from thought_kernels.pairing.batches import group_examples
+from thought_kernels.pairing.before_norm import before_norm
+from thought_kernels.pairing.pairings import PAIRINGS, Run, passes
+from thought_kernels.pairing.streams import observe_difference
+from thought_kernels.patches.patch import ThoughtPatch
+from thought_kernels.prompts.prompt import encode, load_examples
 
 TOKENIZER = tiny_tokenizer()
 INSTRUCTION = "Sum now"

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from tolerances import allowed_error, largest
 from torch import Tensor
 
-from thought_kernels.transmute.accumulator import ThoughtAccumulator
-from thought_kernels.transmute.estimators import DEFAULT_RIDGE, ESTIMATORS, Sums, condition_number, solve
-from thought_kernels.transmute.transmute import transmute
+from thought_kernels.estimation.accumulator import ThoughtAccumulator
+from thought_kernels.estimation.estimators import DEFAULT_RIDGE, ESTIMATORS, Sums, condition_number, solve
+from thought_kernels.fitting.transmute import transmute
 
 NORMALIZATIONS = ("none", "norm", "squared_norm")
 # Theory §2: claims of exact interpolation are made to 1e-9 in float64.

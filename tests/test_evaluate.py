@@ -18,14 +18,14 @@ from patches import hooks, random_patch, same_bits, weights
 
 import thought_kernels as tk
 from thought_kernels.demo import CHECKPOINT
-from thought_kernels.evaluate import evaluate as package_module  # noqa: F401  the function's own module
-from thought_kernels.evaluate import sections as registry
-from thought_kernels.evaluate.plots import PLOTS
-from thought_kernels.evaluate.report import Evaluation, Line, Section
-from thought_kernels.evaluate.verdict import summary, verdict
+from thought_kernels.evaluation import evaluate as package_module  # noqa: F401  the function's own module
+from thought_kernels.evaluation.pages.plots import PLOTS
+from thought_kernels.evaluation.pages.verdict import summary, verdict
+from thought_kernels.evaluation.sections import sections as registry
+from thought_kernels.evaluation.sections.report import Evaluation, Line, Section
+from thought_kernels.patches.patch import ThoughtPatch
+from thought_kernels.prompts.prompt import encode
 from thought_kernels.spectral import diagnose
-from thought_kernels.transmute.patch import ThoughtPatch
-from thought_kernels.transmute.prompt import encode
 
 TOKENIZER = tiny_tokenizer()
 EXAMPLES = ["3 1 4", "2 7 8", "1 9", "5 5 5 5"]

@@ -15,16 +15,16 @@ from models import tiny_gemma3, tiny_tokenizer
 from patches import random_patch, same_bits, token_ids, weights
 
 import thought_kernels as tk
-from thought_kernels.evaluate import journal, resume
-from thought_kernels.evaluate.baselines import BASELINES
-from thought_kernels.evaluate.controls import randomised
-from thought_kernels.evaluate.intervals import mean_interval, recovered_interval
-from thought_kernels.evaluate.lora import train_lora
-from thought_kernels.evaluate.memory import MemoryPeak
-from thought_kernels.evaluate.refit import MeanDifferences, Shuffled, full_recipe, rank_one, refit, split
-from thought_kernels.evaluate.report import Section
-from thought_kernels.evaluate.scorers import Each, Judge, ScorerError, as_scorer
-from thought_kernels.evaluate.steering import (
+from thought_kernels.estimation.accumulator import ThoughtAccumulator
+from thought_kernels.evaluation import resume
+from thought_kernels.evaluation.experiments import journal
+from thought_kernels.evaluation.measures.intervals import mean_interval, recovered_interval
+from thought_kernels.evaluation.measures.memory import MemoryPeak
+from thought_kernels.evaluation.measures.scorers import Each, Judge, ScorerError, as_scorer
+from thought_kernels.evaluation.measures.trial import Trial
+from thought_kernels.evaluation.rivals.lora import train_lora
+from thought_kernels.evaluation.rivals.refit import MeanDifferences, Shuffled, full_recipe, rank_one, refit, split
+from thought_kernels.evaluation.rivals.steering import (
     Steering,
     _answer_means,
     _written_by,
@@ -32,13 +32,14 @@ from thought_kernels.evaluate.steering import (
     common_suffix,
     mean_differences,
 )
-from thought_kernels.evaluate.subject import Inputs, Subject, Tolerant
-from thought_kernels.evaluate.trial import Trial
+from thought_kernels.evaluation.sections.baselines import BASELINES
+from thought_kernels.evaluation.sections.controls import randomised
+from thought_kernels.evaluation.sections.report import Section
+from thought_kernels.evaluation.sections.subject import Inputs, Subject, Tolerant
 from thought_kernels.models import describe
-from thought_kernels.transmute.accumulator import ThoughtAccumulator
-from thought_kernels.transmute.patch import ThoughtPatch
-from thought_kernels.transmute.prompt import load_examples
-from thought_kernels.transmute.site import SitePatch
+from thought_kernels.patches.patch import ThoughtPatch
+from thought_kernels.patches.site import SitePatch
+from thought_kernels.prompts.prompt import load_examples
 
 TOKENIZER = tiny_tokenizer()
 INSTRUCTION, QUESTIONS = "Sum them", ["3 1 4", "2 7 8", "1 9", "5 5 5 5"]
@@ -411,13 +412,6 @@ def test_a_lora_learns_and_leaves_the_model_as_it_was(model: Any) -> None:
         assert trial.effect(model).patched == pytest.approx(trained.divergence, rel=1e-3)
     assert same_bits(model, before) and [p.requires_grad for p in model.parameters()] == flags
     assert set(vars(model)) == names and [type(module) for module in model.modules()] == kinds
-
-
-def test_evaluate_is_callable_and_a_package() -> None:
-    import thought_kernels.evaluate.trial as module
-
-    assert callable(tk.evaluate) and tk.evaluate.trial is module
-    assert "Measures whether a thought patch can be trusted" in tk.evaluate.__doc__
 
 
 def test_a_span_knows_the_peaks_of_spans_within_it() -> None:

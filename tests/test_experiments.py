@@ -17,12 +17,12 @@ import thought_kernels as tk
 from thought_kernels.cli import app, scoring
 from thought_kernels.cli.experiment import task_split
 from thought_kernels.demo.tasks import held_out
-from thought_kernels.evaluate import experiments
-from thought_kernels.evaluate.curves import C1_FACTORS, default_steps, paper_steps, sweep_c1
-from thought_kernels.evaluate.experiments import run_experiment
-from thought_kernels.evaluate.journal import Journal, fingerprint
-from thought_kernels.evaluate.pairs import Pair, Split, read_pairs, split_pairs, usable
-from thought_kernels.evaluate.trial import Trial
+from thought_kernels.evaluation.experiments import experiments
+from thought_kernels.evaluation.experiments.curves import C1_FACTORS, default_steps, paper_steps, sweep_c1
+from thought_kernels.evaluation.experiments.experiments import run_experiment
+from thought_kernels.evaluation.experiments.journal import Journal, fingerprint
+from thought_kernels.evaluation.experiments.pairs import Pair, Split, read_pairs, split_pairs, usable
+from thought_kernels.evaluation.measures.trial import Trial
 
 TOKENIZER = tiny_tokenizer()
 LAYERS = ["full_attention"] * 2

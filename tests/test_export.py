@@ -18,9 +18,9 @@ from transformers import AutoModelForCausalLM
 
 from thought_kernels.demo import CHECKPOINT
 from thought_kernels.models import describe
-from thought_kernels.transmute.export import CONFIG_FILE, VLLM_RANKS, WEIGHT_FILE, PeftFolder
-from thought_kernels.transmute.patch import ThoughtPatch
-from thought_kernels.transmute.site import SitePatch
+from thought_kernels.patches.export import CONFIG_FILE, VLLM_RANKS, WEIGHT_FILE, PeftFolder
+from thought_kernels.patches.patch import ThoughtPatch
+from thought_kernels.patches.site import SitePatch
 
 peft = pytest.importorskip("peft", reason="reads what export_peft writes; pip install 'thought_kernels[peft]'")
 

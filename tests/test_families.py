@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, Gemma3nTextConfig, Gemma4TextConf
 
 import thought_kernels as tk
 from thought_kernels.models import FAMILIES, describe
-from thought_kernels.transmute.replay import run_patched
+from thought_kernels.pairing.replay import run_patched
 
 TOKENIZER = tiny_tokenizer()
 EXAMPLE = {"prompt": "8 7", "completion": "x=2"}

@@ -11,7 +11,7 @@ from models import tiny_gemma3, tiny_tokenizer
 from tokenizers.processors import TemplateProcessing
 
 import thought_kernels as tk
-from thought_kernels.transmute.prompt import align, encode
+from thought_kernels.prompts.prompt import align, encode
 
 ARROW = "{prompt} -> {completion}\n"
 LETTERS = "Q: {prompt}\nA: {completion}\n\n"

@@ -9,9 +9,9 @@ import torch
 from models import tiny_gemma3, tiny_multimodal_gemma3, tiny_tokenizer
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
-from thought_kernels.transmute.completions import Ending, complete, ending_of
-from thought_kernels.transmute.generation import continue_prompts
-from thought_kernels.transmute.prompt import load_examples
+from thought_kernels.generation.completions import Ending, complete, ending_of
+from thought_kernels.generation.continuations import continue_prompts
+from thought_kernels.prompts.prompt import load_examples
 
 TOKENIZER = tiny_tokenizer()
 VOCABULARY = len(TOKENIZER)

@@ -10,10 +10,10 @@ import torch
 from tolerances import SOLVED, largest
 from torch import Tensor
 
-from thought_kernels.transmute import estimators
-from thought_kernels.transmute.accumulator import ThoughtAccumulator
-from thought_kernels.transmute.kept_rows import KeptRows
-from thought_kernels.transmute.site import SitePatch
+from thought_kernels.estimation import estimators
+from thought_kernels.estimation.accumulator import ThoughtAccumulator
+from thought_kernels.estimation.kept_rows import KeptRows
+from thought_kernels.patches.site import SitePatch
 
 D_OUT, D_IN = 12, 30
 KEY = (0, "down")

@@ -14,8 +14,8 @@ from tolerances import FLOORS, largest
 from torch import nn
 
 from thought_kernels.models import describe
-from thought_kernels.transmute.patch import ThoughtPatch
-from thought_kernels.transmute.site import SitePatch
+from thought_kernels.patches.patch import ThoughtPatch
+from thought_kernels.patches.site import SitePatch
 
 # Theory §2: what the adapter's float64 path resolves.
 EXACT = 1e-9

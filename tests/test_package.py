@@ -12,7 +12,6 @@ import pytest
 import torch
 
 import thought_kernels as tk
-from thought_kernels.callable_package import make_callable
 
 PUBLIC = {
     "accumulate",
@@ -69,52 +68,17 @@ def test_importing_registers_the_operators(name: str) -> None:
     assert set(tk.available_backends(name, "cpu")) == {"reference", "cpp", "triton", "cuda"}
 
 
-ORDERS = {
-    "attribute": "",
-    "submodule first": "import thought_kernels.transmute.patch",
-    "from submodule": "from thought_kernels.transmute.patch import ThoughtPatch",
-    "own module first": "import thought_kernels.transmute.transmute",
-    "alias": "import thought_kernels.transmute.patch as patch; assert patch.ThoughtPatch is tk.ThoughtPatch",
-    "from package": "from thought_kernels import transmute; assert transmute is tk.transmute",
-    "attribute, then submodule": "tk.transmute; import thought_kernels.transmute.estimators",
-}
-
-
-def test_transmute_is_callable_in_every_import_order() -> None:
-    # One process, the packages forgotten between orders: each order starts as a fresh import would.
+@pytest.mark.parametrize("name", ["evaluate", "transmute"])
+def test_a_public_function_is_a_plain_function(name: str) -> None:
+    # Also where a submodule was imported first: no module of the package may hide a function of it.
     check_python(f"""
-import inspect, sys
+import inspect
+import thought_kernels.evaluation.evaluate, thought_kernels.fitting.transmute
 import thought_kernels as tk
-
-for name, order in {ORDERS!r}.items():
-    for module in [m for m in sys.modules if m.startswith("thought_kernels.transmute")]:
-        del sys.modules[module]
-    for attribute in ("transmute", "replay", "ThoughtPatch"):
-        vars(tk).pop(attribute, None)
-    exec(order)
-    assert callable(tk.transmute), name
-    assert list(inspect.signature(tk.transmute).parameters)[:4] == ["model", "tokenizer", "instruction", "examples"]
-    assert list(inspect.signature(tk.replay).parameters)[:3] == ["model", "with_ids", "span"], name
-    from thought_kernels.transmute.patch import ThoughtPatch
-    assert tk.ThoughtPatch is ThoughtPatch, name
+from thought_kernels import {name}
+assert inspect.isfunction({name}) and tk.{name} is {name}
 """)
-
-
-def test_a_callable_package_forwards_call_signature_and_help(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    package = tmp_path / "doubling"
-    package.mkdir()
-    (package / "__init__.py").write_text('"""Holds one function."""\n')
-    (package / "doubling.py").write_text('def doubling(x, *, times=1):\n    """Doubles."""\n    return x * 2**times\n')
-    monkeypatch.syspath_prepend(tmp_path)
-    import doubling  # type: ignore[import-not-found]
-
-    make_callable("doubling", "doubling.doubling", "doubling")
-    assert doubling(3, times=2) == 12
-    assert str(inspect.signature(doubling)) == "(x, *, times=1)"
-    text = pydoc.render_doc(doubling, renderer=pydoc.plaintext)
-    assert "doubling(x, *, times=1)" in text and "Doubles." in text and "Holds one function." in text
-    with pytest.raises(TypeError, match="time"):
-        doubling(3, time=2)
+    assert not list(Path(tk.__file__).parent.glob(f"{name}*"))
 
 
 def test_help_on_transmute_describes_the_call() -> None:
@@ -149,7 +113,7 @@ try:
     tk.accumulate(cross, torch.ones(4, 3), torch.ones(4, 2), backend="cpp")
 except ValueError as error:
     print(error)
-from thought_kernels.transmute.patch import ThoughtPatch
+from thought_kernels.patches.patch import ThoughtPatch
 tk.ThoughtAccumulator
 """
     )

@@ -10,8 +10,8 @@ from torch import Tensor
 from two_forwards import activations, float64_throughout, sums
 
 import thought_kernels as tk
-from thought_kernels.transmute import estimators
-from thought_kernels.transmute.patch import ThoughtPatch
+from thought_kernels.estimation import estimators
+from thought_kernels.patches.patch import ThoughtPatch
 
 TOKENIZER = tiny_tokenizer()
 INSTRUCTION = "Sum now"

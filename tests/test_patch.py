@@ -15,8 +15,8 @@ from patches import ATTENTION, HIDDEN, INTERMEDIATE, MATRICES, random_patch
 from tolerances import FLOORS, largest, rounding
 
 import thought_kernels as tk
-from thought_kernels.transmute.patch import ThoughtPatch
-from thought_kernels.transmute.site import Fit, SitePatch
+from thought_kernels.patches.patch import ThoughtPatch
+from thought_kernels.patches.site import Fit, SitePatch
 
 # Products of factors of at most 5 columns by two ways, each of which rounds sums of so many terms.
 PRODUCT = 2 * rounding(5, torch.float32)

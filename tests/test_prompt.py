@@ -16,8 +16,8 @@ from models import tiny_tokenizer
 from tokenizers import Regex
 from tokenizers.pre_tokenizers import Split
 
-from thought_kernels.evaluate.pairs import read_pairs
-from thought_kernels.transmute.prompt import Example, align, encode, explain, load_examples
+from thought_kernels.evaluation.experiments.pairs import read_pairs
+from thought_kernels.prompts.prompt import Example, align, encode, explain, load_examples
 
 TOKENIZER = tiny_tokenizer()
 DEMONSTRATION = [{"role": "user", "content": "1 2"}, {"role": "assistant", "content": "3"}]

@@ -14,8 +14,8 @@ import torch
 
 import thought_kernels as tk
 from thought_kernels.models.load import load
-from thought_kernels.transmute.patch import ThoughtPatch
-from thought_kernels.transmute.prompt import encode
+from thought_kernels.patches.patch import ThoughtPatch
+from thought_kernels.prompts.prompt import encode
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks" / "real"))
 

@@ -9,8 +9,8 @@ from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 
 import thought_kernels as tk
 from thought_kernels.models import describe
-from thought_kernels.transmute import replay as module
-from thought_kernels.transmute.batches import Group
+from thought_kernels.pairing import replay as module
+from thought_kernels.pairing.batches import Group
 
 SPANS = [(0, 9), (3, 12), (1, 20), (2, 3)]
 

@@ -16,10 +16,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from patches import random_patch
 
-from thought_kernels.transmute import storage
-from thought_kernels.transmute.patch import ThoughtPatch
-from thought_kernels.transmute.site import SitePatch
-from thought_kernels.transmute.storage import RECORD_FILE, TENSOR_FILE
+from thought_kernels.patches import storage
+from thought_kernels.patches.patch import ThoughtPatch
+from thought_kernels.patches.site import SitePatch
+from thought_kernels.patches.storage import RECORD_FILE, TENSOR_FILE
 
 Change = Callable[[dict[str, Any], dict[str, torch.Tensor]], None]  # of a record and its tensors
 

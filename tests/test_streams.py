@@ -16,14 +16,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import thought_kernels as tk
+from thought_kernels.estimation.accumulator import ThoughtAccumulator
 from thought_kernels.models import describe
 from thought_kernels.ops import library
-from thought_kernels.transmute import spill, streams
-from thought_kernels.transmute.accumulator import ThoughtAccumulator
-from thought_kernels.transmute.batches import group_examples
-from thought_kernels.transmute.pairing import PAIRINGS, Run
-from thought_kernels.transmute.prompt import EncodedExample, encode, load_examples
-from thought_kernels.transmute.site import SITES
+from thought_kernels.pairing import spill, streams
+from thought_kernels.pairing.batches import group_examples
+from thought_kernels.pairing.pairings import PAIRINGS, Run
+from thought_kernels.patches.site import SITES
+from thought_kernels.prompts.prompt import EncodedExample, encode, load_examples
 
 TOKENIZER = tiny_tokenizer()
 INSTRUCTION = "Sum now"

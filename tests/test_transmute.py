@@ -11,10 +11,10 @@ import torch
 from models import tiny_gemma3, tiny_multimodal_gemma3, tiny_tokenizer
 
 import thought_kernels as tk
+from thought_kernels.generation.completions import Ending, with_completions
 from thought_kernels.models import describe
-from thought_kernels.transmute.batches import MAX_BATCH_TOKENS, group_examples
-from thought_kernels.transmute.completions import Ending, with_completions
-from thought_kernels.transmute.prompt import EncodedExample, encode
+from thought_kernels.pairing.batches import MAX_BATCH_TOKENS, group_examples
+from thought_kernels.prompts.prompt import EncodedExample, encode
 
 TOKENIZER = tiny_tokenizer()
 EXAMPLE = {"prompt": "8 76", "completion": "x=2 ok"}

@@ -12,13 +12,13 @@ from tolerances import SOLVED
 from two_forwards import activations, sums
 
 import thought_kernels as tk
-from thought_kernels.evaluate.trial import Trial
+from thought_kernels.estimation import estimators
+from thought_kernels.evaluation.measures.trial import Trial
 from thought_kernels.models import describe
-from thought_kernels.transmute import estimators
-from thought_kernels.transmute.batches import Group
-from thought_kernels.transmute.patch import ThoughtPatch
-from thought_kernels.transmute.prompt import Alignment, Prefixes, align, encode, explain
-from thought_kernels.transmute.replay import replay_group
+from thought_kernels.pairing.batches import Group
+from thought_kernels.pairing.replay import replay_group
+from thought_kernels.patches.patch import ThoughtPatch
+from thought_kernels.prompts.prompt import Alignment, Prefixes, align, encode, explain
 
 # Writes a system message of its own where none is given, as the templates of Qwen 2.5 and SmolLM 2 do.
 CHATML = """{%- if messages[0]['role'] != 'system' -%}

@@ -22,18 +22,17 @@ from thought_kernels.ops.library import available_backends
 from thought_kernels.ops.paired_attention import paired_attention
 from thought_kernels.ops.rms_norm_pair import rms_norm_pair
 from thought_kernels.ops.shared_prefix_attention import shared_prefix_attention
+from thought_kernels.version import __version__ as __version__
 
 if TYPE_CHECKING:
-    from thought_kernels.evaluate.evaluate import evaluate as evaluate
+    from thought_kernels.estimation.accumulator import ThoughtAccumulator as ThoughtAccumulator
+    from thought_kernels.evaluation.evaluate import evaluate as evaluate
+    from thought_kernels.fitting.recipe import paper_recipe as paper_recipe
+    from thought_kernels.fitting.transmute import transmute as transmute
     from thought_kernels.models.load import load as load
-    from thought_kernels.transmute.accumulator import ThoughtAccumulator as ThoughtAccumulator
-    from thought_kernels.transmute.patch import ThoughtPatch as ThoughtPatch
-    from thought_kernels.transmute.prompt import align as align
-    from thought_kernels.transmute.recipe import paper_recipe as paper_recipe
-    from thought_kernels.transmute.replay import replay as replay
-    from thought_kernels.transmute.transmute import transmute as transmute
-
-__version__ = "0.1.0"
+    from thought_kernels.pairing.replay import replay as replay
+    from thought_kernels.patches.patch import ThoughtPatch as ThoughtPatch
+    from thought_kernels.prompts.prompt import align as align
 
 __all__ = [
     "ThoughtAccumulator",
@@ -53,23 +52,22 @@ __all__ = [
 ]
 
 _LAZY = {  # public name -> the module that defines it
-    "ThoughtAccumulator": "thought_kernels.transmute.accumulator",
-    "ThoughtPatch": "thought_kernels.transmute.patch",
-    "align": "thought_kernels.transmute.prompt",
+    "ThoughtAccumulator": "thought_kernels.estimation.accumulator",
+    "ThoughtPatch": "thought_kernels.patches.patch",
+    "align": "thought_kernels.prompts.prompt",
+    "evaluate": "thought_kernels.evaluation.evaluate",
     "load": "thought_kernels.models.load",
-    "paper_recipe": "thought_kernels.transmute.recipe",
-    "replay": "thought_kernels.transmute.replay",
+    "paper_recipe": "thought_kernels.fitting.recipe",
+    "replay": "thought_kernels.pairing.replay",
+    "transmute": "thought_kernels.fitting.transmute",
 }
-# Packages, imported at first use; evaluate and transmute are called like the functions they hold, see
-# callable_package.py.
-_LAZY_PACKAGES = ("evaluate", "spectral", "transmute")
 
 
 def __getattr__(name: str) -> Any:
     if name in _LAZY:
         value = getattr(import_module(_LAZY[name]), name)
-    elif name in _LAZY_PACKAGES:
-        value = import_module(f"{__name__}.{name}")
+    elif name == "spectral":
+        value = import_module("thought_kernels.spectral")
     else:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     globals()[name] = value

@@ -24,9 +24,9 @@ from measure import BATCH_SIZE, MAX_NEW_TOKENS
 from tasks import WORD_FORMAT, Task, task
 
 import thought_kernels as tk
-from thought_kernels.evaluate.memory import MemoryPeak
-from thought_kernels.evaluate.trial import prompted_texts
-from thought_kernels.transmute.prompt import encode
+from thought_kernels.evaluation.measures.memory import MemoryPeak
+from thought_kernels.evaluation.measures.trial import prompted_texts
+from thought_kernels.prompts.prompt import encode
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from harness import device_name

@@ -16,12 +16,12 @@ from tasks import WORD_FORMAT, Task
 from torch import Tensor
 
 import thought_kernels as tk
-from thought_kernels.evaluate.lora import injected, optimised
-from thought_kernels.evaluate.trial import Score, Trial
-from thought_kernels.transmute.completions import ending_of, with_completions
-from thought_kernels.transmute.logprobs import completion_logprobs
-from thought_kernels.transmute.patch import ThoughtPatch
-from thought_kernels.transmute.prompt import encode, load_examples
+from thought_kernels.evaluation.measures.trial import Score, Trial
+from thought_kernels.evaluation.rivals.lora import injected, optimised
+from thought_kernels.generation.completions import ending_of, with_completions
+from thought_kernels.generation.logprobs import completion_logprobs
+from thought_kernels.patches.patch import ThoughtPatch
+from thought_kernels.prompts.prompt import encode, load_examples
 
 MAX_NEW_TOKENS = {"word": 12, "instruction": 32, "system": 32, "arithmetic": 32}
 BATCH_SIZE = 32
@@ -91,7 +91,7 @@ class Measurement:
         questions = [question for question, _ in self._task.inputs[:inputs]]
         writing = Stopwatch(with_completions)
         started = time.perf_counter()
-        with mock.patch("thought_kernels.transmute.transmute.with_completions", writing), warnings.catch_warnings():
+        with mock.patch("thought_kernels.fitting.transmute.with_completions", writing), warnings.catch_warnings():
             warnings.filterwarnings("ignore", "transmute: .* completions did not end")  # and were cut, as held-out ones
             patch = tk.transmute(
                 self._model, self._tokenizer, self._task.instruction, questions,

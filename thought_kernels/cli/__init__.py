@@ -16,7 +16,6 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-import thought_kernels
 from thought_kernels.cli import (
     bench,
     demo,
@@ -31,6 +30,7 @@ from thought_kernels.cli import (
     transmute,
     verify,
 )
+from thought_kernels.version import __version__
 
 __all__ = ["app", "main"]
 
@@ -62,7 +62,7 @@ app = typer.Typer(
 
 def _version(wanted: bool) -> None:
     if wanted:
-        options.out.print(f"thought-kernels {thought_kernels.__version__}")
+        options.out.print(f"thought-kernels {__version__}")
         raise typer.Exit
 
 

@@ -14,9 +14,9 @@ from rich.text import Text
 
 from thought_kernels.cli import options, scoring
 from thought_kernels.demo.tasks import TASKS, held_out, inputs
-from thought_kernels.evaluate.composition import Alone, Behaviour, Both, Composition, Together
-from thought_kernels.evaluate.files import write_csv, write_json
-from thought_kernels.evaluate.overlap import PREDICTORS, rank_correlation
+from thought_kernels.evaluation.experiments.composition import Alone, Behaviour, Both, Composition, Together
+from thought_kernels.evaluation.files import write_csv, write_json
+from thought_kernels.evaluation.measures.overlap import PREDICTORS, rank_correlation
 
 # Compatible ones (a list, then its form), rivals for the same answer, and opposites.
 PAIRS = ("reverse+commas", "sort+commas", "rotate+reverse", "reverse+sort", "sum+largest", "sort+sort_down",
@@ -40,10 +40,10 @@ def composition(
     offline: options.Offline = False,
 ) -> None:
     """Add and negate patches of two instructions on numbers, and see whether overlap foretells the damage."""
-    import thought_kernels
-    from thought_kernels.evaluate.curve_picture import draw_composition
-    from thought_kernels.evaluate.experiments import default_recipe
-    from thought_kernels.evaluate.journal import Journal, fingerprint
+    from thought_kernels.evaluation.experiments.experiments import default_recipe
+    from thought_kernels.evaluation.experiments.journal import Journal, fingerprint
+    from thought_kernels.evaluation.pages.curve_picture import draw_composition
+    from thought_kernels.version import __version__
 
     options.check_folder(output)
     pairs = [read_pair(text) for text in options.listed(pair or list(PAIRS))]
@@ -65,7 +65,7 @@ def composition(
     )
     journal = Journal(output / "journal.jsonl", {
         "experiment": "composition", "fit": fit, "fresh": fresh, "match": scorer.name, "max_new_tokens": room,
-        "weights": fingerprint(found), "default_recipe": default_recipe(), "version": thought_kernels.__version__,
+        "weights": fingerprint(found), "default_recipe": default_recipe(), "version": __version__,
     })  # fmt: skip
     from tqdm import tqdm
 

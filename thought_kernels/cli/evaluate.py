@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from thought_kernels.cli import options, scoring
-from thought_kernels.evaluate.sections import SECTIONS, chosen_sections
+from thought_kernels.evaluation.sections.sections import SECTIONS, chosen_sections
 
 _COLOURS = {"yes": "green", "partly": "yellow", "no": "red", "unknown": "dim"}
 _TASK = "sum"
@@ -77,8 +77,8 @@ def evaluate(
     up where it was stopped, and exits with 1 as long as one failed; one that needs examples is left out where none are
     given. Without data it reports on a task of the shipped model.
     """
-    from thought_kernels.evaluate.evaluate import evaluate as run_evaluate
-    from thought_kernels.transmute.patch import ThoughtPatch
+    from thought_kernels.evaluation.evaluate import evaluate as run_evaluate
+    from thought_kernels.patches.patch import ThoughtPatch
 
     if model_name is not None and model not in (options.DEFAULT_MODEL, model_name):
         raise typer.BadParameter(f"MODEL must be given once, got {model_name} and {model}")
@@ -130,7 +130,7 @@ def evaluate(
 
 def show(evaluation: Any) -> None:
     """Prints the verdict, and what did not finish."""
-    from thought_kernels.evaluate.verdict import summary
+    from thought_kernels.evaluation.pages.verdict import summary
 
     options.out.print(Text(summary(evaluation.verdict), style="bold"))
     table = Table(box=None, show_header=False, pad_edge=False)

@@ -14,9 +14,9 @@ from rich.text import Text
 from thought_kernels.cli import composition, knowledge, options, scoring
 from thought_kernels.cli.transmute import read_layers
 from thought_kernels.demo.tasks import TASKS, held_out, inputs
-from thought_kernels.evaluate.curves import Sample
-from thought_kernels.evaluate.experiments import LINES, PUBLISHED, ExperimentReport, run_experiment
-from thought_kernels.evaluate.pairs import Pair, Split, read_pairs, split_pairs, usable
+from thought_kernels.evaluation.experiments.curves import Sample
+from thought_kernels.evaluation.experiments.experiments import LINES, PUBLISHED, ExperimentReport, run_experiment
+from thought_kernels.evaluation.experiments.pairs import Pair, Split, read_pairs, split_pairs, usable
 
 app = typer.Typer(
     no_args_is_help=True,

@@ -46,9 +46,9 @@ def export(
 
     The loss is measured on prompts like those that the patch was fitted to be given.
     """
-    from thought_kernels.evaluate.export_loss import loss_prompts
-    from thought_kernels.transmute.examples import load_examples
-    from thought_kernels.transmute.patch import ThoughtPatch
+    from thought_kernels.evaluation.measures.export_loss import loss_prompts
+    from thought_kernels.patches.patch import ThoughtPatch
+    from thought_kernels.prompts.examples import load_examples
 
     if format_name not in FORMATS:
         raise typer.BadParameter(f"--format must be {' or '.join(FORMATS)}, got {format_name!r}")
@@ -95,8 +95,8 @@ def _stand_in(patch: Any) -> str:
 def _loss(
     model: Any, tokenizer: Any, patch: Any, entries: Any, questions: list[str], max_new_tokens: int
 ) -> str:  # fmt: skip
-    from thought_kernels.evaluate.export_loss import export_loss
-    from thought_kernels.transmute.patch import ThoughtPatch
+    from thought_kernels.evaluation.measures.export_loss import export_loss
+    from thought_kernels.patches.patch import ThoughtPatch
 
     where = f"{len(questions)} inputs"
     if not questions:

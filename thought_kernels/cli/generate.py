@@ -28,8 +28,8 @@ def generate(
     offline: options.Offline = False,
 ) -> None:
     """Answer a prompt greedily, with a patch if one is given."""
-    from thought_kernels.evaluate.trial import bare_texts, prompted_texts
-    from thought_kernels.transmute.patch import ThoughtPatch
+    from thought_kernels.evaluation.measures.trial import bare_texts, prompted_texts
+    from thought_kernels.patches.patch import ThoughtPatch
 
     loaded = None if patch is None else ThoughtPatch.from_pretrained(patch)
     provenance = {} if loaded is None else loaded.provenance

@@ -15,7 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.text import Text
 
 from thought_kernels.demo import CHECKPOINT
-from thought_kernels.transmute.examples import load_examples
+from thought_kernels.prompts.examples import load_examples
 
 out = Console(highlight=False, soft_wrap=False)
 err = Console(stderr=True, highlight=False)

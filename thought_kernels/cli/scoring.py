@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from thought_kernels.cli import options
-from thought_kernels.evaluate.scorers import JUDGE_PROMPT, Judge, Scorer, as_scorer
+from thought_kernels.evaluation.measures.scorers import JUDGE_PROMPT, Judge, Scorer, as_scorer
 
 Match = Annotated[
     str | None,

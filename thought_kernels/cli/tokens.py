@@ -36,7 +36,7 @@ def tokens(
 ) -> None:
     """Print a prompt as H | I | e with token ids and both prefixes of e, or say why it does not align."""
     from thought_kernels.models.load import context_length
-    from thought_kernels.transmute.prompt import explain
+    from thought_kernels.prompts.prompt import explain
 
     told = options.read_instruction(instruction, demonstrations, system)
     tokenizer = options.load_tokenizer(model, offline)

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from thought_kernels.cli import options
-from thought_kernels.transmute.transmute import transmute as run_transmute
+from thought_kernels.fitting.transmute import transmute as run_transmute
 
 _DEFAULTS = {name: parameter.default for name, parameter in inspect.signature(run_transmute).parameters.items()}
 
@@ -83,7 +83,7 @@ def transmute(
 
     Examples are inputs; where one has no completion, the model writes some with the instruction in its prompt.
     """
-    from thought_kernels.transmute.examples import load_examples
+    from thought_kernels.prompts.examples import load_examples
 
     told = options.read_instruction(instruction, demonstrations, system)
     if examples is None and not example:
@@ -117,7 +117,7 @@ def transmute(
 
 def _recipe(name: str, constants: dict[str, Any]) -> dict[str, Any]:
     if name == "paper":
-        from thought_kernels.transmute.recipe import paper_recipe
+        from thought_kernels.fitting.recipe import paper_recipe
 
         return paper_recipe(**constants)
     if name != "default":

@@ -36,9 +36,9 @@ def verify(
     Exact but for rounding: exits with 1 if an error is above the tolerance, or not well below the unpatched control.
     """
     from thought_kernels.models import describe
-    from thought_kernels.transmute.batches import Group
-    from thought_kernels.transmute.prompt import encode
-    from thought_kernels.transmute.replay import replay_group
+    from thought_kernels.pairing.batches import Group
+    from thought_kernels.pairing.replay import replay_group
+    from thought_kernels.prompts.prompt import encode
 
     told = options.read_instruction(instruction, demonstrations, system)
     found, tokenizer = options.load_model(model, dtype, device, offline)

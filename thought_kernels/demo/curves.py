@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from thought_kernels.demo.tasks import TASKS, Task
-from thought_kernels.evaluate import curves
-from thought_kernels.evaluate.curves import Point, Sample
-from thought_kernels.evaluate.trial import Trial, prompted_texts
+from thought_kernels.evaluation.experiments import curves
+from thought_kernels.evaluation.experiments.curves import Point, Sample
+from thought_kernels.evaluation.measures.trial import Trial, prompted_texts
 from thought_kernels.models import describe
 
 CURVES = ("sum", "multiply")

@@ -14,10 +14,10 @@ import torch
 
 from thought_kernels.demo.curves import CURVES, VALIDATION, Curve, Sweep, curve_points, draw_curve, sweep_c1
 from thought_kernels.demo.tasks import RESERVED_FOR_FINAL_STUDY, TASKS, Task, held_out, inputs, split_by_symbols
-from thought_kernels.evaluate.trial import Trial
-from thought_kernels.transmute.prompt import encode
-from thought_kernels.transmute.replay import replay
-from thought_kernels.transmute.transmute import transmute
+from thought_kernels.evaluation.measures.trial import Trial
+from thought_kernels.fitting.transmute import transmute
+from thought_kernels.pairing.replay import replay
+from thought_kernels.prompts.prompt import encode
 
 # What a patch must reach to stand for its instruction: shares of the prompted accuracy, and the recovered effect.
 PATCHED_SHARE, RECOVERED, OUTSIDE_SHARE = 0.97, 0.98, 0.85
@@ -152,7 +152,7 @@ def run_demo(
         examples: inputs that a patch is fitted on.
         inputs: fresh inputs to measure on; all there are if they are fewer.
         seed: of the choice of inputs and examples.
-        match: "exact" or "contains" (a verbose model), see evaluate/answers.py.
+        match: "exact" or "contains" (a verbose model), see evaluation/measures/answers.py.
         curves: also draw accuracy against examples for sum and multiply.
         steps: examples at the end of the curves.
         batch_size: inputs at a time.

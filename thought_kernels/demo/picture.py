@@ -9,8 +9,8 @@ from typing import Any
 from thought_kernels.demo.curves import Curve
 from thought_kernels.demo.demo import DemoReport, Row
 from thought_kernels.demo.tasks import RESERVED_FOR_FINAL_STUDY, TASKS
-from thought_kernels.evaluate.curve_picture import STYLE, curve_axes, percent_axis
-from thought_kernels.evaluate.drawing import BLUE, GREY, INK, ORANGE, save_picture
+from thought_kernels.evaluation.pages.curve_picture import STYLE, curve_axes, percent_axis
+from thought_kernels.evaluation.pages.drawing import BLUE, GREY, INK, ORANGE, save_picture
 
 _BARS: tuple[tuple[str, str, Callable[[Row], float]], ...] = (
     ("bare", GREY, lambda row: row.base),

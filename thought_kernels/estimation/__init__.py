@@ -1,0 +1,7 @@
+"""Rows to sums, sums to matrices.
+
+accumulator   the streaming sums over tokens
+rows          checks what it is given
+kept_rows     the rows themselves, where there are fewer of them than dimensions
+estimators    sums to a thought matrix and vector
+"""

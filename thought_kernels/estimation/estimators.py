@@ -1,0 +1,230 @@
+"""From streamed sums to a thought matrix and vector: pure functions, float64 linear algebra.
+
+All of them look for Δ with Δ a ≈ δ over weighted rows, of which only C = Σ w δ aᵀ/ν, Z = Σ w a aᵀ/ν and the first
+moments are known.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from thought_kernels.estimation.kept_rows import KeptRows, positive_factor, solve_rows
+from thought_kernels.ops.checks import check_number
+from thought_kernels.patches.site import Fit, SitePatch, is_finite
+
+_POWER_STEPS = 8
+DEFAULT_RIDGE = 1.0
+ESTIMATORS = ("mean", "exact", "ridge", "second_order", "affine")
+
+
+class Sums(NamedTuple):
+    """What one site of one block has accumulated.
+
+    Attributes:
+        cross: C = Σ w δ aᵀ/ν ``[d_out, d_in]``, None for the residual site.
+        gram: Z = Σ w a aᵀ/ν ``[d_in, d_in]``, None for the residual site.
+        delta_sum: b = Σ w δ ``[d_out]``.
+        activation_sum: ā = Σ w a ``[d_in]``, None for the residual site.
+        moments: float64 ``[4]``: Σ w, Σ w/ν, Σ w ‖δ‖²/ν, number of rows with w ≠ 0.
+    """
+
+    cross: Tensor | None
+    gram: Tensor | None
+    delta_sum: Tensor
+    activation_sum: Tensor | None
+    moments: Tensor
+
+    @property
+    def widths(self) -> tuple[int, int]:
+        """(d_out, d_in)."""
+        return len(self.delta_sum), len(self.delta_sum if self.activation_sum is None else self.activation_sum)
+
+    @property
+    def device(self) -> torch.device:
+        """Where they are."""
+        return self.delta_sum.device
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The sums that exist, by name."""
+        return {name: tensor for name, tensor in self._asdict().items() if tensor is not None}
+
+
+def solve(
+    sums: Sums | KeptRows,
+    estimator: str,
+    *,
+    scale: float = 1.0,
+    ridge: float = DEFAULT_RIDGE,
+    normalization: str = "none",
+) -> SitePatch:
+    """Estimates the patch of one site, Δ (and v) with Δ a + v ≈ δ over the accumulated rows.
+
+    Formula, with λ = scale and Ω = Σ w::
+
+        mean          Δ = λ C                                      residual site: v = λ b
+        exact         Δ = λ C Z⁻¹, minimum-norm C Z⁺ if Z is singular             v = λ b / Ω
+        ridge         Δ = λ C (Z + ε tr(Z)/d 1)⁻¹                                 v = λ b / Ω
+        second_order  Δ = λ C − λ² C Z                                            v = λ b / Ω
+        affine        Δ = λ ridge on centred C, Z; v = λ (b − Δ/λ ā) / Ω          v = λ b / Ω
+
+    Here d is the activation's width d_in. Of the sites with a matrix only ``affine`` yields a vector; the residual site
+    has no matrix. Rows whose activations are all zero leave Z = 0, hence C = 0, and the matrix is then zero. Rows that
+    are fewer than d_in are solved as they are (kept_rows.py), with the same result to rounding.
+
+    Args:
+        sums: float32 or float64 sums of one site, or its rows; sums without ``gram`` are those of the residual site.
+        estimator: one of ``ESTIMATORS``.
+        scale: λ, finite.
+        ridge: ε > 0, in units of Z's mean eigenvalue; read by ``ridge`` and ``affine`` only.
+        normalization: the ν of the sums, ``"none"``, ``"norm"`` or ``"squared_norm"``.
+
+    Returns:
+        A SitePatch in the sums' dtype and on their device, with its Fit.
+
+    Raises:
+        ValueError: unknown estimator, bad scale or ridge, no rows, non-finite sums, ``affine`` with ν ≠ 1, or a ridge
+            too small for the sums' rounding.
+        TypeError: a scale or ridge that is not a number.
+
+    Source: "Transmuting prompts into weights", Theorem 3.1 (eq. 8), eq. 10, A.2 (eq. 20-24), Algorithm 1; ``affine``
+        is ours.
+    """
+    check_options(estimator, scale, ridge, normalization)
+    if isinstance(sums, KeptRows):
+        _check_weight(float(sums.joined()[2].sum()))
+        return solve_rows(sums, estimator, scale=scale, ridge=ridge, normalization=normalization)
+    total, _, energy, rows = sums.moments.tolist()
+    _check_weight(total)
+    for name, tensor in sums.tensors().items():
+        if not is_finite(tensor):
+            raise ValueError(
+                f"solve: {name} must be finite, got NaN or an infinity; the rows overflowed {tensor.dtype}"
+            )
+
+    dtype = sums.delta_sum.dtype
+    delta_sum = sums.delta_sum.double()
+    if sums.gram is None or sums.cross is None or sums.activation_sum is None:
+        vector = scale * (delta_sum if estimator == "mean" else delta_sum / total)
+        error = energy + float(total * vector.dot(vector) - 2 * vector.dot(delta_sum))
+        return SitePatch(vector=vector.to(dtype), fit=Fit(int(rows), _relative(error, energy)))
+
+    cross, activation_sum = sums.cross.double(), sums.activation_sum.double()
+    gram = sums.gram.double()
+    gram = (gram + gram.T) / 2
+    rtol = gram.shape[0] * torch.finfo(dtype).eps
+    target, metric = cross, gram
+    if estimator == "affine":
+        target = cross - torch.outer(delta_sum, activation_sum) / total
+        metric = gram - torch.outer(activation_sum, activation_sum) / total
+        if float(metric.trace()) <= rtol * float(gram.trace()):
+            # Equal activations leave only the sums' rounding once centred: the vector alone fits them.
+            target, metric = torch.zeros_like(cross), torch.zeros_like(gram)
+    if estimator == "mean":
+        matrix = scale * cross
+    elif estimator == "second_order":
+        matrix = second_order(cross, gram, scale)
+    elif estimator == "exact":
+        matrix = scale * exact(cross, gram, rtol=rtol)
+    else:
+        matrix = scale * ridge_solve(target, metric, ridge)
+    singular = rows < gram.shape[0] + (estimator == "affine")
+    vector = None
+    error = energy + float(((matrix @ gram - 2 * cross) * matrix).sum())
+    if estimator == "affine":
+        vector = (scale * delta_sum - matrix @ activation_sum) / total
+        error += float(2 * vector.dot(matrix @ activation_sum - delta_sum) + total * vector.dot(vector))
+    fit = Fit(
+        rows=int(rows),
+        residual=_relative(error, energy),
+        condition=math.inf if singular else condition_number(metric, rtol=rtol),
+        fold_residual=_fold_residual(gram, activation_sum, total) if normalization == "none" else None,
+    )
+    mean = (activation_sum / total).to(dtype)
+    return SitePatch(matrix.to(dtype), None, vector if vector is None else vector.to(dtype), mean, fit)
+
+
+def check_options(estimator: str, scale: float, ridge: float, normalization: str) -> None:
+    """Raises ValueError or TypeError if ``solve`` would refuse these options, whatever the sums."""
+    if estimator not in ESTIMATORS:
+        raise ValueError(f"solve: estimator must be one of {', '.join(ESTIMATORS)}, got {estimator!r}")
+    check_number("solve", "scale", scale)
+    if estimator in ("ridge", "affine"):
+        check_number("solve", "ridge", ridge, positive=True)
+    if estimator == "affine" and normalization != "none":
+        raise ValueError(
+            f"solve: normalization must be 'none' for estimator 'affine', got {normalization!r}; "
+            "its first moments are not divided by ν, so they do not centre C and Z"
+        )
+
+
+def exact(cross: Tensor, gram: Tensor, *, rtol: float) -> Tensor:
+    """C Z⁺, the least-squares Δ of smallest Frobenius norm; eigenvalues up to rtol times the largest count as zero.
+
+    Source: "Transmuting prompts into weights", eq. 8 and eq. 21.
+    """
+    eigenvalues, eigenvectors = torch.linalg.eigh(gram)
+    kept = eigenvalues > rtol * eigenvalues[-1].clamp(min=0)
+    basis = eigenvectors[:, kept]
+    return (cross @ basis / eigenvalues[kept]) @ basis.T
+
+
+def ridge_solve(cross: Tensor, gram: Tensor, epsilon: float) -> Tensor:
+    """C (Z + ε tr(Z)/d 1)⁻¹ by Cholesky factorisation; zero where Z is zero.
+
+    Raises:
+        ValueError: Z + ε tr(Z)/d 1 is not positive definite to rounding.
+
+    Source: "Transmuting prompts into weights", A.2.
+    """
+    shift = epsilon * float(gram.trace()) / gram.shape[0]
+    if not gram.any():
+        return torch.zeros_like(cross)
+    return torch.cholesky_solve(cross.T, positive_factor(gram, shift, epsilon)).T
+
+
+def second_order(cross: Tensor, gram: Tensor, scale: float) -> Tensor:
+    """λ C − λ² C Z, two terms of the expansion of C (Z + 1/λ)⁻¹ in λ.
+
+    Source: "Transmuting prompts into weights", eq. 24 (eq. 22 expanded; eq. 23's ``c − cZ²`` is a misprint).
+    """
+    return scale * cross - scale**2 * (cross @ gram)
+
+
+def condition_number(gram: Tensor, *, rtol: float) -> float:
+    """λ_max / λ_min of a symmetric matrix, inf where λ_min does not exceed rtol · λ_max.
+
+    Eigenvalues cost ten times what a Cholesky factorisation does, and that tells most singular matrices: with
+    μ <= λ_max, gram − rtol μ 1 has no factor only where λ_min <= rtol λ_max.
+    """
+    x = gram.diagonal()
+    for _ in range(_POWER_STEPS):  # ‖Z x‖ <= λ_max for every unit x
+        x = gram @ (x / torch.linalg.vector_norm(x).clamp_min(torch.finfo(x.dtype).tiny))
+    lowered = gram.clone()
+    lowered.diagonal().sub_(rtol * torch.linalg.vector_norm(x))
+    if int(torch.linalg.cholesky_ex(lowered).info):
+        return math.inf
+    eigenvalues = torch.linalg.eigvalsh(gram)
+    smallest, largest = float(eigenvalues[0]), float(eigenvalues[-1])
+    return largest / smallest if smallest > rtol * largest else math.inf
+
+
+def _check_weight(total: float) -> None:
+    if total <= 0:
+        raise ValueError(f"solve: sums must hold at least one row of positive weight, got Σw = {total:g}")
+
+
+def _relative(error: float, energy: float) -> float:
+    # A difference of sums of size `energy`: an exact fit leaves rounding of either sign. δ = 0 is fitted by Δ = 0.
+    return max(error, 0.0) / energy if energy > 0 else 0.0
+
+
+def _fold_residual(gram: Tensor, activation_sum: Tensor, total: float) -> float | None:
+    """Σ w ‖v āᵀa/‖ā‖² − v‖² / (Ω ‖v‖²) with ā the mean: the same for every v."""
+    norm = float(activation_sum.dot(activation_sum))
+    if norm == 0:
+        return None
+    return max(0.0, total * float(activation_sum @ gram @ activation_sum) / norm**2 - 1)

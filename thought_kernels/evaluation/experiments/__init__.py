@@ -1,0 +1,1 @@
+"""The papers' experiments: curves over recipes, composition, knowledge."""

@@ -1,0 +1,1 @@
+"""Figures as text, pictures and a page."""

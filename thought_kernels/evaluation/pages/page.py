@@ -1,0 +1,177 @@
+"""The report as one page that needs no network: a template filled with tables and inline plots."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from thought_kernels.evaluation.pages.plots import plot
+from thought_kernels.evaluation.pages.verdict import RULES, summary
+from thought_kernels.evaluation.sections.report import Evaluation, Figure, Section
+from thought_kernels.evaluation.sections.sections import SECTIONS
+
+TEMPLATE = Path(__file__).with_name("template.html.jinja")
+
+# Quantities that are shares, shown in per cent.
+SHARES = {
+    "accuracy", "bare", "prompted", "same token", "harmed", "accuracy, patch off",
+    "accuracy, patch on", "answers as bare",
+}  # fmt: skip
+# Quantities that are read block by block or token by token off the plot; their rows are in the JSON and the CSV.
+PLOTTED_ONLY = {
+    ("effect", "same token"),
+    ("effect", "KL to prompted"),
+    ("patch", "norm"),
+    ("patch", "residual"),
+    ("replay", "block error"),
+    ("diagnosis", "singular value"),
+    ("diagnosis", "written"),
+    ("diagnosis", "read"),
+}
+
+
+def render(evaluation: Evaluation) -> str:
+    """The page's HTML text."""
+    import jinja2
+
+    environment = jinja2.Environment(
+        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
+    )
+    template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
+    sections = [
+        {
+            "name": name,
+            "title": section.title,
+            "reading": SECTIONS[name].reading if name in SECTIONS else "",
+            "error": section.error,
+            "plot": plot(section),
+            "tables": tables(section),
+            "inputs": _inputs(section),
+            "samples": section.samples,
+            "notes": section.notes,
+            "cost": _cost(section),
+        }
+        for name, section in evaluation.sections.items()
+    ]
+    settings = evaluation.settings
+    return template.render(
+        title=_shown_setting(settings.get("instruction", "a patch")),
+        summary=summary(evaluation.verdict), verdict=evaluation.verdict, rules=RULES, warnings=evaluation.warnings,
+        sections=sections, seconds=f"{evaluation.seconds:.0f}",
+        settings={name.replace("_", " "): _shown_setting(value) for name, value in settings.items()},
+        settings_line=_settings_line(settings),
+    )  # fmt: skip
+
+
+def tables(section: Section) -> list[dict[str, Any]]:
+    """Subjects by quantities, subjects that share no quantity apart.
+
+    Returns:
+        {"columns": [(quantity, whether any cell has an interval)], "rows": [(name, [cell, ...])]} each, a cell being
+        (text, interval).
+    """
+    shown = _tabled(section)
+    made = []
+    for quantities in _together(shown):
+        figures = [f for f in shown if f.quantity in quantities]
+        columns = list(dict.fromkeys(f.quantity for f in figures))
+        cells = {(f.subject, f.x, f.quantity): _cell(f) for f in figures}
+        rows = [
+            (_label(section.name, subject, x), [cells.get((subject, x, column), ("", "")) for column in columns])
+            for subject, x in dict.fromkeys((f.subject, f.x) for f in figures)
+        ]
+        wide = [any(row[index][1] for _, row in rows) for index in range(len(columns))]
+        names = [_HEADINGS.get(section.name, {}).get(column, column) for column in columns]
+        made.append({"columns": list(zip(names, wide, strict=True)), "rows": rows})
+    return made
+
+
+def _tabled(section: Section) -> list[Figure]:
+    """Figures that the tables show; of the effect those at single answer positions are in the plot."""
+    return [
+        f
+        for f in section.figures
+        if (section.name, f.quantity) not in PLOTTED_ONLY and (section.name != "effect" or f.x is None)
+    ]
+
+
+def _together(figures: list[Figure]) -> list[set[str]]:
+    """Quantities in groups such that no subject has figures in two."""
+    groups: list[set[str]] = []
+    for subject in dict.fromkeys(f.subject for f in figures):
+        own = {f.quantity for f in figures if f.subject == subject}
+        apart = [group for group in groups if not group & own]
+        joined = own.union(*(group for group in groups if group & own))
+        place = next((index for index, group in enumerate(groups) if group & own), len(groups))
+        groups = [*apart[:place], joined, *apart[place:]]
+    return groups
+
+
+# What a column is called where its quantity's name would mislead, or is too long for a table.
+_HEADINGS = {
+    "generalisation": {"accuracy": "patched"},
+    "baselines": {"seconds to make": "seconds", "peak memory while made": "peak MiB"},
+    "data": {"seconds to make": "seconds", "peak memory while made": "peak MiB"},
+    "diagnosis": {
+        "stable rank": "stable", "effective rank": "effective", "write gain": "write", "read gain": "read",
+        "largest |ΔD|": "largest", "read overlap": "read", "write overlap": "write",
+        "accuracy, patch off": "patch off", "accuracy, patch on": "patch on",
+    },
+}  # fmt: skip
+_SWEPT = {"scale": "scale", "data": "examples", "diagnosis": "block"}
+
+
+def _label(section: str, subject: str, x: float | None) -> str:
+    return subject if x is None else f"{subject}, {_SWEPT.get(section, '')} {x:g}"
+
+
+def _inputs(section: Section) -> str:
+    counts = sorted({f.inputs for f in _tabled(section) if f.inputs})
+    return "" if not counts else f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
+
+
+def _cell(figure: Figure) -> tuple[str, str]:
+    if math.isnan(figure.value):
+        return "–", ""
+    share = figure.quantity in SHARES
+    interval = "" if math.isnan(figure.low) else f"{number(figure.low, share)} to {number(figure.high, share)}"
+    return number(figure.value, share) + (" %" if share else ""), interval
+
+
+def number(value: float, share: bool = False) -> str:
+    """A number as the tables show it: per cent with one decimal for shares, three significant digits otherwise."""
+    if share:
+        return f"{100 * value:.1f}"
+    if value == 0:
+        return "0"
+    if abs(value) < 1e-3 or abs(value) >= 1e4:
+        return f"{value:.1e}"
+    return f"{value:.4f}" if abs(value) < 1.5 else f"{value:.3g}"
+
+
+def _cost(section: Section) -> str:
+    parts = [f"{section.seconds:.1f} s"]
+    if section.peak_memory_mib is not None:
+        parts.append(f"peak memory {section.peak_memory_mib:.0f} MiB")
+    if section.device_memory_mib is not None:
+        parts.append(f"on the device {section.device_memory_mib:.0f} MiB")
+    return ", ".join(parts)
+
+
+def _settings_line(settings: dict[str, Any]) -> str:
+    model = str(settings.get("model", "")).rstrip("/").rpartition("/")[2]
+    return (
+        f"{model} ({settings.get('parameters', 0):,} parameters, {settings.get('dtype', '')}), "
+        f"{settings.get('examples', 0)} examples, {settings.get('held_out', 0)} held-out inputs, "
+        f"scorer {settings.get('scorer', '')}, {settings.get('date', '')}"
+    )
+
+
+def _shown_setting(value: Any) -> str:
+    if isinstance(value, str):
+        return repr(value) if value != value.strip() else value
+    if isinstance(value, list) and all(isinstance(item, str) for item in value):
+        return ", ".join(value)
+    return json.dumps(value, ensure_ascii=False)

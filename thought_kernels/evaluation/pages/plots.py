@@ -1,0 +1,339 @@
+"""The report's plots, one function a section, as inline SVG that needs no network and no fonts of its own."""
+
+from __future__ import annotations
+
+import io
+import math
+import re
+from collections.abc import Callable
+from typing import Any
+
+from thought_kernels.evaluation.pages.drawing import (
+    BLUE,
+    COLOURS,
+    FLOOR,
+    GREEN,
+    GREY,
+    INK,
+    ORANGE,
+    RED,
+    block_axis,
+    dot,
+    lattice,
+    legend,
+    line,
+    name_rows,
+    percent,
+)
+from thought_kernels.evaluation.sections.report import Figure, Section
+
+SMALLEST_KL = 1e-7  # drawn for anything below, which is rounding
+_STYLE = {
+    "font.size": 10.5, "font.family": "sans-serif", "axes.spines.top": False, "axes.spines.right": False,
+    "axes.edgecolor": "#8a9099", "axes.labelcolor": INK, "text.color": INK, "xtick.color": INK, "ytick.color": INK,
+    "axes.titlelocation": "left", "axes.titlesize": 11, "axes.titleweight": "bold", "legend.frameon": False,
+    "figure.facecolor": "none", "axes.facecolor": "none", "svg.fonttype": "none", "svg.hashsalt": "thought_kernels",
+    "axes.grid": False, "grid.color": "#e3e6ea",
+}  # fmt: skip
+
+
+def plot(section: Section) -> str | None:
+    """The section's plot as an <svg> element; None for a section that has none, or nothing to draw."""
+    draw = PLOTS.get(section.name)
+    if draw is None or not section.figures:
+        return None
+    import matplotlib
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure as Canvas
+
+    with matplotlib.rc_context(_STYLE):
+        canvas = Canvas(layout="constrained")
+        FigureCanvasAgg(canvas)  # not pyplot: no global state is left behind
+        if not draw(section, canvas):
+            return None
+        text = io.StringIO()
+        canvas.savefig(text, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
+    return _inline(text.getvalue(), section.name)
+
+
+def _inline(svg: str, name: str) -> str:
+    """The <svg> element alone: no prologue, no metadata with its addresses, ids that no other plot has."""
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r'\b(id="|href="#|url\(#)', rf"\g<1>{name}-", svg)
+    return re.sub(
+        r'(<svg[^>]*?) width="[^"]*"', r"\1", re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", svg, count=1), count=1
+    )
+
+
+def _dots(section: Section, canvas: Any) -> bool:
+    """Accuracy and recovered effect of every subject, a row each, with intervals."""
+    names = [name for name in section.subjects() if any(section.get(name, q) for q in ("accuracy", "recovered"))]
+    if not names:
+        return False
+    canvas.set_size_inches(9.6, 0.9 + 0.34 * len(names))
+    left, right = canvas.subplots(1, 2, sharey=True)
+    for axes, quantity, title in ((left, "accuracy", "accuracy"), (right, "recovered", "recovered effect")):
+        for row, name in enumerate(names):
+            figure = section.get(name, quantity)
+            if figure is not None and not math.isnan(figure.value):
+                dot(axes, row, figure, COLOURS.get(name, ORANGE))
+        axes.set_title(title)
+        name_rows(axes, names)
+        patched = section.get("patched", quantity)
+        if patched is not None and not math.isnan(patched.value):
+            axes.axvline(patched.value, color=BLUE, linewidth=0.8, linestyle=(0, (2, 3)), zorder=1)
+    left.set_xlim(-0.02, 1.03)
+    right.set_xlim(FLOOR - 0.05, 1.06)
+    percent(left.xaxis)
+    return True
+
+
+def _effect(section: Section, canvas: Any) -> bool:
+    canvas.set_size_inches(9.6, 2.9)
+    bars, tokens, effects = canvas.subplots(1, 3, width_ratios=(1, 1.05, 1.05))
+    for place, name in enumerate(("bare", "prompted", "patched")):
+        figure = section.get(name, "accuracy")
+        if figure is None or math.isnan(figure.value):
+            continue
+        bars.bar(place, figure.value, 0.7, color=COLOURS[name])
+        _whisker(bars, place, figure)
+    bars.set_xticks(range(3), ["bare", "prompted", "patched"])
+    bars.set_title("accuracy")
+    bars.set_ylim(0, 1.05)
+    percent(bars.yaxis)
+    for name in ("bare", "patched"):
+        line(tokens, section.series(name, "same token"), COLOURS[name], name)
+    tokens.set_title("same next token as prompted")
+    tokens.set_ylim(-0.02, 1.05)
+    percent(tokens.yaxis)
+    legend(tokens, "lower right")
+    for name in ("bare", "patched"):
+        line(effects, section.series(name, "KL to prompted"), COLOURS[name], name, floor=SMALLEST_KL)
+    effects.set_title("KL to prompted, nats")
+    effects.set_yscale("log")
+    for axes in (tokens, effects):
+        axes.set_xlabel("answer position (token)")
+        axes.xaxis.get_major_locator().set_params(integer=True)
+    lattice(bars, tokens, effects)
+    return True
+
+
+def _whisker(axes: Any, place: float, figure: Figure) -> None:
+    if not math.isnan(figure.low):
+        axes.plot([place, place], [figure.low, figure.high], color="#000000", linewidth=1.2)
+
+
+def _side_effects(section: Section, canvas: Any) -> bool:
+    names = section.subjects("accuracy, patch on")
+    if not names:
+        return False
+    canvas.set_size_inches(9.6, 1.1 + 0.42 * len(names))
+    axes = canvas.subplots()
+    for shift, (quantity, colour) in enumerate((("accuracy, patch off", INK), ("accuracy, patch on", BLUE))):
+        for row, name in enumerate(names):
+            figure = section.get(name, quantity)
+            if figure is not None and not math.isnan(figure.value):
+                axes.barh(
+                    row + (shift - 0.5) * 0.38, figure.value, 0.36, color=colour,
+                    label=quantity.removeprefix("accuracy, ") if row == 0 else None,
+                )  # fmt: skip
+    name_rows(axes, names)
+    axes.set_xlim(0, 1.02)
+    percent(axes.xaxis)
+    axes.set_title("accuracy on other instructions")
+    axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
+    return True
+
+
+def _scale(section: Section, canvas: Any) -> bool:
+    recovered, beside = section.series("patched", "recovered"), section.series("patched", "unrelated KL")
+    if not recovered:
+        return False
+    canvas.set_size_inches(9.6, 3.1)
+    left, right = canvas.subplots(1, 2)
+    line(left, section.series("patched", "accuracy"), BLUE, "accuracy")
+    line(left, recovered, GREEN, "recovered effect", floor=FLOOR)
+    left.set_xlabel("scale")
+    left.set_ylim(FLOOR, 1.08)
+    left.set_title("against scale")
+    legend(left, "lower center")
+    pairs = [(b, a) for a, b in zip(recovered, beside, strict=False) if a.value > FLOOR and b.value > 0]
+    right.plot([b.value for b, _ in pairs], [a.value for _, a in pairs], color=BLUE, marker="o", markersize=4.5)
+    for index, (beside_figure, figure) in enumerate(pairs):
+        place = (beside_figure.value, figure.value)
+        right.annotate(
+            f"{figure.x:g}",
+            place,
+            xytext=(0, 7 if index % 2 else -14),
+            textcoords="offset points",
+            fontsize=9,
+            ha="center",
+        )
+    right.set_xscale("log")
+    right.set_ylim(FLOOR, 1.15)
+    right.set_xlabel("KL on unrelated prompts, nats a token")
+    right.set_ylabel("recovered effect")
+    right.set_title("effect against side effect, by scale")
+    lattice(left, right, axis="both")
+    return True
+
+
+def _data(section: Section, canvas: Any) -> bool:
+    if not section.series("patched", "recovered"):
+        return False
+    canvas.set_size_inches(9.6, 3.0)
+    left, right = canvas.subplots(1, 2)
+    line(left, section.series("patched", "accuracy"), BLUE, "patched")
+    line(right, section.series("patched", "recovered"), BLUE, "patched", floor=FLOOR)
+    prompted = section.get("prompted", "accuracy")
+    if prompted is not None and not math.isnan(prompted.value):
+        left.axhline(prompted.value, color=INK, linewidth=1, linestyle=(0, (4, 3)), label="prompted")
+    legend(left, "lower right")
+    counts = [figure.x for figure in section.series("patched", "recovered")]
+    for axes, title in ((left, "accuracy"), (right, "recovered effect")):
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(counts, [f"{count:g}" for count in counts])
+        axes.set_xlabel("examples")
+        axes.set_title(title)
+        axes.set_ylim(FLOOR if axes is right else 0, 1.06)
+    lattice(left, right)
+    percent(left.yaxis)
+    return True
+
+
+def _generalisation(section: Section, canvas: Any) -> bool:
+    names = section.subjects("prompted")
+    if not names:
+        return False
+    canvas.set_size_inches(9.6, 1.0 + 0.34 * len(names))
+    axes = canvas.subplots()
+    for row, name in enumerate(names):
+        for quantity, label in (("bare", "bare"), ("prompted", "prompted"), ("accuracy", "patched")):
+            figure = section.get(name, quantity)
+            if figure is not None and not math.isnan(figure.value):
+                dot(axes, row, figure, COLOURS[label])
+    for label in ("bare", "prompted", "patched"):
+        axes.plot([], [], "o", color=COLOURS[label], label=label)
+    name_rows(axes, names)
+    axes.set_xlim(-0.02, 1.03)
+    percent(axes.xaxis)
+    axes.set_title("accuracy")
+    axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
+    return True
+
+
+def _replay(section: Section, canvas: Any) -> bool:
+    blocks = section.series("replayed", "block error")
+    control = section.get("unpatched control", "logit error")
+    if not blocks:
+        return False
+    canvas.set_size_inches(9.6, 2.5)
+    axes = canvas.subplots()
+    # A block that is exact to the last bit is drawn where a logarithm can be taken.
+    axes.plot(
+        [figure.x for figure in blocks], [max(figure.value, 1e-17) for figure in blocks], color=BLUE, marker="o",
+        markersize=4.5, label="replayed, after each block",
+    )  # fmt: skip
+    if control is not None and control.value > 0:
+        axes.axhline(control.value, color=RED, linewidth=1.2, linestyle=(0, (4, 3)), label="logits, no patch")
+    axes.set_yscale("log")
+    block_axis(axes)
+    axes.set_title("relative error")
+    lattice(axes)
+    axes.legend(loc="center right")
+    return True
+
+
+def _patch(section: Section, canvas: Any) -> bool:
+    norms = [name for name in section.subjects("norm") if section.series(name, "norm")]
+    if not norms:
+        return False
+    canvas.set_size_inches(9.6, 2.5)
+    left, right = canvas.subplots(1, 2)
+    for name, colour in zip(norms, (BLUE, ORANGE, GREEN, RED, GREY), strict=False):
+        line(left, section.series(name, "norm"), colour, name)
+    for name, colour in zip(section.subjects("residual"), (BLUE, ORANGE, GREEN), strict=False):
+        line(right, section.series(name, "residual"), colour, name)
+    for axes, title in ((left, "size, Frobenius norm"), (right, "share of the examples' difference left")):
+        axes.set_title(title)
+        axes.set_ylim(0, 1.4 * axes.get_ylim()[1])  # the legend stands above the lines
+        block_axis(axes)
+        lattice(axes)
+        legend(axes, "upper left")
+    return True
+
+
+def _diagnosis(section: Section, canvas: Any) -> bool:
+    sites = [name for name in section.subjects("transport") if section.series(name, "transport")]
+    if not sites:
+        return False
+    others = section.subjects("caused")
+    canvas.set_size_inches(9.6, 3.1 + (0.9 + 0.34 * len(others) if others else 0))
+    top, *rest = canvas.subfigures(2, 1, height_ratios=(3.1, 0.9 + 0.34 * len(others))) if others else (canvas,)
+    spectra, spaces, features = top.subplots(1, 3)
+    colours = dict(zip(sites, (BLUE, ORANGE, GREEN), strict=False))
+    for site, colour in colours.items():
+        blocks = [name for name in section.subjects("singular value") if name.startswith(f"{site}, ")]
+        for index, name in enumerate(blocks):
+            values = [figure for figure in section.series(name, "singular value") if figure.value > 0]
+            spectra.plot(
+                [figure.x for figure in values], [figure.value for figure in values], color=colour, linewidth=1.2,
+                alpha=0.65, label=site if index == 0 else None,
+            )  # fmt: skip
+        for quantity, style in (("written", "-"), ("read", "--")):
+            series = [section.series(name, quantity) for name in blocks]
+            means = [sum(figure.value for figure in column) / len(column) for column in zip(*series, strict=True)]
+            shares = [figure.x for figure in series[0]]
+            spaces.plot([0, *shares], [0, *means], style, color=colour)
+        for quantity, style in (("|ΔD|", "-"), ("transport", "--")):
+            figures = section.series(site, quantity)
+            features.plot(
+                [figure.x for figure in figures], [figure.value for figure in figures], style, color=colour,
+                marker="o", markersize=4,
+            )  # fmt: skip
+    for axes, names in ((spaces, ("written", "read")), (features, ("|ΔD|", "transport"))):
+        for name, style in zip(names, ("-", "--"), strict=True):
+            axes.plot([], [], style, color=INK, label=name)
+    spectra.set_xscale("log", base=2)
+    spectra.xaxis.set_major_formatter("{x:g}")
+    spectra.set_yscale("log")
+    spectra.set_xlabel("number")
+    spectra.set_title("singular values of Δ")
+    spaces.plot([0, 1], [0, 1], color=GREY, linewidth=1, linestyle=(0, (2, 3)))
+    spaces.set_xlabel("W's strongest directions, share of all")
+    spaces.set_title("share of Δ in them")
+    percent(spaces.xaxis)
+    percent(spaces.yaxis)
+    block_axis(features)
+    features.set_ylim(0, 1.35 * features.get_ylim()[1])  # the legend stands above the lines
+    features.set_title("change of W's features, mean")
+    lattice(spectra, spaces, features)
+    for axes, place in ((spectra, "lower left"), (spaces, "lower right"), (features, "upper left")):
+        legend(axes, place)
+    if others:
+        predicted, measured = rest[0].subplots(1, 2)
+        for axes, quantities in (
+            (predicted, {"caused": ORANGE}), (measured, {"accuracy, patch off": INK, "accuracy, patch on": BLUE})
+        ):  # fmt: skip
+            for quantity, colour in quantities.items():
+                for row, name in enumerate(others):
+                    found = section.get(name, quantity)
+                    if found is not None and not math.isnan(found.value):
+                        dot(axes, row, found, colour)
+                axes.plot([], [], "o", color=colour, label=quantity.removeprefix("accuracy, "))
+            name_rows(axes, others if axes is predicted else [""] * len(others))
+        predicted.set_xlim(0, None)
+        predicted.set_title("disturbance, predicted")
+        measured.set_xlim(-0.02, 1.03)
+        percent(measured.xaxis)
+        measured.set_title("accuracy, measured")
+        measured.legend(loc="upper left", bbox_to_anchor=(1, 1))
+    return True
+
+
+PLOTS: dict[str, Callable[[Section, Any], bool]] = {
+    "patch": _patch, "effect": _effect, "controls": _dots, "baselines": _dots, "side_effects": _side_effects,
+    "scale": _scale, "data": _data, "generalisation": _generalisation, "replay": _replay,
+    "diagnosis": _diagnosis,
+}  # fmt: skip

@@ -1,0 +1,167 @@
+"""The rows that a patch was fitted on, spoilt on purpose or solved in another way: controls and simple edits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from thought_kernels.estimation.accumulator import ThoughtAccumulator
+from thought_kernels.estimation.estimators import DEFAULT_RIDGE, Sums
+from thought_kernels.evaluation.sections.subject import Subject
+from thought_kernels.models.undisturbed import undisturbed
+from thought_kernels.pairing.batches import group_examples
+from thought_kernels.pairing.pairings import PAIRINGS
+from thought_kernels.pairing.run import Run
+from thought_kernels.patches.patch import ThoughtPatch
+from thought_kernels.patches.site import SitePatch
+
+# Solves one block's and site's sums; the site is told because it may scale.
+Solver = Callable[[Sums, str], SitePatch]
+
+
+class Shuffled(ThoughtAccumulator):
+    """Sums in which every δ belongs to another token's activation: what both are alone stays, what joins them goes.
+
+    Args:
+        generator: of the permutations, one per call of update over its rows of nonzero weight.
+        options: as ThoughtAccumulator's.
+    """
+
+    def __init__(self, generator: torch.Generator, **options: Any) -> None:
+        super().__init__(**options)
+        self._generator = generator
+
+    def update(
+        self, layer: int, site: str, delta: Tensor, activation: Tensor | None, weights: Tensor | None = None
+    ) -> None:
+        """As ThoughtAccumulator.update, delta's rows permuted first."""
+        rows = delta.reshape(-1, delta.shape[-1])
+        kept = torch.arange(len(rows)) if weights is None else weights.reshape(-1).cpu().nonzero()[:, 0]
+        order = kept[torch.randperm(len(kept), generator=self._generator)].to(rows.device)
+        shuffled = rows.clone()
+        shuffled[kept.to(rows.device)] = rows[order]
+        super().update(layer, site, shuffled.reshape(delta.shape), activation, weights)
+
+
+class MeanDifferences(ThoughtAccumulator):
+    """Sums of δ alone: every site is solved by its mean difference, v = λ Σ w δ / Ω, and no matrix is made."""
+
+    matrix_sites = ()
+
+
+def refit(
+    subject: Subject,
+    recipe: Mapping[str, Any],
+    solver: Solver | None = None,
+    accumulator: ThoughtAccumulator | None = None,
+) -> ThoughtPatch:
+    """Runs a recipe's pairing over the subject's examples, with sums or a solution of one's own.
+
+    Args:
+        subject: with examples.
+        recipe: numbers and names as a patch's provenance records them.
+        solver: replaces the recipe's estimator, None keeps it.
+        accumulator: receives the rows, None for a plain one.
+
+    Returns:
+        The patch.
+    """
+    decoder = subject.decoder
+    dtype = torch.float64 if decoder.dtype == torch.float64 else torch.float32
+    own = accumulator or ThoughtAccumulator(normalization=recipe["normalization"], dtype=dtype)
+    described = {"hidden_size": decoder.hidden_size}
+    solved: dict[tuple[int, str], SitePatch] = {}
+
+    def solve(layers: frozenset[int], sites: frozenset[str]) -> ThoughtPatch:
+        wanted = [(layer, site) for layer in sorted(layers) for site in sorted(sites)]
+        for layer, site in wanted:
+            if (layer, site) in solved:
+                continue
+            if solver is None:
+                part = own.solve(
+                    recipe["estimator"], scale=recipe["scale"], ridge=recipe["ridge"], layers=[layer], sites=[site]
+                )
+                solved[layer, site] = part.entries[layer, site]
+            else:
+                sums = own.sums(layer, site)
+                if sums is None:
+                    raise ValueError(f"refit: rows must reach block {layer}, site {site!r}, got none")
+                solved[layer, site] = solver(sums, site)
+            if recipe["pairing"] == "sequential":  # which comes back to no block: its sums are the bulk of memory
+                own.drop(layer, site)
+        return ThoughtPatch({key: solved[key] for key in wanted}, described)
+
+    layers, sites = frozenset(recipe["layers"]), frozenset(recipe["sites"])
+    run = Run(
+        decoder=decoder, groups=group_examples(subject.encoded, subject.batch_size, recipe["tokens"], dtype),
+        layers=layers, sites=sites, accumulator=own, solve=solve, header_weight=recipe["header_weight"],
+        tick=lambda: None,
+    )  # fmt: skip
+    with torch.no_grad(), undisturbed(decoder.model):
+        PAIRINGS[recipe["pairing"]](run)
+    return solve(layers, sites)
+
+
+def full_recipe(subject: Subject) -> dict[str, Any]:
+    """Every option that refit needs, as the evaluated patch's provenance has it.
+
+    Raises:
+        ValueError: a patch whose provenance does not say how it was fitted.
+    """
+    provenance = subject.patch.provenance
+    names = ("layers", "sites", "pairing", "estimator", "normalization", "scale", "ridge", "tokens", "header_weight")
+    recipe = {name: provenance.get(name) for name in names}
+    if recipe["ridge"] is None and recipe["estimator"] not in ("ridge", "affine"):
+        recipe["ridge"] = DEFAULT_RIDGE  # not read by the other estimators
+    missing = [name for name, value in recipe.items() if value is None]
+    if missing:
+        raise ValueError(
+            f"evaluate: patch must know how it was fitted to be fitted again, got none of {', '.join(missing)}; "
+            "transmute records that"
+        )
+    return recipe
+
+
+def rank_one(sums: Sums, site: str) -> SitePatch:
+    """Δ = δ̄ kᵀ, k = Z⁻¹ ā / (āᵀ Z⁻¹ ā): the mean activation gets the mean difference, others as little as can be.
+
+    The closed form of ROME's edit (Λ (C⁻¹ k*)ᵀ with Λ chosen so that the key gets its value), its key being the mean
+    activation, its value the mean activation with the instruction, and Z the second moment of the examples' rows.
+
+    Source: Meng et al., "Locating and editing factual associations in GPT", eq. 2.
+    """
+    if sums.gram is None or sums.activation_sum is None:
+        raise ValueError(f"rank_one: site must have a matrix, got {site!r}")
+    dtype = sums.delta_sum.dtype
+    total = sums.moments[0]
+    delta, mean, gram = sums.delta_sum.double() / total, sums.activation_sum.double() / total, sums.gram.double()
+    width = gram.shape[0]
+    shift = 0.01 * gram.trace() / width  # keeps Z invertible where the examples have fewer tokens than the width
+    solved = torch.linalg.solve(gram + shift * torch.eye(width, dtype=gram.dtype, device=gram.device), mean)
+    key = solved / mean.dot(solved)
+    return SitePatch(factors=(delta[:, None].to(dtype), key[:, None].to(dtype)))
+
+
+def split(patch: ThoughtPatch, *, part: str, sites: Sequence[str] | None = None) -> ThoughtPatch | None:
+    """A patch's matrices alone, or its vectors alone, or both at some sites only; None where nothing is left.
+
+    Args:
+        patch: to take from.
+        part: "matrix", "vector" or "both".
+        sites: which to keep, None for all.
+    """
+    entries = {}
+    for (layer, site), entry in patch.entries.items():
+        has_matrix = entry.matrix is not None or entry.factors is not None
+        if sites is not None and site not in sites:
+            continue
+        if part == "both":
+            entries[layer, site] = entry
+        elif part == "matrix" and has_matrix:
+            entries[layer, site] = SitePatch(entry.matrix, entry.factors)
+        elif part == "vector" and entry.vector is not None:
+            entries[layer, site] = SitePatch(vector=entry.vector)
+    return ThoughtPatch(entries, patch.provenance) if entries else None

@@ -1,0 +1,1 @@
+"""The parts of the report: each sees a subject and gives figures."""

@@ -1,0 +1,242 @@
+"""The report as an object: figures in sections, their JSON and CSV, and what makes them comparable."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import io
+import math
+import os
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from thought_kernels.evaluation.files import write_json, write_text
+from thought_kernels.evaluation.measures.intervals import Interval
+from thought_kernels.evaluation.measures.memory import MemoryPeak
+
+FORMAT = 1
+CSV_COLUMNS = ("section", "subject", "quantity", "x", "value", "low", "high", "inputs")
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One number of the report.
+
+    Attributes:
+        subject: what was measured: "patched", "random matrix", "Reverse the list", ...
+        quantity: "accuracy", "recovered", ...; the notes of its section say what it means.
+        value: the number; NaN where it is not defined.
+        low, high: ends of its 95 % interval, NaN without one.
+        inputs: how many inputs it was measured on, 0 where that has no meaning.
+        x: the swept setting (a scale, a number of examples, a token's position), None where nothing is swept.
+    """
+
+    subject: str
+    quantity: str
+    value: float
+    low: float = math.nan
+    high: float = math.nan
+    inputs: int = 0
+    x: float | None = None
+
+
+@dataclass
+class Section:
+    """One part of the report.
+
+    Attributes:
+        name: its key.
+        title: its heading.
+        figures: its numbers.
+        notes: sentences on how they were made.
+        samples: rows of example answers, a dict of texts each.
+        error: the sentence of what went wrong, if it did; figures are then those measured before.
+        status: "done", "failed", or "left out" where the error says what it needs and nobody gave.
+        seconds: wall-clock time taken.
+        peak_memory_mib: largest resident memory of the process while it ran, MiB; device_memory_mib the same on the
+            model's accelerator, None on a CPU.
+    """
+
+    name: str
+    title: str
+    figures: list[Figure] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    samples: list[dict[str, str]] = field(default_factory=list)
+    error: str | None = None
+    status: str = "done"
+    seconds: float = 0.0
+    peak_memory_mib: float | None = None
+    device_memory_mib: float | None = None
+
+    def add(
+        self, subject: str, quantity: str, value: float | Interval, *, inputs: int = 0, x: float | None = None
+    ) -> None:
+        """Appends a figure, with its interval where one is given."""
+        low, high = (value.low, value.high) if isinstance(value, Interval) else (math.nan, math.nan)
+        number = value.value if isinstance(value, Interval) else float(value)
+        self.figures.append(Figure(subject, quantity, number, low, high, inputs, x))
+
+    @contextlib.contextmanager
+    def cost(self, subject: str, device: torch.device, *, x: float | None = None) -> Iterator[None]:
+        """Appends the seconds and the peak memory of what is made within, unless it raises."""
+        started = time.monotonic()
+        with MemoryPeak(device) as peak:
+            yield
+        self.add(subject, "seconds to make", time.monotonic() - started, x=x)
+        self.add(subject, "peak memory while made", peak.host_mib, x=x)
+        if peak.device_mib is not None:
+            self.add(subject, "peak device memory while made", peak.device_mib, x=x)
+
+    def note(self, sentence: str) -> None:
+        """Appends a sentence that is not there yet."""
+        if sentence not in self.notes:
+            self.notes.append(sentence)
+
+    def get(self, subject: str, quantity: str, x: float | None = None) -> Figure | None:
+        """The figure of a subject and quantity, None where it was not measured."""
+        for figure in self.figures:
+            if (figure.subject, figure.quantity, figure.x) == (subject, quantity, x):
+                return figure
+        return None
+
+    def subjects(self, quantity: str | None = None) -> list[str]:
+        """Subjects in the order of their first figure, those with one of a quantity only where it is named."""
+        return list(dict.fromkeys(f.subject for f in self.figures if quantity in (None, f.quantity)))
+
+    def series(self, subject: str, quantity: str) -> list[Figure]:
+        """A swept subject's figures by ascending x."""
+        found = [f for f in self.figures if (f.subject, f.quantity) == (subject, quantity) and f.x is not None]
+        return sorted(found, key=lambda figure: figure.x or 0.0)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON values only; NaN becomes None."""
+        return jsonable(asdict(self))
+
+    @classmethod
+    def from_dict(cls, content: Mapping[str, Any]) -> Section:
+        """What to_dict made."""
+        numbers = ("value", "low", "high")
+        figures = []
+        for row in content["figures"]:
+            values: dict[str, Any] = dict(row)
+            for key in numbers:
+                values[key] = math.nan if values[key] is None else values[key]
+            figures.append(Figure(**values))
+        return cls(**{**content, "figures": figures})
+
+
+@dataclass(frozen=True)
+class Line:
+    """One line of the verdict.
+
+    Attributes:
+        question: what it answers.
+        status: "yes", "partly", "no" or "unknown".
+        answer: one sentence with the figures it follows from.
+    """
+
+    question: str
+    status: str
+    answer: str
+
+
+@dataclass
+class Evaluation:
+    """Everything `evaluate` measured.
+
+    Attributes:
+        settings: what was evaluated and how, JSON values.
+        sections: by name, in the page's order.
+        verdict: five lines computed from the figures.
+        warnings: sentences about the data.
+        seconds: wall-clock time of the whole.
+    """
+
+    settings: dict[str, Any]
+    sections: dict[str, Section]
+    verdict: list[Line]
+    warnings: list[str]
+    seconds: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON values only; NaN becomes None."""
+        return {
+            "format": FORMAT,
+            "verdict": [asdict(line) for line in self.verdict],
+            "warnings": list(self.warnings),
+            "settings": jsonable(self.settings),
+            "seconds": self.seconds,
+            "sections": {name: section.to_dict() for name, section in self.sections.items()},
+        }
+
+    def rows(self) -> Iterator[dict[str, Any]]:
+        """One row per figure, with CSV_COLUMNS as keys."""
+        for name, section in self.sections.items():
+            for figure in section.figures:
+                yield {"section": name, **{key: getattr(figure, key) for key in CSV_COLUMNS[1:]}}
+            yield {"section": name, "subject": "section", "quantity": "seconds", "value": section.seconds}
+            for quantity in ("peak_memory_mib", "device_memory_mib"):
+                if getattr(section, quantity) is not None:
+                    value = getattr(section, quantity)
+                    yield {"section": name, "subject": "section", "quantity": quantity, "value": value}
+
+    def to_csv(self) -> str:
+        """The figures as CSV text; NaN is an empty cell."""
+        text = io.StringIO()
+        writer = csv.DictWriter(text, CSV_COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        for row in self.rows():
+            writer.writerow({key: "" if is_nan(value) else value for key, value in row.items()})
+        return text.getvalue()
+
+    def to_html(self) -> str:
+        """One page that needs no network: tables, and plots as inline SVG."""
+        from thought_kernels.evaluation.pages.page import render
+
+        return render(self)
+
+    def save(self, directory: str | os.PathLike[str]) -> Path:
+        """Writes evaluation.json, evaluation.csv and evaluation.html to a folder, replacing each in one step.
+
+        Returns:
+            The path of the page.
+
+        Raises:
+            ValueError: a path that is not a folder.
+        """
+        folder = output_folder(directory)
+        write_json(self.to_dict(), folder / "evaluation.json")
+        write_text(self.to_csv(), folder / "evaluation.csv")
+        write_text(self.to_html(), folder / "evaluation.html")
+        return folder / "evaluation.html"
+
+
+def output_folder(directory: str | os.PathLike[str]) -> Path:
+    """The folder, made if it is not there."""
+    folder = Path(directory)
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"evaluate: output must be a folder, got the file {str(folder)!r}")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"evaluate: output must be a folder that can be made, got {str(folder)!r}; {error}") from error
+    return folder
+
+
+def jsonable(value: Any) -> Any:
+    """Nested dicts and lists with None in place of numbers that are not finite."""
+    if isinstance(value, Mapping):
+        return {str(key): jsonable(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [jsonable(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def is_nan(value: Any) -> bool:
+    """Whether value is a float NaN."""
+    return isinstance(value, float) and math.isnan(value)

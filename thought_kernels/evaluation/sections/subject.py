@@ -1,0 +1,282 @@
+"""What is evaluated: a model, a patch and its data, with everything that several sections measure against."""
+
+from __future__ import annotations
+
+import inspect
+import math
+import random
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, Protocol
+
+import torch
+
+from thought_kernels.evaluation.measures.intervals import Interval, mean_interval, recovered_interval
+from thought_kernels.evaluation.measures.scorers import Scorer, ScorerError
+from thought_kernels.evaluation.measures.trial import Score, Trial
+from thought_kernels.evaluation.sections.report import Section
+from thought_kernels.fitting.transmute import transmute
+from thought_kernels.generation.completions import ending_of, with_completions
+from thought_kernels.models import describe
+from thought_kernels.models.decoder import Decoder
+from thought_kernels.patches.patch import ThoughtPatch
+from thought_kernels.prompts.prompt import EncodedExample, Example, Instruction, encode
+
+# Hyper-parameters of the baselines are chosen on this many of the examples at most: a choice needs no more.
+CHOICE_EXAMPLES = 32
+# Arguments of transmute that are the evaluation's own and no part of a recipe.
+NOT_RECIPE = {
+    "model", "tokenizer", "instruction", "examples", "without", "separator", "format", "max_new_tokens", "progress",
+}  # fmt: skip
+
+
+class Intervention(Protocol):
+    """Anything that can be put to work in a model and taken out again."""
+
+    def applied(self, model: Any) -> Any:
+        """A context manager; the model is as it was after it."""
+        ...
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Examples with their right answers, None where agreement with the prompted model is all that can be asked."""
+
+    questions: list[Example]
+    answers: list[str] | None
+
+    def first(self, count: int) -> Inputs:
+        """The first of them."""
+        return Inputs(self.questions[:count], None if self.answers is None else self.answers[:count])
+
+
+@dataclass(frozen=True)
+class Other:
+    """Another instruction, with inputs of its own or None for those of the instruction that is evaluated."""
+
+    instruction: Instruction
+    inputs: Inputs | None
+
+
+@dataclass(frozen=True)
+class Outside:
+    """Inputs unlike the examples, and the examples of a patch that is fitted to be judged on them, None for no such."""
+
+    inputs: Inputs
+    examples: list[Example] | None
+
+
+class NotGivenError(ValueError):
+    """A section needs data that the caller chose not to give, so leaving it out is no failure."""
+
+
+class Tolerant:
+    """A scorer whose failure costs the accuracies it was asked for and nothing else; the sentences are kept."""
+
+    def __init__(self, scorer: Scorer) -> None:
+        self.name, self._scorer = scorer.name, scorer
+        self.failures: list[str] = []
+
+    def __call__(self, texts: Sequence[str], answers: Sequence[str], questions: Sequence[str]) -> list[float]:
+        """The scorer's grades, or NaN for each answer."""
+        try:
+            return self._scorer(texts, answers, questions)
+        except ScorerError as error:
+            self.failures.append(str(error))
+            return [float("nan")] * len(texts)
+
+
+@dataclass
+class Subject:
+    """The evaluated patch with its surroundings; expensive parts are computed once, when first asked for.
+
+    Attributes:
+        model, tokenizer: unpatched.
+        instruction: what the patch stands for.
+        given_patch: the user's patch; None fits one on the examples.
+        recipe: arguments of transmute for every fit.
+        examples: what patches and baselines are fitted on; empty where only a patch was given.
+        pool: more examples, `examples` first, for the data-efficiency curve.
+        held_out: what is measured on.
+        paraphrases: other wordings of the instruction.
+        others: other instructions by name.
+        outside: inputs unlike the examples.
+        longer: longer inputs.
+        unrelated: prompts that the patch should not change.
+        scorer: grades answers.
+        separator, without, format: of the prompts, as transmute's.
+        seed: of everything random.
+        sweep_inputs: how many held-out inputs the sweeps, controls and baselines are measured on.
+        lora_steps: optimiser steps of the LoRA baseline.
+    """
+
+    model: Any
+    tokenizer: Any
+    instruction: Instruction
+    given_patch: ThoughtPatch | None
+    recipe: dict[str, Any]
+    examples: list[Example]
+    pool: list[Example]
+    held_out: Inputs
+    paraphrases: list[str]
+    others: dict[str, Other]
+    outside: Outside | None
+    longer: Inputs | None
+    unrelated: list[Example]
+    scorer: Tolerant
+    separator: str
+    without: Instruction | None
+    format: str | None
+    seed: int
+    sweep_inputs: int
+    lora_steps: int
+    batch_size: int
+    max_new_tokens: int
+    known: dict[str, list[int]] = field(default_factory=dict)
+    other_patches: dict[str, ThoughtPatch] = field(default_factory=dict)
+    told: dict[str, tuple[Interval, Interval, int]] = field(default_factory=dict)  # see side_effects.told_other
+
+    @cached_property
+    def decoder(self) -> Decoder:
+        """The model, described."""
+        return describe(self.model)
+
+    @cached_property
+    def patch(self) -> ThoughtPatch:
+        """The patch that is evaluated."""
+        return self.given_patch if self.given_patch is not None else self.fit(self.instruction, self.examples)
+
+    @cached_property
+    def trial(self) -> Trial:
+        """The held-out inputs."""
+        return self.new_trial(self.instruction, self.held_out)
+
+    @cached_property
+    def sweep(self) -> Trial:
+        """The held-out inputs of the sweeps, controls and baselines."""
+        return self.trial.first(self.sweep_inputs)
+
+    @cached_property
+    def training(self) -> Trial:
+        """The examples, graded by agreement with the prompted model: what baselines are made from.
+
+        Raises:
+            ValueError: without examples.
+        """
+        self.need_examples("baselines")
+        return self.new_trial(self.instruction, Inputs(self.examples, None))
+
+    @cached_property
+    def choice(self) -> Trial:
+        """The examples that hyper-parameters are chosen on."""
+        return self.training.first(CHOICE_EXAMPLES)
+
+    @property
+    def fitted_tokens(self) -> int:
+        """The longest completion that fits write: as the given patch's, so that they are made like it."""
+        made: Mapping[str, Any] = {} if self.given_patch is None else self.given_patch.provenance
+        return made.get("max_new_tokens", self.max_new_tokens)
+
+    @cached_property
+    def encoded(self) -> list[EncodedExample]:
+        """The examples as token ids, completed as the patch's were where they had no completion."""
+        self.need_examples("controls")
+        made = self.patch.provenance
+        ending = ending_of(self.model, self.tokenizer, self.examples[0], format=self.format)
+        return with_completions(
+            self.model, list(map(self.encode, self.examples)), ending=ending, max_new_tokens=self.fitted_tokens,
+            batch_size=self.batch_size, completions=made.get("completions", 1), seed=made.get("seed", 0),
+        )  # fmt: skip
+
+    def encode(self, example: Example, instruction: Instruction | None = None) -> EncodedExample:
+        """An example as token ids, with the evaluated instruction or another one."""
+        told = self.instruction if instruction is None else instruction
+        return encode(self.tokenizer, told, example, without=self.without, separator=self.separator, format=self.format)
+
+    def need_examples(self, what: str, count: int = 2) -> None:
+        """Raises ValueError where there are too few examples for something, NotGivenError where there are none."""
+        if len(self.examples) < count:
+            raise (ValueError if self.examples else NotGivenError)(
+                f"evaluate: examples must be at least {count} for the {what}, got {len(self.examples)}; "
+                "give the ones the patch was fitted on"
+            )
+
+    def fit(self, instruction: Instruction, examples: Sequence[Example]) -> ThoughtPatch:
+        """transmute with the recipe."""
+        return transmute(
+            self.model, self.tokenizer, instruction, list(examples), without=self.without, separator=self.separator,
+            format=self.format, max_new_tokens=self.fitted_tokens, **self.recipe,
+        )  # fmt: skip
+
+    def other_patch(self, name: str) -> ThoughtPatch:
+        """Another instruction's patch from the same examples, fitted once."""
+        if name not in self.other_patches:
+            asked = [one._replace(completion=None) for one in self.examples]
+            self.other_patches[name] = self.fit(self.others[name].instruction, asked)
+        return self.other_patches[name]
+
+    def new_trial(self, instruction: Instruction, inputs: Inputs, *, divergences: bool = True) -> Trial:
+        """A Trial with the evaluation's settings."""
+        return Trial(
+            self.model, self.tokenizer, instruction, inputs.questions, inputs.answers, match=self.scorer,
+            separator=self.separator, without=self.without, format=self.format, batch_size=self.batch_size,
+            max_new_tokens=self.max_new_tokens, known=self.known, divergences=divergences,
+        )  # fmt: skip
+
+    def measure(self, intervention: Intervention, trial: Trial | None = None) -> Score:
+        """The score of the model with something applied, on the sweep's inputs where no trial is named."""
+        with intervention.applied(self.model):
+            return (self.sweep if trial is None else trial).score(self.model)
+
+    def report(
+        self, section: Section, subject: str, score: Score, trial: Trial | None = None, *, x: float | None = None
+    ) -> None:
+        """Adds accuracy and recovered effect of a score, with their intervals."""
+        trial = self.sweep if trial is None else trial
+        section.add(subject, "accuracy", mean_interval(score.grades, seed=self.seed), inputs=len(trial), x=x)
+        interval = recovered_interval(sums(score.divergences), sums(trial.bare_divergences), seed=self.seed)
+        section.add(subject, "recovered", interval, inputs=len(trial), x=x)
+
+    def report_references(self, section: Section, trial: Trial) -> None:
+        """Adds the accuracies without and with the instruction."""
+        for name, grades in (("bare", trial.base_grades), ("prompted", trial.prompted_grades)):
+            section.add(name, "accuracy", mean_interval(grades, seed=self.seed), inputs=len(trial))
+
+    def rank(self, candidates: Iterable[tuple[Any, Intervention]]) -> list[tuple[Any, Any]]:
+        """Candidates by the KL to the prompted model that they leave on the examples; no label is looked at.
+
+        Args:
+            candidates: (label, intervention) each.
+
+        Returns:
+            (label, intervention), the best first; those without a finite divergence are left out.
+
+        Raises:
+            ValueError: none is left.
+        """
+        found = []
+        for label, candidate in candidates:
+            with candidate.applied(self.model):
+                divergence = self.choice.effect(self.model).patched
+            if math.isfinite(divergence):
+                found.append((divergence, label, candidate))
+        if not found:
+            raise ValueError("evaluate: candidates must leave a finite KL on the examples, got none that does")
+        return [(label, candidate) for _, label, candidate in sorted(found, key=lambda one: one[0])]
+
+    def generator(self, purpose: str) -> torch.Generator:
+        """A random generator for one purpose."""
+        return torch.Generator().manual_seed(random.Random(f"{self.seed} {purpose}").getrandbits(62))
+
+
+def sums(divergences: Sequence[torch.Tensor]) -> list[float]:
+    """Each input's divergence, summed over its tokens, nats."""
+    return [float(row.double().sum()) for row in divergences]
+
+
+def recipe_of(patch: ThoughtPatch) -> dict[str, Any]:
+    """The arguments of transmute that a patch's provenance records, so that other fits are made like it."""
+    names = set(inspect.signature(transmute).parameters) - NOT_RECIPE
+    recorded: Mapping[str, Any] = patch.provenance
+    return {name: recorded[name] for name in sorted(names) if recorded.get(name) is not None}

@@ -1,0 +1,6 @@
+"""From a prompt and inputs to a patch.
+
+transmute   the public function
+recipe      how: the options, and the paper's
+fit         one recipe on one set of encoded examples
+"""

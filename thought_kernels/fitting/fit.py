@@ -1,0 +1,129 @@
+"""One recipe on one set of encoded examples: the pairing's rows into sums, the sums into a patch."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from thought_kernels.estimation.accumulator import ThoughtAccumulator
+from thought_kernels.models.decoder import Decoder
+from thought_kernels.models.undisturbed import undisturbed
+from thought_kernels.pairing.batches import group_examples
+from thought_kernels.pairing.pairings import PAIRINGS, Run, passes
+from thought_kernels.patches.patch import ThoughtPatch
+from thought_kernels.patches.site import MATRIX_SITES, SitePatch
+from thought_kernels.prompts.prompt import EncodedExample
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How rows are made and solved; transmute's options. `scales` has λ per site. See transmute."""
+
+    layers: frozenset[int]
+    sites: frozenset[str]
+    pairing: str
+    estimator: str
+    normalization: str
+    scales: Mapping[str, float]
+    ridge: float
+    tokens: str
+    header_weight: float
+    batch_size: int
+    memory_budget: int
+
+    def described(self) -> dict[str, Any]:
+        """The part of a patch's provenance that is this recipe's; the accumulator records how it solves."""
+        return {
+            "layers": sorted(self.layers),
+            "sites": sorted(self.sites),
+            "pairing": self.pairing,
+            "tokens": self.tokens,
+            "header_weight": self.header_weight,
+        }
+
+
+def fit(
+    decoder: Decoder,
+    recipe: Recipe,
+    examples: Sequence[EncodedExample],
+    *,
+    provenance: Mapping[str, Any] | None = None,
+    progress: bool = False,
+) -> ThoughtPatch:
+    """Fits the examples.
+
+    Args:
+        decoder: the described model.
+        recipe: how.
+        examples: aligned, each with at least one summed token.
+        provenance: what the patch should remember beside the recipe.
+        progress: show a bar.
+
+    Returns:
+        A ThoughtPatch.
+
+    Raises:
+        ValueError: what the estimator refuses, or NaN in the model's activations.
+    """
+    dtype = torch.float64 if decoder.dtype == torch.float64 else torch.float32
+    groups = group_examples(examples, recipe.batch_size, recipe.tokens, dtype)
+    log.info("%s", _memory(decoder, recipe, dtype))
+    solution = _Solution(recipe, dtype, provenance or {})
+    total = sum(len(group.batches) for group in groups) * (max(recipe.layers) + 1)
+    with (
+        undisturbed(decoder.model),
+        tqdm(
+            total=total * passes(recipe.pairing, recipe.sites), desc="transmute", unit="block", disable=not progress,
+            leave=False,
+        ) as bar,
+    ):  # fmt: skip
+        run = Run(
+            decoder=decoder, groups=groups, layers=recipe.layers, sites=recipe.sites, accumulator=solution.accumulator,
+            solve=solution.solve, header_weight=recipe.header_weight, tick=bar.update,
+            memory_budget=recipe.memory_budget,
+        )  # fmt: skip
+        PAIRINGS[recipe.pairing](run)
+    return solution.solve(recipe.layers, recipe.sites)
+
+
+class _Solution:
+    """The sums of one fit, and what has been solved of them: the pairings ask for parts on the way."""
+
+    def __init__(self, recipe: Recipe, dtype: torch.dtype, provenance: Mapping[str, Any]) -> None:
+        self._recipe = recipe
+        self.accumulator = ThoughtAccumulator(normalization=recipe.normalization, dtype=dtype)
+        self._described = {**recipe.described(), **provenance}
+        self._solved: dict[tuple[int, str], SitePatch] = {}
+
+    def solve(self, layers: frozenset[int], sites: frozenset[str]) -> ThoughtPatch:
+        wanted = [(layer, site) for layer in sorted(layers) for site in sorted(sites)]
+        missing = [key for key in wanted if key not in self._solved]
+        if missing:
+            part = self.accumulator.solve(
+                self._recipe.estimator, scale=self._recipe.scales, ridge=self._recipe.ridge,
+                layers=sorted({layer for layer, _ in missing}), sites=sorted({site for _, site in missing}),
+                provenance=self._described,
+            )  # fmt: skip
+            self._solved.update(part.entries)
+            if self._recipe.pairing == "sequential":  # which comes back to no block: its sums are the bulk of memory
+                for layer, site in missing:
+                    self.accumulator.drop(layer, site)
+            self._described.update(part.provenance)
+        return ThoughtPatch({key: self._solved[key] for key in wanted}, self._described)
+
+
+def _memory(decoder: Decoder, recipe: Recipe, dtype: torch.dtype) -> str:
+    """What the accumulators will hold at most: two matrices per block and matrix site, of one block in sequential."""
+    d, elements, blocks = decoder.hidden_size, 0, [decoder.blocks[layer] for layer in sorted(recipe.layers)]
+    for block in blocks[:1] if recipe.pairing == "sequential" else blocks:
+        f = block.mlp_width or 0
+        held = {"attention": 2 * block.attention_width**2, "mlp": 2 * d**2, "down": f * (d + f)}
+        elements += sum(held[site] for site in recipe.sites if site in MATRIX_SITES)
+    return f"accumulators of {len(blocks)} blocks take {elements * dtype.itemsize / 2**20:.1f} MiB at most"

@@ -1,0 +1,168 @@
+"""Generation in batches behind a prefix that is run once.
+
+A loop of our own, and not transformers' generate: the prefix's keys and values are the same for every row, positions
+must be right where rows of different lengths are padded behind it, and what ends a row may be a text.
+"""
+
+from __future__ import annotations
+
+import copy
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from thought_kernels.generation.padding import Ids, may_pad, padded
+from thought_kernels.models.undisturbed import undisturbed
+from thought_kernels.prompts.cuts import common_length
+
+Ended = Callable[[Sequence[int]], bool]
+
+
+class Begun(NamedTuple):
+    """A row: its own tokens, how many may follow, and what they are drawn from, None for the likeliest."""
+
+    ids: list[int]
+    room: int
+    draws: torch.Generator | None
+
+
+@torch.no_grad()
+def continue_prompts(
+    model: Any, prompts: Ids, ended: Ended, *, max_new_tokens: int, batch_size: int, seeds: Sequence[int | None] = ()
+) -> list[list[int]]:
+    """Continuations of id lists, in order, each up to and with the token that ends it.
+
+    Args:
+        model: a transformers causal language model.
+        prompts: token ids, each with at least one.
+        ended: whether a continuation ends with its last token; asked after each token.
+        max_new_tokens: where a continuation is cut that has not ended, if the model's context goes so far.
+        batch_size: prompts at a time.
+        seeds: of each prompt's draws from the model's own distribution, whatever batch it is in; None, or no seeds at
+            all, for the likeliest token each time.
+
+    Raises:
+        ValueError: if a prompt leaves no room for a token in the model's context.
+    """
+    if not prompts:
+        return []
+    rooms = [min(max_new_tokens, room) for room in rooms_behind(model, prompts)]
+    draws = [None if seed is None else torch.Generator().manual_seed(seed) for seed in seeds] or [None] * len(prompts)
+    order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
+    # A token of each row is left to say what comes first.
+    shared = min(common_length(min(map(list, prompts)), max(map(list, prompts))), len(prompts[order[0]]) - 1)
+    written: list[list[int]] = [[] for _ in prompts]
+    with undisturbed(model):
+        prefix = _run_prefix(model, prompts[0][:shared])
+        for rows in _batches(model, prompts, order, shared, max_new_tokens, batch_size):
+            begun = [Begun(list(prompts[index][shared:]), rooms[index], draws[index]) for index in rows]
+            for index, answer in zip(rows, _continue(model, prefix, shared, begun, ended), strict=True):
+                written[index] = answer
+    return written
+
+
+def _batches(
+    model: Any, prompts: Ids, order: list[int], shared: int, max_new_tokens: int, batch_size: int
+) -> Iterator[list[int]]:
+    """Indices of prompts that may be run together, shortest prompts first."""
+    window = _window(model)
+    mixed, start = may_pad(model), 0
+    while start < len(order):
+        rows = order[start : start + batch_size]
+        longest = len(prompts[rows[-1]])
+        # Windows count places in the cache, and padding behind the prefix takes some: right only while all are in it.
+        if not mixed or (shared and window is not None and longest + max_new_tokens > window):
+            rows = [index for index in rows if len(prompts[index]) == len(prompts[rows[0]])]
+        yield rows
+        start += len(rows)
+
+
+def rooms_behind(model: Any, prompts: Ids) -> list[int]:
+    """How many tokens the model's context holds behind each prompt; sys.maxsize where its configuration names no end.
+
+    Raises:
+        ValueError: if a prompt leaves no room for a token.
+    """
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
+    for index, prompt in enumerate(prompts):
+        if len(prompt) >= limit:
+            raise ValueError(
+                f"complete: prompts[{index}] must be shorter than the model's context of {limit} tokens, "
+                f"got {len(prompt)}; shorten it or drop it"
+            )
+    return [limit - len(prompt) for prompt in prompts]
+
+
+def _window(model: Any) -> int | None:
+    """The keys that a sliding layer of the model sees, None where no layer slides."""
+    config = model.config.get_text_config()
+    kinds = getattr(config, "layer_types", None)
+    return None if kinds and "sliding_attention" not in kinds else getattr(config, "sliding_window", None)
+
+
+def _device(model: Any) -> torch.device:
+    return model.get_input_embeddings().weight.device
+
+
+def _run_prefix(model: Any, ids: Sequence[int]) -> dict[str, Any]:
+    """The cache of a prefix as a keyword argument of the model, none for an empty one."""
+    if not ids:
+        return {}
+    row = torch.tensor([list(ids)], device=_device(model))
+    return _cache(model(input_ids=row, use_cache=True, logits_to_keep=1))
+
+
+def _cache(output: Any) -> dict[str, Any]:
+    """A model's cache under the name that this version of transformers has for it, as output and as argument."""
+    name = next(name for name in ("cache", "past_key_values") if name in output)
+    return {name: output[name]}
+
+
+def _continue(model: Any, prefix: dict[str, Any], shared: int, begun: list[Begun], ended: Ended) -> list[list[int]]:
+    """Continues one batch behind a prefix of `shared` tokens."""
+    rows, draws = [row.ids for row in begun], [row.draws for row in begun]
+    ids, mask, positions = padded(rows, _device(model), before=shared)
+    cache = copy.deepcopy(prefix)
+    for kept in cache.values():
+        kept.batch_repeat_interleave(len(rows))
+    answers: list[list[int]] = [[] for _ in rows]
+    going = [True] * len(rows)
+    for _ in range(max(row.room for row in begun)):
+        logits, cache = _step(model, ids, mask, positions, cache)
+        ids = _chosen(logits, draws)[:, None]
+        for index, token in enumerate(ids[:, 0].tolist()):
+            if going[index]:
+                answers[index].append(token)
+                going[index] = len(answers[index]) < begun[index].room and not ended(answers[index])
+        if not any(going):
+            break
+        mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
+        # Rows that are done are run until all are, and stay where they are: no position may be left for them.
+        positions = positions[:, -1:] + torch.tensor(going, device=positions.device)[:, None]
+    return answers
+
+
+def _chosen(logits: Tensor, draws: Sequence[torch.Generator | None]) -> Tensor:
+    """The next token of each row, [B]: drawn from softmax(logits) where the row has draws, else the likeliest."""
+    chosen = logits.argmax(-1)
+    for index, draw in enumerate(draws):
+        if draw is not None:
+            shares = torch.softmax(logits[index].to(torch.promote_types(logits.dtype, torch.float32)), -1).cumsum(-1)
+            place = torch.rand((), generator=draw, dtype=torch.float64).to(shares) * shares[-1]
+            chosen[index] = torch.searchsorted(shares, place, right=True).clamp(max=len(shares) - 1)
+    return chosen
+
+
+def _step(
+    model: Any, ids: Tensor, mask: Tensor, positions: Tensor, cache: dict[str, Any]
+) -> tuple[Tensor, dict[str, Any]]:
+    """(the last token's logits [B, vocabulary], the cache with these tokens)."""
+    whole = bool(mask.all())
+    out = model(
+        input_ids=ids, attention_mask=None if whole else mask, position_ids=positions, use_cache=True,
+        logits_to_keep=1, **cache,
+    )  # fmt: skip
+    return out.logits[:, -1], _cache(out)

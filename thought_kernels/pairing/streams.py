@@ -1,0 +1,198 @@
+"""Steps of a block that the pairings share, over one batch: attention, observed rows, the rest of the block."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from thought_kernels.models.decoder import Block
+from thought_kernels.ops.shared_prefix_attention import shared_prefix_attention
+from thought_kernels.pairing.batches import Batch, Group, heads_last
+from thought_kernels.pairing.before_norm import before_norm
+from thought_kernels.pairing.run import Run
+from thought_kernels.patches.patch import ThoughtPatch
+
+# Rows that go through an MLP at once. Its intermediates are the widest tensors of a pass; beyond these numbers larger
+# products are no faster, so the MLP's weights are read once more for every so many rows and never for want of rows.
+MLP_ROWS = {"cpu": 256}
+MLP_ROWS_ELSEWHERE = 4096
+
+KeysValues = tuple[Tensor, Tensor]
+
+
+def patched(patch: ThoughtPatch | None, layer: int, site: str, rows: Tensor) -> Tensor:
+    """Rows with a site's patch applied, x + x Δᵀ + v; the same rows where the patch has nothing there."""
+    shift = shifted(patch, layer, site, rows)
+    return rows if shift is None else (rows.to(shift.dtype) + shift).to(rows.dtype)
+
+
+def shifted(patch: ThoughtPatch | None, layer: int, site: str, rows: Tensor) -> Tensor | None:
+    """x Δᵀ + v in the patch's dtype, None where the patch has nothing."""
+    entry = None if patch is None else patch.entries.get((layer, site))
+    return None if entry is None else entry.shift(rows.to(next(iter(entry.tensors().values()))))
+
+
+def attend(
+    run: Run, block: Block, x: Tensor, group: Group, prefixes: Sequence[KeysValues | None], batch: Batch
+) -> Tensor:
+    """Attention output of one batch in as many streams as there are prefixes, each stream behind its own prefix.
+
+    In float32 at least: where H holds most of the softmax mass, a difference of two bf16 outputs is nothing but their
+    rounding (theory §4).
+
+    Args:
+        x: residual streams, one below the other, [streams · B, T, d].
+        prefixes: keys and values, each [Hkv, P, D], of each stream's prefix; None for none.
+
+    Returns:
+        [streams · B, T, Hq·D], float32 or float64.
+    """
+    wide = torch.promote_types(x.dtype, torch.float32)
+    q, k, v = block.qkv(x)
+    cos, sin = run.decoder.rotary(block.index, group.positions(x.shape[1]))
+    numbers, count = [], 0
+    for prefix in prefixes:
+        numbers += [-1 if prefix is None else count] * len(batch.lengths)
+        count += prefix is not None
+    o = shared_prefix_attention(
+        block.rotate(q, cos, sin), block.rotate(k, cos, sin), v, list(filter(None, prefixes)),
+        torch.tensor(numbers, device=q.device), lengths=batch.lengths.to(q.device).repeat(len(prefixes)),
+        window=block.window, scale=block.scale, softcap=block.softcap, output_dtype=wide,
+    )  # fmt: skip
+    return heads_last(o)
+
+
+def through_mlp(block: Block, h: Tensor, x: Tensor, patch: ThoughtPatch | None = None) -> Tensor:
+    """The block's output y, written over h, a few examples at a time; with the patch of its sites from the MLP on.
+
+    Args:
+        h: residual stream after attention, [B, T, d]; overwritten.
+        x: residual stream entering the block, [B, T, d].
+        patch: None for none.
+
+    Returns:
+        y, [B, T, d], in h's memory.
+    """
+    for part in _parts(h):
+        u = patched(patch, block.index, "mlp", block.mlp_input(h[part], x[part]))
+        if patch is None or (block.index, "down") not in patch.entries:
+            y = block.mlp_output(h[part], u, x=x[part])
+        else:
+            y = block.mlp_residual(h[part], _patched_mlp(block, u, patch)[0], x=x[part])
+        h[part] = patched(patch, block.index, "residual", y)
+    return h
+
+
+def _parts(h: Tensor) -> Iterator[slice]:
+    """Slices of h's examples, as many at a time as should go through an MLP together."""
+    rows = MLP_ROWS.get(h.device.type, MLP_ROWS_ELSEWHERE)
+    step = max(1, rows // max(1, h.shape[1]))
+    return (slice(start, start + step) for start in range(0, len(h), step))
+
+
+def _patched_mlp(block: Block, u: Tensor, patch: ThoughtPatch | None) -> tuple[Tensor, Tensor]:
+    """(m, z) of Block.mlp_activation with the patch of the down site, m + Δ z + v."""
+    m, z = block.mlp_activation(u)
+    shift = shifted(patch, block.index, "down", z)
+    return (m if shift is None else (m.to(shift.dtype) + shift).to(m.dtype)), z
+
+
+def observe_difference(
+    run: Run, block: Block, x: Tensor, o: Tensor, delta: Tensor, batch: Batch, stage: frozenset[str],
+    patch: ThoughtPatch | None,
+) -> None:  # fmt: skip
+    """Rows of a block whose two sides share the residual stream x, in difference form (theory §4)."""
+    weights = batch.weights
+    if "attention" in stage:
+        run.update(block, "attention", delta, o, weights, batch)
+    if stage & {"mlp", "residual", "down"}:
+        shift = shifted(patch, block.index, "attention", o)
+        if shift is not None:
+            o, delta = (o.to(shift.dtype) + shift).to(o.dtype), delta - shift.to(delta.dtype)
+        h, delta_h = block.attention_delta(x, o, delta)
+        if "residual" in stage:
+            run.update(block, "residual", delta_h, None, weights, batch)
+        if stage & {"mlp", "down"}:
+            u, delta_u = block.mlp_input_delta(h, delta_h, x)
+            if "mlp" in stage:
+                run.update(block, "mlp", delta_u, u, weights, batch)
+            if "down" in stage:
+                _observe_down(run, block, u + delta_u, u.to(delta_u.dtype), delta_h, batch, patch)
+
+
+def observe_streams(
+    run: Run, block: Block, x: Tensor, o: Tensor, batch: Batch, stage: frozenset[str], patch: ThoughtPatch | None
+) -> None:
+    """Rows of a block whose two sides have streams of their own: the first half of x and o saw the instruction."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    prime, plain = o.chunk(2)
+    if "attention" in stage:
+        run.update(block, "attention", prime - plain, plain.to(x.dtype), batch.weights, batch)
+    if stage & {"mlp", "residual", "down"}:
+        o = torch.cat([prime, patched(patch, block.index, "attention", plain)]).to(x.dtype)
+        h = block.attention_residual(x, o).to(wide)
+        prime, plain = h.chunk(2)
+        delta_h = prime - plain
+        if "residual" in stage:
+            run.update(block, "residual", delta_h, None, batch.weights, batch)
+        if stage & {"mlp", "down"}:
+            prime, plain = block.mlp_input(h, x.to(wide)).chunk(2)
+            if "mlp" in stage:
+                run.update(block, "mlp", prime - plain, plain.to(x.dtype), batch.weights, batch)
+            if "down" in stage:
+                _observe_down(run, block, prime, plain, delta_h, batch, patch)
+
+
+def _observe_down(
+    run: Run, block: Block, prime: Tensor, plain: Tensor, delta_h: Tensor, batch: Batch, patch: ThoughtPatch | None
+) -> None:
+    """Rows of the down site: z, and what down_proj must add for the block's output to be the one with context.
+
+    The MLP runs in float32 at least: a difference of two bf16 outputs is mostly their rounding where it is small
+    (theory §4).
+
+    Args:
+        prime, plain: MLP inputs with context, and without as the mlp site's patch finds it, [B, T, d], float32 or
+            float64.
+        delta_h: difference of the residual streams after attention, [B, T, d].
+    """
+    plain = patched(patch, block.index, "mlp", plain)
+    found = []
+    for part in _parts(plain):
+        (m_prime, m), (_, z) = (
+            tensor.chunk(2) for tensor in block.mlp_activation(torch.cat([prime[part], plain[part]]))
+        )
+        found.append((m, m_prime.to(delta_h.dtype) - m, z))
+    m, delta_m, z = (torch.cat(tensors) for tensors in zip(*found, strict=True))
+    shift = shifted(patch, block.index, "residual", delta_h)
+    delta_h = delta_h if shift is None else delta_h - shift
+    # Both in terms of what is added to h after the multiplier.
+    added = block.post_feedforward_norm.pair(m, delta_m)[1] if block.post_feedforward_norm else delta_m
+    wanted = added + delta_h / block.residual_multiplier
+    delta, weight = before_norm(block.post_feedforward_norm, m, wanted)
+    run.update(block, "down", delta, z.to(run.decoder.dtype), batch.weights.to(weight.device) * weight, batch)
+
+
+def observe_header(
+    run: Run, block: Block, group: Group, x: Tensor, o: Tensor, stage: frozenset[str], patch: ThoughtPatch | None
+) -> None:
+    """H's own rows with δ = 0: a merged patch acts on them too, and would move the keys that e sees later."""
+    if not group.header or run.header_weight == 0:
+        return
+    wide = torch.promote_types(x.dtype, torch.float32)
+    weights = torch.full(x.shape[:2], run.header_weight * group.weight / len(group.header), dtype=wide)
+    if "attention" in stage:
+        run.update(block, "attention", torch.zeros_like(o, dtype=wide), o, weights)
+    if "residual" in stage:
+        run.update(block, "residual", torch.zeros_like(x, dtype=wide), None, weights)
+    if not stage & {"mlp", "down"}:
+        return
+    u = block.mlp_input(block.attention_residual(x, patched(patch, block.index, "attention", o)), x)
+    if "mlp" in stage:
+        run.update(block, "mlp", torch.zeros_like(u, dtype=wide), u, weights)
+    if "down" in stage:
+        m, z = block.mlp_activation(patched(patch, block.index, "mlp", u))
+        zero, weight = before_norm(block.post_feedforward_norm, m, torch.zeros_like(m, dtype=wide))
+        run.update(block, "down", zero, z, weights.to(weight.device) * weight)

@@ -1,0 +1,9 @@
+"""A patch is data: a matrix and a vector per block and site. What is done with one has a file each.
+
+site            one block's and site's part
+patch           ThoughtPatch, its arithmetic and what it prints
+apply, merge    a patch in a model: by hooks, or in the weights
+vectors         the vectors' place among the biases
+storage         a patch as a folder
+export          a patch as a PEFT LoRA
+"""

@@ -1,0 +1,229 @@
+"""A patch written into a model's weights, from which it can be undone bit for bit."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from thought_kernels.models import describe
+from thought_kernels.models.linear import is_transposed, linear_weight
+from thought_kernels.ops.checks import addresses
+from thought_kernels.patches.site import DTYPES, SitePatch, is_finite
+from thought_kernels.patches.vectors import Placed, placed
+
+if TYPE_CHECKING:
+    from thought_kernels.patches.patch import ThoughtPatch
+
+_ROWS_PER_CHUNK = 4096
+_logger = logging.getLogger(__name__)
+
+
+class MergedPatch:
+    """A patch written into a model's weights; ``ThoughtPatch.merge_`` makes it, ``undo`` ends it.
+
+    Attributes:
+        fold_residuals: per (block, site) whose vector was folded into Δ, the relative squared error of doing so on the
+            fitted rows, None where it is unknown.
+
+    Args:
+        patch: the patch.
+        model: a transformers model.
+        fold: whether vectors may be folded into matrices.
+        backup_device: where the originals are kept, None for beside the weights.
+    """
+
+    def __init__(
+        self, patch: ThoughtPatch, model: Any, *, fold: bool, backup_device: torch.device | str | None
+    ) -> None:
+        self.fold_residuals: dict[tuple[int, str], float | None] = {}
+        plan: list[_Edit] = []
+        for part in placed("merge_", patch, model, fold=fold, instead="use applied"):
+            plan.extend(self._planned(part))
+        self._model: nn.Module = describe(model).model
+        names = {id(p): name for name, p in self._model.named_parameters()}
+        written = [edit.linear.weight for edit in plan if edit.change is not None]
+        written += [edit.linear.bias for edit in plan if edit.bias is not None]
+        _check_unshared(self._model, written)
+        for parameter in written:
+            if not is_finite(parameter.data):
+                raise ValueError(
+                    f"merge_: {names[id(parameter)]} must be finite, got NaN or an infinity before the patch"
+                )
+        for (layer, site), residual in self.fold_residuals.items():
+            known = "unknown" if residual is None else f"{residual:.3g}"
+            _logger.warning(
+                "merge_: block %d, site %r: vector folded into the matrix, relative squared error %s",
+                layer,
+                site,
+                known,
+            )
+
+        self._originals: list[tuple[str, Tensor, Tensor]] = []
+        try:
+            with torch.no_grad():
+                for linear, change, bias, adds in plan:
+                    if bias is not None:
+                        weight = _wide(linear_weight(linear))
+                        shift = bias.to(weight)
+                        self._back_up(names[id(linear.bias)], linear.bias, backup_device)
+                        linear.bias.copy_(_wide(linear.bias) + (shift if adds else weight @ shift))
+                    if change is not None:
+                        self._back_up(names[id(linear.weight)], linear.weight, backup_device)
+                        _write(linear_weight(linear), change, adds)
+                for _, parameter, _ in self._originals:
+                    if not is_finite(parameter.data):
+                        raise ValueError(
+                            f"merge_: patch must fit into {parameter.dtype}, got an overflow; scale it down"
+                        )
+        except BaseException:
+            self._restore()
+            raise
+        self._written = [_checksum(parameter) for _, parameter, _ in self._originals]
+
+    def undo(self) -> None:
+        """Restores the weights bit for bit; calling it again does nothing.
+
+        Raises:
+            ValueError: the weights changed since, by a later merge (undo that first) or otherwise, or were replaced by
+                other parameters; nothing is written, and the originals are kept.
+        """
+        # By identity: load_state_dict(assign=True) and assignments leave a parameter here that the model no longer has.
+        present = {id(parameter) for parameter in self._model.parameters()}
+        replaced = [name for name, parameter, _ in self._originals if id(parameter) not in present]
+        if replaced:
+            raise ValueError(
+                f"undo: weights must be the parameters that merge_ wrote, got another at {replaced[0]}; put them back, "
+                "or load the model anew"
+            )
+        for (_, parameter, original), written in zip(self._originals, self._written, strict=True):
+            if parameter.dtype != original.dtype or _checksum(parameter) != written:
+                raise ValueError(
+                    "undo: weights must be as merge_ left them, got other values; undo later merges first, latest first"
+                )
+        self._restore()
+
+    def __enter__(self) -> MergedPatch:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            self.undo()
+        except ValueError as undo_error:
+            if error is None:
+                raise
+            error.add_note(str(undo_error))  # what went wrong first is what the caller must see
+
+    def _planned(self, part: Placed) -> Iterator[_Edit]:
+        (layer, site), entry = part.key, part.entry
+        where = f"block {layer}, site {site!r}"
+        named = zip(part.modules, part.names, strict=True)
+        linears = [_plain_linear(module, name, entry.input_width, where) for module, name in named]
+        change = entry if entry.matrix is not None or entry.factors is not None else None
+        if part.folds:
+            self.fold_residuals[part.key] = entry.fit.fold_residual if entry.fit is not None else None
+            change = entry.to(dtype=torch.float64).folded()
+        for linear in linears:
+            yield _Edit(linear, change, None if part.folds else entry.vector, site == "down")
+
+    def _back_up(self, name: str, parameter: Tensor, device: torch.device | str | None) -> None:
+        self._originals.append((name, parameter, parameter.detach().to(device or parameter.device, copy=True)))
+
+    def _restore(self) -> None:
+        with torch.no_grad():
+            while self._originals:
+                _, parameter, original = self._originals[-1]
+                parameter.copy_(original)
+                self._originals.pop()
+        self._written = []
+
+
+class _Edit(NamedTuple):
+    """What is written into one module: W <- W (1 + Δ) and b <- b + W v, or where it adds, W <- W + Δ and b <- b + v.
+
+    Attributes:
+        linear: the module.
+        change: Δ, whose vector is not read, or None.
+        bias: v, or None.
+        adds: whether Δ and v are of the module's output.
+    """
+
+    linear: Any
+    change: SitePatch | None
+    bias: Tensor | None
+    adds: bool
+
+
+def _plain_linear(module: Any, name: str, width: int | None, where: str) -> Any:
+    if not isinstance(module, nn.Linear) and not is_transposed(module):
+        raise ValueError(
+            f"merge_: {name} must be a torch.nn.Linear, got {type(module).__module__}.{type(module).__name__}; "
+            f"{where}: use applied"
+        )
+    for parameter in (module.weight, module.bias):
+        if parameter is None:
+            continue
+        # Quantised and sharded weights are integers, 8-bit floats, tensor subclasses, or elsewhere (meta, offloaded).
+        plain = type(parameter) is nn.Parameter and type(parameter.data) is Tensor
+        if not plain or parameter.dtype not in DTYPES or parameter.is_meta:
+            raise ValueError(
+                f"merge_: {name} must have plain floating weights, got {type(parameter.data).__name__} of "
+                f"{parameter.dtype} on {parameter.device}; {where}: quantised weights are never written, use applied"
+            )
+    found = linear_weight(module).shape[1]
+    if width not in (None, found):
+        raise ValueError(f"merge_: {name} must take inputs of width {width}, got {found}; {where}")
+    return module
+
+
+def _check_unshared(model: nn.Module, written: list[Tensor]) -> None:
+    """Raises if memory to be written belongs to another parameter as well, which would change along with it."""
+    owners = [
+        (name, parameter, *addresses(parameter))
+        for name, parameter in model.named_parameters(remove_duplicate=False)
+        if parameter.numel() and not parameter.is_meta
+    ]
+    for target in written:
+        start, end = addresses(target)
+        names = [
+            name
+            for name, parameter, low, high in owners
+            if low < end and start < high and parameter.device == target.device
+        ]
+        if len(names) > 1:
+            raise ValueError(
+                f"merge_: weights must not be shared, got {' and '.join(names)} as one memory; use applied"
+            )
+
+
+def _wide_dtype(weight: Tensor) -> torch.dtype:
+    return torch.float64 if weight.dtype in (torch.float32, torch.float64) else torch.float32
+
+
+def _wide(weight: Tensor) -> Tensor:
+    return weight.detach().to(_wide_dtype(weight))
+
+
+def _write(weight: Tensor, change: SitePatch, adds: bool) -> None:
+    """W <- W + W Δ, or W + Δ, some rows at a time: wide copies of a whole weight would be several times its size."""
+    # Factors are multiplied out in float64: their product is not to be rounded before it meets the weights.
+    matrix = (change.to(dtype=torch.float64) if change.rank else change).dense()
+    assert matrix is not None
+    matrix = matrix.to(weight.device, _wide_dtype(weight))
+    for start in range(0, weight.shape[0], _ROWS_PER_CHUNK):
+        chunk = slice(start, start + _ROWS_PER_CHUNK)
+        wide = _wide(weight[chunk])
+        weight[chunk] = wide + (matrix[chunk] if adds else wide @ matrix)
+
+
+def _checksum(parameter: Tensor) -> int:
+    """The sum of a parameter's bit patterns modulo 2⁶⁴: any edit but a permutation is all but certain to change it."""
+    integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    bits = parameter.detach().contiguous().view(integers[parameter.element_size()])
+    return int(bits.sum(dtype=torch.int64))

@@ -1,0 +1,294 @@
+"""ThoughtPatch: what an instruction became, a matrix and a vector for each patched block and site."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator, Mapping
+from numbers import Integral, Real
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from thought_kernels.patches import storage
+from thought_kernels.patches.apply import AppliedPatch
+from thought_kernels.patches.export import PeftFolder, export_peft
+from thought_kernels.patches.merge import MergedPatch
+from thought_kernels.patches.site import SITES, SitePatch
+
+
+class ThoughtPatch:
+    """Patches per block and site: o -> o + Δ o + v at ``attention``, likewise u at ``mlp``; y -> y + v at ``residual``;
+    W z -> W z + Δ z + v at ``down``, z being what down_proj, of weight W, multiplies.
+
+    It is a value: arithmetic returns new patches, and nothing changes a model but ``applied`` and ``merge_``.
+    ``number * patch``, ``patch + other``, ``patch - other`` and ``-patch`` act on Δ and v; a sum covers the union of
+    both patches' blocks and sites.
+
+    Args:
+        entries: a SitePatch per (0-based block index, site).
+        provenance: where it comes from, JSON values only; ``hidden_size`` and ``model`` are read when it meets a model.
+
+    Raises:
+        ValueError: no entries, an unknown site or block index, a residual entry with a matrix, or unequal widths.
+    """
+
+    def __init__(
+        self, entries: Mapping[tuple[int, str], SitePatch], provenance: Mapping[str, Any] | None = None
+    ) -> None:
+        if not entries:
+            raise ValueError("ThoughtPatch: entries must hold at least one block and site, got none")
+        for (layer, site), entry in entries.items():
+            if isinstance(layer, bool) or not isinstance(layer, int) or layer < 0:
+                raise ValueError(f"ThoughtPatch: layer must be a 0-based block index, got {layer!r}")
+            if site not in SITES:
+                raise ValueError(f"ThoughtPatch: site must be one of {', '.join(SITES)}, got {site!r}")
+            if site == "residual" and entry.vector is None:
+                raise ValueError(f"ThoughtPatch: site 'residual' must have a vector, got none; block {layer}")
+            if site == "residual" and (entry.matrix is not None or entry.factors is not None):
+                raise ValueError(f"ThoughtPatch: site 'residual' must have a vector only, got a matrix; block {layer}")
+            if site != "down" and entry.input_width not in (None, entry.output_width):
+                raise ValueError(
+                    f"ThoughtPatch: site {site!r} must have one width, got {entry.output_width} from "
+                    f"{entry.input_width}; block {layer}"
+                )
+        order = sorted(entries, key=lambda key: (key[0], SITES.index(key[1])))
+        self.entries: Mapping[tuple[int, str], SitePatch] = MappingProxyType({key: entries[key] for key in order})
+        self.provenance: dict[str, Any] = dict(provenance or {})
+        widths = {(site == "attention", entry.output_width) for (_, site), entry in self.entries.items()}
+        into_down = {entry.input_width or 0 for (_, site), entry in self.entries.items() if site == "down"} - {0}
+        hidden, attention = ({width for inside, width in widths if inside == wanted} for wanted in (False, True))
+        for found in (hidden, attention, into_down):
+            if len(found) > 1:
+                raise ValueError(f"ThoughtPatch: entries must share one width per site, got {sorted(found)}")
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """0-based indices of the patched blocks."""
+        return tuple(sorted({layer for layer, _ in self.entries}))
+
+    @property
+    def sites(self) -> tuple[str, ...]:
+        """The patched sites."""
+        return tuple(site for site in SITES if any(site == patched for _, patched in self.entries))
+
+    @property
+    def hidden_size(self) -> int | None:
+        """The model's hidden size; None if only the attention site is patched and the provenance does not say."""
+        for (_, site), entry in self.entries.items():
+            if site != "attention":
+                return entry.output_width
+        return self.provenance.get("hidden_size")
+
+    def matrix(self, layer: int, site: str) -> Tensor | None:
+        """Δ of a block and site, dense ``[d_out, d_in]``, or None; the two widths differ at ``down`` only."""
+        entry = self.entries.get((layer, site))
+        return None if entry is None else entry.dense()
+
+    def vector(self, layer: int, site: str) -> Tensor | None:
+        """v of a block and site, ``[d_out]``, or None."""
+        entry = self.entries.get((layer, site))
+        return None if entry is None else entry.vector
+
+    def applied(self, model: Any) -> AppliedPatch:
+        """Applies the patch to a running model by hooks, leaving its weights alone, until removed.
+
+        ``with patch.applied(model): ...``, or ``handle = patch.applied(model)`` and later ``handle.remove()``. Several
+        patches may be active; they act as if merged in the order in which they were applied, and may be removed in any
+        order. Products with Δ are formed in float32 for float16 and bfloat16 activations, so that Δ is not rounded.
+        What torch.compile has compiled is compiled anew after a patch has come or gone, since it cannot notice hooks.
+
+        Args:
+            model: a transformers model that ``thought_kernels.models.describe`` knows, quantised or not.
+
+        Returns:
+            The active handle, also a context manager.
+
+        Raises:
+            ValueError: another hidden size or attention width, missing blocks, or NaN in the patch; no hook is left.
+        """
+        return AppliedPatch(self, model)
+
+    def merge_(self, model: Any, *, fold: bool = False, backup_device: torch.device | str | None = None) -> MergedPatch:
+        """Writes the patch into the model's weights, in place: W <- W (1 + Δ), and W <- W + Δ for down_proj.
+
+        The product is formed in float64 for float32 and float64 weights and in float32 for narrower ones, then rounded
+        once. A vector becomes the bias W v (at the down site v), exactly, where every such module has a bias, and a
+        residual vector becomes down_proj's where that has one and no norm stands behind it.
+
+        Args:
+            model: a transformers model that ``thought_kernels.models.describe`` knows, with plain floating weights.
+            fold: where there is no bias, add v āᵀ/‖ā‖² to Δ instead, ā being the fitted rows' mean activation; the
+                relative squared error on those rows is logged and kept in the handle's ``fold_residuals``.
+            backup_device: where the original weights are kept for ``undo``, None for beside the weights.
+
+        Returns:
+            A handle, also a context manager, whose ``.undo()`` restores the weights bit for bit.
+
+        Raises:
+            ValueError: another hidden size or attention width, missing blocks, quantised or shared weights, a nonzero
+                vector that can neither become a bias nor may be folded, or a product that overflows the weights'
+                dtype. The model is then as it was.
+        """
+        return MergedPatch(self, model, fold=fold, backup_device=backup_device)
+
+    def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
+        """Writes ``thought_patch.safetensors`` and ``thought_patch.json`` to a folder, replacing each in one step.
+
+        Raises:
+            ValueError: NaN in the patch, a provenance that JSON cannot hold, or a path that is not a folder.
+        """
+        storage.save(self.entries, self.provenance, directory)
+
+    def export_peft(
+        self,
+        directory: str | os.PathLike[str],
+        model: Any,
+        *,
+        rank: int | None = None,
+        fold: bool = False,
+        pad: bool = False,
+        progress: bool = False,
+    ) -> PeftFolder:
+        """Writes a PEFT LoRA folder for one model: Δ = U Vᵀ becomes A = Vᵀ and B = W U, and B = U in down_proj.
+
+        peft, transformers (``load_adapter``) and vLLM load it; products are formed in float64 and rounded once, to
+        float32 (float64 for a float64 model). A vector becomes the LoRA bias W v (at the down site v), exactly, where
+        every such module has a bias, and a residual vector down_proj's as in ``merge_``; vLLM refuses those.
+
+        Args:
+            directory: the folder, created if it does not exist; each file is replaced in one step.
+            model: the model whose weights W enter B, which the adapter is for. It may be quantised.
+            rank: largest rank, which accepts the loss of the singular values beyond it. None: each Δ's own rank, its
+                singular values above the rounding of its stored numbers, which loses nothing.
+            fold: where there is no bias, add v āᵀ/‖ā‖² to Δ instead, ā being the fitted rows' mean activation; the
+                relative squared error on those rows is logged and kept in the result's ``fold_residuals``.
+            pad: give every module the largest rank, padded with zeros. llama.cpp divides one lora_alpha by each
+                module's own rank, so what it reads must have one rank.
+            progress: show a progress bar on stderr.
+
+        Returns:
+            A PeftFolder: ranks, what was lost, and the flags that vLLM needs.
+
+        Raises:
+            ValueError: another hidden size or attention width, missing blocks, a bad rank, a nonzero vector that can
+                neither become a bias nor may be folded, no nonzero matrix, NaN, or a path that is not a folder.
+                Nothing is written then.
+        """
+        return export_peft(self, directory, model, rank=rank, fold=fold, pad=pad, progress=progress)
+
+    @classmethod
+    def from_pretrained(cls, directory: str | os.PathLike[str], *, device: torch.device | str = "cpu") -> ThoughtPatch:
+        """Reads a folder written by ``save_pretrained``.
+
+        Raises:
+            ValueError: a file that is missing, truncated, altered, of another version, or holds NaN; it names the file.
+        """
+        entries, provenance = storage.load(directory)
+        try:
+            patch = cls(entries, provenance)
+        except ValueError as error:
+            path = Path(directory) / storage.TENSOR_FILE
+            raise storage.damaged(path, "hold a patch's tensors", str(error)) from error
+        return patch.to(device=device)
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> ThoughtPatch:
+        """The same patch with its tensors on another device or in another floating dtype."""
+        return ThoughtPatch({key: entry.to(device, dtype) for key, entry in self.entries.items()}, self.provenance)
+
+    def truncate(self, rank: int) -> ThoughtPatch:
+        """The patch with each Δ replaced by its best approximation of a rank, as factors; vectors are kept.
+
+        Raises:
+            ValueError: rank is not a positive integer.
+        """
+        if isinstance(rank, bool) or not isinstance(rank, Integral) or rank < 1:
+            raise ValueError(f"truncate: rank must be a positive integer, got {rank!r}")
+        rank = int(rank)  # JSON, which the provenance becomes, takes no numpy number
+        entries = {key: entry.truncated(rank) for key, entry in self.entries.items()}
+        return ThoughtPatch(entries, {**self.provenance, "rank": rank})
+
+    def __mul__(self, factor: float) -> ThoughtPatch:
+        if not isinstance(factor, Real):
+            return NotImplemented
+        number = float(factor)
+        if not math.isfinite(number):
+            raise ValueError(f"ThoughtPatch: factor must be finite, got {number}")
+        entries = {key: entry.scaled(number) for key, entry in self.entries.items()}
+        factor_so_far = self.provenance.get("factor", 1.0)
+        return ThoughtPatch(entries, {**self.provenance, "factor": factor_so_far * number})
+
+    __rmul__ = __mul__
+
+    def __neg__(self) -> ThoughtPatch:
+        return self * -1.0
+
+    def __add__(self, other: ThoughtPatch) -> ThoughtPatch:
+        if not isinstance(other, ThoughtPatch):
+            return NotImplemented
+        sizes = (self.hidden_size, other.hidden_size)
+        if None not in sizes and sizes[0] != sizes[1]:
+            raise ValueError(f"ThoughtPatch: patches must share one hidden size, got {sizes[0]} and {sizes[1]}")
+        entries = {**self.entries, **other.entries}
+        for key in sorted(self.entries.keys() & other.entries.keys()):
+            ours, theirs = self.entries[key], other.entries[key]
+            for a, b in ((ours.output_width, theirs.output_width), (ours.input_width, theirs.input_width)):
+                if a != b and None not in (a, b):
+                    raise ValueError(
+                        f"ThoughtPatch: patches must share one width, got {a} and {b}; block {key[0]}, site {key[1]!r}"
+                    )
+            entries[key] = ours.plus(theirs)
+        return ThoughtPatch(entries, _joined(self.provenance, other.provenance))
+
+    def __sub__(self, other: ThoughtPatch) -> ThoughtPatch:
+        if not isinstance(other, ThoughtPatch):
+            return NotImplemented
+        return self + -other
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (dict(self.entries), self.provenance)  # a mapping proxy cannot be copied or sent elsewhere
+
+    def __repr__(self) -> str:
+        width = self.hidden_size or next(iter(self.entries.values())).output_width
+        return f"ThoughtPatch(hidden size {width}, blocks {list(self.layers)}, sites {list(self.sites)})"
+
+    def __str__(self) -> str:
+        return "\n".join([repr(self), *self._lines()])
+
+    def _lines(self) -> Iterator[str]:
+        for name in (
+            "instruction", "model", "pairing", "estimator", "normalization", "scale", "ridge", "factor",
+        ):  # fmt: skip
+            if self.provenance.get(name) is not None:
+                yield f"  {name}: {self.provenance[name]}"
+        yield f"  {'block':>5}  {'site':<9}  {'rank':>5}  {'‖Δ‖':>9}  {'‖v‖':>9}  {'residual':>9}  {'condition':>9}"
+        for (layer, site), entry in self.entries.items():
+            has_matrix = entry.matrix is not None or entry.factors is not None
+            rank = str(entry.rank or "full") if has_matrix else "–"
+            vector = None if entry.vector is None else float(torch.linalg.vector_norm(entry.vector.double()))
+            numbers = (
+                entry.norm() if has_matrix else None,
+                vector,
+                entry.fit.residual if entry.fit else None,
+                entry.fit.condition if entry.fit else None,
+            )
+            cells = "  ".join(f"{'–' if number is None else format(number, '.3g'):>9}" for number in numbers)
+            yield f"  {layer:>5}  {site:<9}  {rank:>5}  {cells}"
+
+
+def _joined(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> dict[str, Any]:
+    """What both provenances agree on, and under "parts" each of them where they differ in more than the date."""
+    if {**ours, "date": None} == {**theirs, "date": None}:
+        return dict(ours)
+    common = {name: value for name, value in ours.items() if name in theirs and theirs[name] == value}
+    # Known to one side only, yet true of any patch that can be added to it: what a model is checked against.
+    for name in ("hidden_size", "num_hidden_layers"):
+        for side in (ours, theirs):
+            if name in side:
+                common.setdefault(name, side[name])
+    common.pop("parts", None)
+    parts = [part for side in (ours, theirs) for part in side.get("parts", [dict(side)])]
+    return {**common, "parts": parts}

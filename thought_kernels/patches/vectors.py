@@ -1,0 +1,124 @@
+"""Where a patch's vectors may go in a model's weights: exactly into biases, or approximately into matrices.
+
+    attention, mlp   W (a + v) + b: the bias W v of o_proj, or of every module that multiplies u
+    down             W z + v + b: down_proj's bias v itself
+    residual         y + v: down_proj's bias v/m where nothing but the residual multiplier m stands behind down_proj
+
+Where there is no bias, v āᵀ/‖ā‖² may be added to Δ instead, ā being the fitted rows' mean activation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+
+from thought_kernels.patches.apply import targets
+from thought_kernels.patches.site import SitePatch
+
+if TYPE_CHECKING:
+    from thought_kernels.patches.patch import ThoughtPatch
+
+
+class Placed(NamedTuple):
+    """One block's and site's part of a patch, and the modules whose weights can hold it.
+
+    Attributes:
+        key: (block, site); a residual vector's is (block, "down").
+        entry: the part; its vector is None where it is zero.
+        names: of the modules in the attention or the MLP.
+        modules: the linear modules that Δ acts on.
+        folds: whether there is a vector that no bias can hold.
+    """
+
+    key: tuple[int, str]
+    entry: SitePatch
+    names: tuple[str, ...]
+    modules: tuple[Any, ...]
+    folds: bool
+
+
+def placed(function: str, patch: ThoughtPatch, model: Any, *, fold: bool, instead: str) -> list[Placed]:
+    """A patch's parts in modules of a model, each vector in the biases or to be folded.
+
+    Args:
+        function: opens the sentences of refusal.
+        patch: the patch.
+        model: a transformers model.
+        fold: whether vectors may be folded.
+        instead: what else can be done with a vector that has no place, ends those sentences.
+
+    Raises:
+        ValueError: what `targets` refuses, a residual vector that no bias can hold, or a vector that has no bias to go
+            to and cannot be folded or may not be.
+    """
+    found = []
+    for key, entry, block in _without_residual(function, patch, model, instead):
+        names, modules = _modules(key[1], block)
+        if entry.vector is not None and not entry.vector.any():
+            if entry.matrix is None and entry.factors is None:
+                continue
+            entry = replace(entry, vector=None)
+        biased = all(getattr(module, "bias", None) is not None for module in modules)
+        folds = entry.vector is not None and not biased
+        if folds:
+            _check_folding(function, key, entry, fold, instead)
+        found.append(Placed(key, entry, names, modules, folds))
+    return found
+
+
+def _modules(site: str, block: Any) -> tuple[tuple[str, ...], tuple[Any, ...]]:
+    if site == "mlp":
+        return block.parts.mlp_inputs, block.mlp_inputs
+    name, module = (
+        (block.parts.o_proj, block.o_proj) if site == "attention" else (block.parts.down_proj, block.down_proj)
+    )
+    return (name,), (module,)
+
+
+def _without_residual(
+    function: str, patch: ThoughtPatch, model: Any, instead: str
+) -> Iterator[tuple[tuple[int, str], SitePatch, Any]]:
+    """The patch's entries with their blocks, residual vectors as part of the down site's."""
+    found = {key: (entry, block) for key, entry, block in targets(function, patch, model)}
+    for layer, site in list(found):
+        if site != "residual":
+            continue
+        entry, block = found.pop((layer, site))
+        if entry.vector is None or not entry.vector.any():
+            continue
+        obstacle = _obstacle(block)
+        if obstacle:
+            raise ValueError(
+                f"{function}: patch must have no residual vector, got a nonzero one; block {layer}, site 'residual': "
+                f"no weight adds a constant to the block's output, since {obstacle}; {instead}"
+            )
+        # In float64, so that two vectors are rounded once, where they are written.
+        vector = entry.vector.to(torch.float64) / block.residual_multiplier
+        down = found[layer, "down"][0] if (layer, "down") in found else SitePatch(vector=torch.zeros_like(vector))
+        if down.vector is not None:
+            vector = vector + down.vector.to(vector)
+        found[layer, "down"] = replace(down, vector=vector, fit=None), block
+    return ((key, entry, block) for key, (entry, block) in found.items())
+
+
+def _obstacle(block: Any) -> str:
+    """Why down_proj's bias is no constant of the block's output, empty where it is."""
+    if block.down_proj is None:
+        return "its MLP is a mixture of experts"
+    if block.post_feedforward_norm is not None:
+        return f"a norm stands behind {block.parts.down_proj}"
+    return "" if getattr(block.down_proj, "bias", None) is not None else f"{block.parts.down_proj} has no bias"
+
+
+def _check_folding(function: str, key: tuple[int, str], entry: SitePatch, fold: bool, instead: str) -> None:
+    where = f"block {key[0]}, site {key[1]!r}"
+    if not fold:
+        raise ValueError(
+            f"{function}: patch must have no vector where the modules have no bias, got a nonzero one; {where}: "
+            f"{instead}, or give fold=True (--fold) to approximate it by a matrix, and measure what that costs"
+        )
+    if entry.activation_mean is None or not entry.activation_mean.any():
+        raise ValueError(f"{function}: patch must know its mean activation to fold a vector, got none; {where}")
