@@ -262,7 +262,10 @@ def test_a_scorer_that_raises_costs_accuracies_only(model: Any) -> None:
         ({"sections": ["efect"]}, "sections must be 'all' or among patch, effect.*got .'efect'"),
         ({"recipe": {"rigde": 1}}, "recipe must have options of transmute, got rigde"),
         ({"recipe": {"estimator": "rigde"}}, "recipe must have options that transmute takes, got .*; .* one of mean"),
-        ({"recipe": {"ridge": -1}}, "recipe must have options .*; solve: ridge must be finite and positive, got -1"),
+        (
+            {"recipe": {"ridge": -1}},
+            "recipe must have options .*; transmute: ridge must be .* positive, got -1",
+        ),
         ({"recipe": {"layers": [99]}}, "recipe must have options .*; .*layers must be distinct .* got .99.; give"),
         ({"sweep_inputs": 1}, "sweep_inputs must be at least 2, got 1"),
         ({"outside": {"held_out": ["1"]}}, "outside must have the keys examples and held_out"),

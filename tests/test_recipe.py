@@ -1,24 +1,89 @@
-"""The published recipe's refusals; that its sums are Algorithm 1's is tested in test_pairing.py."""
+"""A recipe is a value that is checked as it is made; the published one's sums are tested in test_pairing.py."""
 
 from __future__ import annotations
 
+import copy
+import inspect
+import json
 import math
+import pickle
+from dataclasses import replace
 from typing import Any
 
 import pytest
+import torch
+from models import tiny_gemma3, tiny_tokenizer
 
 import thought_kernels as tk
+from thought_kernels.models import describe
+
+TOKENIZER = tiny_tokenizer()
+EXAMPLE = {"prompt": "8 76", "completion": "x=2 ok"}
 
 
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
         ({"c1": "1"}, TypeError, "c1 must be a number, got str"),
+        ({"c1": math.nan}, ValueError, "c1 must be finite, got nan"),
         ({"c2": math.inf}, ValueError, "c2 must be finite, got inf"),
+        ({"c1": 0}, ValueError, "c1 or c2 must not be 0, got 0 and 0.0; the patch would change nothing"),
         ({"steps": 0}, ValueError, "steps must be finite and positive, got 0"),
         ({"steps": None}, TypeError, "steps must be a number, got NoneType"),
+        ({"layers": 3}, TypeError, r"layers must be 0-based block indices or None, got 3; give a list or range"),
+        ({"layers": "10-19"}, TypeError, "layers must be 0-based block indices or None, got '10-19'; give a list"),
+        ({"layers": [1.5]}, TypeError, r"layers must be 0-based block indices or None, got \[1.5\]"),
+        ({"layers": []}, ValueError, r"layers must be distinct 0-based block indices, one at least, got \[\]"),
+        ({"layers": [-1]}, ValueError, r"layers must be distinct 0-based block indices, one at least, got \[-1\]"),
+        ({"layers": [2, 2]}, ValueError, r"layers must be distinct 0-based block indices, one at least, got \[2, 2\]"),
     ],
 )
-def test_bad_options_are_refused(options: dict[str, Any], error: type[Exception], message: str) -> None:
+def test_bad_options_of_the_paper_s_recipe_are_refused(
+    options: dict[str, Any], error: type[Exception], message: str
+) -> None:
     with pytest.raises(error, match=f"^paper_recipe: {message}"):
         tk.paper_recipe(**options)
+
+
+def test_a_recipe_is_checked_when_it_is_made() -> None:
+    with pytest.raises(ValueError, match="^transmute: ridge must be finite and positive, got 0"):
+        tk.Recipe(ridge=0)
+    with pytest.raises(TypeError, match="^transmute: completions must be an integer, got 2.5"):
+        replace(tk.Recipe(), completions=2.5)
+    with pytest.raises(ValueError, match="^Recipe: options must be among layers, .*, got rigde"):
+        tk.Recipe.from_dict({"rigde": 1})
+
+
+def test_the_options_of_transmute_are_the_recipe_s_fields_with_its_defaults() -> None:
+    parameters = inspect.signature(tk.transmute).parameters
+    assert {name: parameters[name].default for name in tk.Recipe()} == dict(tk.Recipe())
+
+
+def test_recipes_compare_change_print_and_pass_through_json() -> None:
+    recipe = tk.Recipe(layers=range(2, 0, -1), sites=["down", "mlp"], scale={"down": 1, "mlp": 2})
+    assert recipe == tk.Recipe(layers=[1, 2], sites=("mlp", "down"), scale={"mlp": 2.0, "down": 1.0})
+    assert recipe != replace(recipe, ridge=0.3) == tk.Recipe(**{**recipe, "ridge": 0.3})
+    assert eval(repr(recipe), {"Recipe": tk.Recipe}) == recipe
+    assert tk.Recipe.from_dict(json.loads(json.dumps(recipe.to_dict()))) == recipe
+    assert pickle.loads(pickle.dumps(recipe)) == copy.deepcopy(recipe) == recipe
+    assert recipe["layers"] == (1, 2) and "c1" not in recipe and len(recipe) == len(list(recipe))
+
+
+def test_a_recipe_for_a_model_says_what_none_stood_for() -> None:
+    decoder = describe(tiny_gemma3(0))
+    resolved = tk.Recipe(scale=0.5).for_model(decoder)
+    assert resolved.layers == (0, 1, 2) and resolved.sites == ("attention", "down")
+    assert resolved.scale == {"attention": 0.5, "down": 0.5} and resolved.for_model(decoder) == resolved
+    with pytest.raises(ValueError, match=r"layers must be .* below 3, got \[1, 3\]; give layers= \(--layers\)"):
+        tk.Recipe(layers=[3, 1]).for_model(decoder)
+
+
+def test_transmute_takes_a_recipe_and_the_patch_remembers_it() -> None:
+    model = tiny_gemma3(0, torch.float64, vocab_size=len(TOKENIZER))
+    recipe = tk.paper_recipe(c1=0.5, layers=[1])
+    patch = tk.transmute(model, TOKENIZER, "Sum now", [EXAMPLE], batch_size=1, **recipe)
+    assert tk.Recipe.from_dict(json.loads(json.dumps(patch.provenance["recipe"]))) == recipe
+    flat = {"layers": [1], "sites": ["mlp", "residual"], "pairing": "two_pass", "estimator": "mean"}
+    assert flat.items() <= patch.provenance.items()
+    with pytest.raises(TypeError, match=r"transmute\(\) got multiple values for keyword argument 'layers'"):
+        tk.transmute(model, TOKENIZER, "Sum now", [EXAMPLE], layers=[1], **recipe)

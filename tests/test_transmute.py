@@ -267,7 +267,10 @@ def test_a_multimodal_model_is_transmuted_by_its_text_blocks() -> None:
         ({"tokens": "last"}, "tokens must be one of all, answer, got 'last'"),
         ({"ridge": 0.0}, "ridge must be finite and positive"),
         ({"scale": float("nan")}, "scale must be finite"),
+        ({"scale": 0}, "scale must not be 0 at every site, got 0; the patch would change nothing"),
+        ({"scale": {"attention": 0, "down": 0.0, "mlp": 1}}, "scale must not be 0 at every site"),
         ({"scale": {"mlp": 1.0}}, "scale must have one entry for each of ['attention', 'down']"),
+        ({"scale": {"mpl": 1.0}, "sites": None}, "scale must have sites among attention, mlp, down, residual, got"),
         ({"header_weight": -1.0}, "header_weight must not be negative"),
         ({"header_weight": float("inf")}, "header_weight must be finite"),
         ({"batch_size": 0}, "batch_size must be at least 1"),
@@ -330,7 +333,7 @@ def test_nan_in_the_model_names_the_block() -> None:
 
 def test_paper_recipe_options() -> None:
     recipe = tk.paper_recipe(c1=0.03, c2=0.2)
-    assert recipe["layers"] == list(range(10, 20))
+    assert recipe["layers"] == tuple(range(10, 20))
     assert recipe["scale"] == {"mlp": 0.03 / 300, "residual": 0.2 / 300}
     assert recipe["completions"] == 1
     for options in ({"steps": 0}, {"c1": float("inf")}, {"c2": float("nan")}):

@@ -27,6 +27,7 @@ from thought_kernels.version import __version__ as __version__
 if TYPE_CHECKING:
     from thought_kernels.estimation.accumulator import ThoughtAccumulator as ThoughtAccumulator
     from thought_kernels.evaluation.evaluate import evaluate as evaluate
+    from thought_kernels.fitting.recipe import Recipe as Recipe
     from thought_kernels.fitting.recipe import paper_recipe as paper_recipe
     from thought_kernels.fitting.transmute import transmute as transmute
     from thought_kernels.models.load import load as load
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from thought_kernels.prompts.prompt import align as align
 
 __all__ = [
+    "Recipe",
     "ThoughtAccumulator",
     "ThoughtPatch",
     "accumulate",
@@ -52,6 +54,7 @@ __all__ = [
 ]
 
 _LAZY = {  # public name -> the module that defines it
+    "Recipe": "thought_kernels.fitting.recipe",
     "ThoughtAccumulator": "thought_kernels.estimation.accumulator",
     "ThoughtPatch": "thought_kernels.patches.patch",
     "align": "thought_kernels.prompts.prompt",

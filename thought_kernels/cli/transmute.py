@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -98,7 +99,7 @@ def transmute(
         "header_weight": header_weight, "batch_size": batch_size, "memory_budget": memory_budget,
         "max_new_tokens": max_new_tokens, "completions": completions, "seed": seed,
     })  # fmt: skip
-    settings = _recipe(recipe, options.pairs({"c1": c1, "c2": c2, "steps": steps})) | given
+    settings = {**_recipe(recipe, options.pairs({"c1": c1, "c2": c2, "steps": steps})), **given}
     loaded = [*(load_examples(examples) if examples is not None else []), *(example or [])]
     found, tokenizer = options.load_model(model, dtype, device, offline)
     patch = run_transmute(
@@ -115,7 +116,7 @@ def transmute(
     options.out.print(f"saved to {output}", markup=False, soft_wrap=True)
 
 
-def _recipe(name: str, constants: dict[str, Any]) -> dict[str, Any]:
+def _recipe(name: str, constants: dict[str, Any]) -> Mapping[str, Any]:
     if name == "paper":
         from thought_kernels.fitting.recipe import paper_recipe
 

@@ -15,6 +15,7 @@ from thought_kernels.estimation.estimators import Sums
 from thought_kernels.estimation.kept_rows import KeptRows
 from thought_kernels.estimation.rows import add_vectors, check_rows, check_weights, checked_place
 from thought_kernels.ops.accumulate import NORMALIZATIONS, accumulate
+from thought_kernels.ops.checks import check_number
 from thought_kernels.patches.patch import ThoughtPatch
 from thought_kernels.patches.site import MATRIX_SITES, SITES, is_finite
 from thought_kernels.version import __version__
@@ -308,8 +309,9 @@ class ThoughtAccumulator:
         scales = dict(scale) if isinstance(scale, Mapping) else dict.fromkeys(SITES, scale)
         if not set(chosen_sites) <= set(scales) <= set(SITES):
             raise ValueError(f"solve: scale must have an entry for each of {list(chosen_sites)}, got {list(scales)}")
+        estimators.check_options("solve", estimator, ridge, self.normalization)
         for site in chosen_sites:
-            estimators.check_options(estimator, scales[site], ridge, self.normalization)
+            check_number("solve", "scale", scales[site])
         entries = {}
         for layer, site in sorted(self._sums):
             if layer not in chosen_layers or site not in chosen_sites:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from thought_kernels.estimation.kept_rows import KeptRows, positive_factor, solve_rows
-from thought_kernels.ops.checks import check_number
+from thought_kernels.ops.checks import check_choice, check_number
 from thought_kernels.patches.site import Fit, SitePatch, is_finite
 
 _POWER_STEPS = 8
@@ -93,7 +93,8 @@ def solve(
     Source: "Transmuting prompts into weights", Theorem 3.1 (eq. 8), eq. 10, A.2 (eq. 20-24), Algorithm 1; ``affine``
         is ours.
     """
-    check_options(estimator, scale, ridge, normalization)
+    check_number("solve", "scale", scale)
+    check_options("solve", estimator, ridge, normalization)
     if isinstance(sums, KeptRows):
         _check_weight(float(sums.joined()[2].sum()))
         return solve_rows(sums, estimator, scale=scale, ridge=ridge, normalization=normalization)
@@ -147,16 +148,14 @@ def solve(
     return SitePatch(matrix.to(dtype), None, vector if vector is None else vector.to(dtype), mean, fit)
 
 
-def check_options(estimator: str, scale: float, ridge: float, normalization: str) -> None:
-    """Raises ValueError or TypeError if ``solve`` would refuse these options, whatever the sums."""
-    if estimator not in ESTIMATORS:
-        raise ValueError(f"solve: estimator must be one of {', '.join(ESTIMATORS)}, got {estimator!r}")
-    check_number("solve", "scale", scale)
+def check_options(function: str, estimator: str, ridge: float, normalization: str) -> None:
+    """Raises ValueError or TypeError, in a function's name, if ``solve`` would refuse these, whatever the sums."""
+    check_choice(function, "estimator", estimator, ESTIMATORS)
     if estimator in ("ridge", "affine"):
-        check_number("solve", "ridge", ridge, positive=True)
+        check_number(function, "ridge", ridge, positive=True)
     if estimator == "affine" and normalization != "none":
         raise ValueError(
-            f"solve: normalization must be 'none' for estimator 'affine', got {normalization!r}; "
+            f"{function}: normalization must be 'none' for estimator 'affine', got {normalization!r}; "
             "its first moments are not divided by ν, so they do not centre C and Z"
         )
 

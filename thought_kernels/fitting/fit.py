@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from tqdm import tqdm
 
 from thought_kernels.estimation.accumulator import ThoughtAccumulator
+from thought_kernels.fitting.recipe import ResolvedRecipe
 from thought_kernels.models.decoder import Decoder
 from thought_kernels.models.undisturbed import undisturbed
 from thought_kernels.pairing.batches import group_examples
-from thought_kernels.pairing.pairings import PAIRINGS, Run, passes
+from thought_kernels.pairing.pairings import MEMORY_BUDGET, PAIRINGS, Run, passes
 from thought_kernels.patches.patch import ThoughtPatch
 from thought_kernels.patches.site import MATRIX_SITES, SitePatch
 from thought_kernels.prompts.prompt import EncodedExample
@@ -22,38 +22,13 @@ from thought_kernels.prompts.prompt import EncodedExample
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class Recipe:
-    """How rows are made and solved; transmute's options. `scales` has λ per site. See transmute."""
-
-    layers: frozenset[int]
-    sites: frozenset[str]
-    pairing: str
-    estimator: str
-    normalization: str
-    scales: Mapping[str, float]
-    ridge: float
-    tokens: str
-    header_weight: float
-    batch_size: int
-    memory_budget: int
-
-    def described(self) -> dict[str, Any]:
-        """The part of a patch's provenance that is this recipe's; the accumulator records how it solves."""
-        return {
-            "layers": sorted(self.layers),
-            "sites": sorted(self.sites),
-            "pairing": self.pairing,
-            "tokens": self.tokens,
-            "header_weight": self.header_weight,
-        }
-
-
 def fit(
     decoder: Decoder,
-    recipe: Recipe,
+    recipe: ResolvedRecipe,
     examples: Sequence[EncodedExample],
     *,
+    batch_size: int,
+    memory_budget: int = MEMORY_BUDGET,
     provenance: Mapping[str, Any] | None = None,
     progress: bool = False,
 ) -> ThoughtPatch:
@@ -63,6 +38,8 @@ def fit(
         decoder: the described model.
         recipe: how.
         examples: aligned, each with at least one summed token.
+        batch_size: examples in a batch at most.
+        memory_budget: bytes of hidden states that are kept in memory.
         provenance: what the patch should remember beside the recipe.
         progress: show a bar.
 
@@ -73,33 +50,34 @@ def fit(
         ValueError: what the estimator refuses, or NaN in the model's activations.
     """
     dtype = torch.float64 if decoder.dtype == torch.float64 else torch.float32
-    groups = group_examples(examples, recipe.batch_size, recipe.tokens, dtype)
+    groups = group_examples(examples, batch_size, recipe.tokens, dtype)
     log.info("%s", _memory(decoder, recipe, dtype))
     solution = _Solution(recipe, dtype, provenance or {})
-    total = sum(len(group.batches) for group in groups) * (max(recipe.layers) + 1)
+    layers, sites = frozenset(recipe.layers), frozenset(recipe.sites)
+    total = sum(len(group.batches) for group in groups) * (max(layers) + 1)
     with (
         undisturbed(decoder.model),
         tqdm(
-            total=total * passes(recipe.pairing, recipe.sites), desc="transmute", unit="block", disable=not progress,
+            total=total * passes(recipe.pairing, sites), desc="transmute", unit="block", disable=not progress,
             leave=False,
         ) as bar,
     ):  # fmt: skip
         run = Run(
-            decoder=decoder, groups=groups, layers=recipe.layers, sites=recipe.sites, accumulator=solution.accumulator,
+            decoder=decoder, groups=groups, layers=layers, sites=sites, accumulator=solution.accumulator,
             solve=solution.solve, header_weight=recipe.header_weight, tick=bar.update,
-            memory_budget=recipe.memory_budget,
+            memory_budget=memory_budget,
         )  # fmt: skip
         PAIRINGS[recipe.pairing](run)
-    return solution.solve(recipe.layers, recipe.sites)
+    return solution.solve(layers, sites)
 
 
 class _Solution:
     """The sums of one fit, and what has been solved of them: the pairings ask for parts on the way."""
 
-    def __init__(self, recipe: Recipe, dtype: torch.dtype, provenance: Mapping[str, Any]) -> None:
+    def __init__(self, recipe: ResolvedRecipe, dtype: torch.dtype, provenance: Mapping[str, Any]) -> None:
         self._recipe = recipe
         self.accumulator = ThoughtAccumulator(normalization=recipe.normalization, dtype=dtype)
-        self._described = {**recipe.described(), **provenance}
+        self._described = {**_described(recipe), **provenance}
         self._solved: dict[tuple[int, str], SitePatch] = {}
 
     def solve(self, layers: frozenset[int], sites: frozenset[str]) -> ThoughtPatch:
@@ -107,7 +85,7 @@ class _Solution:
         missing = [key for key in wanted if key not in self._solved]
         if missing:
             part = self.accumulator.solve(
-                self._recipe.estimator, scale=self._recipe.scales, ridge=self._recipe.ridge,
+                self._recipe.estimator, scale=self._recipe.scale, ridge=self._recipe.ridge,
                 layers=sorted({layer for layer, _ in missing}), sites=sorted({site for _, site in missing}),
                 provenance=self._described,
             )  # fmt: skip
@@ -119,9 +97,21 @@ class _Solution:
         return ThoughtPatch({key: self._solved[key] for key in wanted}, self._described)
 
 
-def _memory(decoder: Decoder, recipe: Recipe, dtype: torch.dtype) -> str:
+def _described(recipe: ResolvedRecipe) -> dict[str, Any]:
+    """A recipe in a patch's provenance: whole, and field by field; how it is solved is for the accumulator to say."""
+    return {
+        "recipe": recipe.to_dict(),
+        "layers": list(recipe.layers),
+        "sites": sorted(recipe.sites),
+        "pairing": recipe.pairing,
+        "tokens": recipe.tokens,
+        "header_weight": recipe.header_weight,
+    }
+
+
+def _memory(decoder: Decoder, recipe: ResolvedRecipe, dtype: torch.dtype) -> str:
     """What the accumulators will hold at most: two matrices per block and matrix site, of one block in sequential."""
-    d, elements, blocks = decoder.hidden_size, 0, [decoder.blocks[layer] for layer in sorted(recipe.layers)]
+    d, elements, blocks = decoder.hidden_size, 0, [decoder.blocks[layer] for layer in recipe.layers]
     for block in blocks[:1] if recipe.pairing == "sequential" else blocks:
         f = block.mlp_width or 0
         held = {"attention": 2 * block.attention_width**2, "mlp": 2 * d**2, "down": f * (d + f)}

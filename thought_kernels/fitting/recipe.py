@@ -1,16 +1,136 @@
-"""Published recipes as keyword arguments of transmute."""
+"""How a patch is fitted: the options of transmute as one value, and the paper's choice of them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import operator
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, fields
 from typing import Any
 
-from thought_kernels.ops.checks import check_number
+from thought_kernels.estimation.estimators import DEFAULT_RIDGE, check_options
+from thought_kernels.models.decoder import Decoder
+from thought_kernels.ops.accumulate import NORMALIZATIONS
+from thought_kernels.ops.checks import as_integer, as_number, check_choice, check_number
+from thought_kernels.pairing.pairings import PAIRINGS
+from thought_kernels.patches.site import SITES
+
+TOKENS = ("all", "answer")
+
+
+@dataclass(frozen=True)
+class Recipe(Mapping[str, Any]):
+    """How rows are made and solved: the options of transmute that decide what a patch is, checked and as one value.
+
+    It is a mapping of its fields, so that `transmute(..., **recipe)` takes it. `dataclasses.replace(recipe, ridge=0.3)`
+    changes a field; two recipes of equal fields are equal. transmute says what each field means.
+
+    Args:
+        layers: 0-based block indices, None for all.
+        sites: of "attention", "mlp", "down", "residual", None for those that suit the model.
+        pairing: "two_pass", "layerwise" or "sequential".
+        estimator: "mean", "exact", "ridge", "second_order" or "affine".
+        normalization: "none", "norm" or "squared_norm".
+        scale: λ, one number or one per site.
+        ridge: ε, in units of Z's mean eigenvalue.
+        tokens: "all" or "answer".
+        header_weight: total weight of the header's rows.
+        completions: answers written for an example without one.
+
+    Raises:
+        ValueError: an unknown name, a number out of its range, or options that exclude each other.
+        TypeError: a value of another type.
+    """
+
+    layers: Iterable[int] | None = None  # kept as sorted tuples
+    sites: Iterable[str] | None = None
+    pairing: str = "sequential"
+    estimator: str = "ridge"
+    normalization: str = "none"
+    scale: float | Mapping[str, float] = 1.0
+    ridge: float = DEFAULT_RIDGE
+    tokens: str = "all"
+    header_weight: float = 0.0
+    completions: int = 3
+
+    def __post_init__(self) -> None:
+        check_choice("transmute", "pairing", self.pairing, PAIRINGS)
+        check_choice("transmute", "normalization", self.normalization, NORMALIZATIONS)
+        check_choice("transmute", "tokens", self.tokens, TOKENS)
+        read: dict[str, Any] = {
+            "layers": _layers("transmute", self.layers),
+            "sites": _sites(self.sites),
+            "ridge": as_number("transmute", "ridge", self.ridge),
+            "header_weight": as_number("transmute", "header_weight", self.header_weight),
+            "completions": as_integer("transmute", "completions", self.completions, least=1),
+        }
+        check_options("transmute", self.estimator, read["ridge"], self.normalization)
+        if read["header_weight"] < 0:
+            raise ValueError(f"transmute: header_weight must not be negative, got {self.header_weight}")
+        read["scale"] = _scale(self.scale, read["sites"])
+        for name, value in read.items():
+            object.__setattr__(self, name, value)
+
+    def __getitem__(self, name: str) -> Any:
+        if name not in (field.name for field in fields(self)):
+            raise KeyError(name)
+        return getattr(self, name)
+
+    def __iter__(self) -> Iterator[str]:
+        return (field.name for field in fields(self))
+
+    def __len__(self) -> int:
+        return len(fields(self))
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as JSON takes them."""
+        lists = {name: list(value) for name, value in self.items() if isinstance(value, tuple)}
+        scale = dict(self.scale) if isinstance(self.scale, Mapping) else self.scale
+        return {**self, **lists, "scale": scale}
+
+    @staticmethod
+    def from_dict(options: Mapping[str, Any]) -> Recipe:
+        """The recipe of some fields, such as those of `to_dict`; the others have their defaults.
+
+        Raises:
+            ValueError: a name that is no field, or as Recipe.
+            TypeError: as Recipe.
+        """
+        known = [field.name for field in fields(Recipe)]
+        unknown = sorted(set(options) - set(known))
+        if unknown:
+            raise ValueError(f"Recipe: options must be among {', '.join(known)}, got {', '.join(unknown)}")
+        return Recipe(**options)
+
+    def for_model(self, decoder: Decoder) -> ResolvedRecipe:
+        """This recipe for a model: its blocks and sites named, a scale for each site.
+
+        Raises:
+            ValueError: blocks that the model has not, or sites that they have not.
+        """
+        blocks = len(decoder.blocks)
+        layers = tuple(range(blocks) if self.layers is None else self.layers)
+        if layers[-1] >= blocks:
+            raise ValueError(
+                f"transmute: layers must be distinct 0-based block indices below {blocks}, got {list(layers)}; "
+                "give layers= (--layers) that this model has"
+            )
+        sites = _sites_of(self.sites, decoder, layers)
+        scale = self.scale if isinstance(self.scale, Mapping) else dict.fromkeys(sites, self.scale)
+        return ResolvedRecipe(**{**self, "layers": layers, "sites": sites, "scale": scale})
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResolvedRecipe(Recipe):
+    """A recipe for one model, in which nothing is left open. `Recipe.for_model` makes it."""
+
+    layers: tuple[int, ...]
+    sites: tuple[str, ...]
+    scale: Mapping[str, float]
 
 
 def paper_recipe(
-    *, c1: float = 0.015, c2: float = 0.0, layers: Iterable[int] = range(10, 20), steps: int = 300
-) -> dict[str, Any]:
+    *, c1: float = 0.015, c2: float = 0.0, layers: Iterable[int] | None = range(10, 20), steps: int = 300
+) -> Recipe:
     """Algorithm 1 with the paper's practice, as arguments for transmute: `transmute(..., **paper_recipe())`.
 
         ΔW_l = c1/steps Σ_e (1/n_e) Σ_i δ_i a_iᵀ / ‖a_i‖          δb_l = c2/steps Σ_e (1/n_e) Σ_i δ_i
@@ -21,29 +141,85 @@ def paper_recipe(
     Args:
         c1: scale of the matrices. The paper took 0.015 for addition and multiplication, 0.03 for translation.
         c2: scale of the vectors: 0 for addition and multiplication, 0.2 for translation.
-        layers: 0-based block indices; the paper's "10 through 20" of 26 blocks, read as 10..19.
+        layers: 0-based block indices, None for all; the paper's "10 through 20" of 26 blocks, read as 10..19.
         steps: the constant divisor.
 
     Returns:
-        Keyword arguments of transmute. The matrices act on the MLP inputs, the vectors on the block outputs.
+        A Recipe. The matrices act on the MLP inputs, the vectors on the block outputs.
 
     Raises:
-        ValueError: if c1 or c2 is not finite, or steps is not positive.
-        TypeError: if one of them is not a number.
+        ValueError: if c1 or c2 is not finite or both are 0, steps is not positive, or layers are no block indices.
+        TypeError: if one of them is of another type.
 
     Source: "Transmuting prompts into weights", Algorithm 1 and §4.1 to §4.3.
     """
     check_number("paper_recipe", "c1", c1)
     check_number("paper_recipe", "c2", c2)
     check_number("paper_recipe", "steps", steps, positive=True)
-    return {
-        "layers": list(layers),
-        "sites": ("mlp", "residual"),
-        "pairing": "two_pass",
-        "estimator": "mean",
-        "normalization": "norm",
-        "tokens": "all",
-        "header_weight": 0.0,
-        "completions": 1,
-        "scale": {"mlp": c1 / steps, "residual": c2 / steps},
-    }
+    if not c1 and not c2:
+        raise ValueError(f"paper_recipe: c1 or c2 must not be 0, got {c1} and {c2}; the patch would change nothing")
+    return Recipe(
+        layers=_layers("paper_recipe", layers), sites=("mlp", "residual"), pairing="two_pass", estimator="mean",
+        normalization="norm", scale={"mlp": c1 / steps, "residual": c2 / steps}, tokens="all", header_weight=0.0,
+        completions=1,
+    )  # fmt: skip
+
+
+def _layers(function: str, given: Any) -> tuple[int, ...] | None:
+    """Block indices in order."""
+    if given is None:
+        return None
+    try:
+        chosen = [operator.index(layer) for layer in given]
+    except TypeError:
+        raise TypeError(
+            f"{function}: layers must be 0-based block indices or None, got {given!r}; give a list or range, such as "
+            "[3] or range(10, 20)"
+        ) from None
+    if not chosen or min(chosen) < 0 or len(set(chosen)) != len(chosen):
+        raise ValueError(
+            f"{function}: layers must be distinct 0-based block indices, one at least, got {chosen}; None means all"
+        )
+    return tuple(sorted(chosen))
+
+
+def _sites(given: Any) -> tuple[str, ...] | None:
+    """Sites in the order of SITES."""
+    if given is None:
+        return None
+    chosen = [given] if isinstance(given, str) else list(given) if isinstance(given, Iterable) else [given]
+    if not chosen or not all(site in SITES for site in chosen):
+        raise ValueError(f"transmute: sites must be among {', '.join(SITES)}, got {chosen}")
+    return tuple(site for site in SITES if site in chosen)
+
+
+def _scale(given: Any, sites: tuple[str, ...] | None) -> float | dict[str, float]:
+    """One number, or one for each site; not 0 everywhere."""
+    if isinstance(given, Mapping):
+        if not set(sites or ()) <= set(given) <= set(SITES):
+            wanted = f"one entry for each of {sorted(sites)}" if sites else f"sites among {', '.join(SITES)}"
+            raise ValueError(f"transmute: scale must have {wanted}, got {sorted(map(str, given))}")
+        # In one order, and so the patch's file.
+        scales = {site: as_number("transmute", "scale", given[site]) for site in SITES if site in given}
+        used = [scales[site] for site in sites or scales]
+    else:
+        used = [as_number("transmute", "scale", given)]
+    if not any(used):
+        raise ValueError(f"transmute: scale must not be 0 at every site, got {given}; the patch would change nothing")
+    return scales if isinstance(given, Mapping) else used[0]
+
+
+def _sites_of(sites: Iterable[str] | None, decoder: Decoder, layers: tuple[int, ...]) -> tuple[str, ...]:
+    """The sites, or those that suit the blocks, which may be mixtures of experts."""
+    experts = [layer for layer in layers if not decoder.blocks[layer].mlp_inputs]
+    if sites is None:
+        return ("attention",) if experts else ("attention", "down")
+    inside = [site for site in ("mlp", "down") if site in sites]
+    if inside and experts:
+        dense = [block.index for block in decoder.blocks if block.mlp_inputs]
+        instead = f", or layers= of blocks with one MLP, such as {dense[0]}" if dense else ""
+        raise ValueError(
+            f"transmute: sites must be without {inside[0]!r} where the MLP is a mixture of experts, as at block "
+            f"{experts[0]}, got {sorted(sites)}; give sites=('attention',){instead}"
+        )
+    return tuple(sites)

@@ -2,26 +2,20 @@
 
 from __future__ import annotations
 
-import math
-import operator
 from collections.abc import Iterable, Mapping
-from numbers import Real
 from typing import Any
 
 import torch
 
-from thought_kernels.estimation import estimators
-from thought_kernels.estimation.accumulator import NORMALIZATIONS
-from thought_kernels.fitting.fit import Recipe, fit
+from thought_kernels.fitting.fit import fit
+from thought_kernels.fitting.recipe import Recipe
 from thought_kernels.generation.completions import ending_of, with_completions
 from thought_kernels.models import in_memory
 from thought_kernels.models.decoder import Decoder
-from thought_kernels.pairing.pairings import MEMORY_BUDGET, PAIRINGS
+from thought_kernels.ops.checks import as_integer
+from thought_kernels.pairing.pairings import MEMORY_BUDGET
 from thought_kernels.patches.patch import ThoughtPatch
-from thought_kernels.patches.site import SITES
 from thought_kernels.prompts.prompt import EncodedExample, Instruction, encode, load_examples
-
-TOKENS = ("all", "answer")
 
 
 @torch.no_grad()
@@ -34,18 +28,18 @@ def transmute(
     without: Instruction | None = None,
     layers: Iterable[int] | None = None,
     sites: Iterable[str] | None = None,
-    pairing: str = "sequential",
-    estimator: str = "ridge",
-    normalization: str = "none",
-    scale: float | Mapping[str, float] = 1.0,
-    ridge: float = estimators.DEFAULT_RIDGE,
-    tokens: str = "all",
-    header_weight: float = 0.0,
+    pairing: str = Recipe.pairing,
+    estimator: str = Recipe.estimator,
+    normalization: str = Recipe.normalization,
+    scale: float | Mapping[str, float] = Recipe.scale,
+    ridge: float = Recipe.ridge,
+    tokens: str = Recipe.tokens,
+    header_weight: float = Recipe.header_weight,
     separator: str = "\n",
     format: str | None = None,
     batch_size: int = 32,
     memory_budget: int = MEMORY_BUDGET,
-    completions: int = 3,
+    completions: int = Recipe.completions,
     max_new_tokens: int = 64,
     seed: int = 0,
     progress: bool = False,
@@ -59,6 +53,8 @@ def transmute(
 
     per block and site, and the patched module multiplies x + Δ x in place of x. At the "down" site, a is what down_proj
     multiplies, δ what the block's output still lacks, and Δ is added to down_proj's weight.
+
+    The options that decide what a patch is are the fields of a Recipe: `transmute(..., **recipe)`.
 
     Args:
         model: a transformers causal language model; it is only read.
@@ -105,145 +101,75 @@ def transmute(
     Source: "Transmuting prompts into weights", Algorithm 1, eq. 5-8 and A.2; the attention site, the sequential pairing
         and the header's rows are ours.
     """
-    decoder = in_memory("transmute", model)
-    loaded = load_examples(examples)
-    chosen_layers = _layers(layers, len(decoder.blocks))
-    chosen_sites = _sites(sites, decoder, chosen_layers)
-    for name, value, known in (
-        ("pairing", pairing, PAIRINGS),
-        ("estimator", estimator, estimators.ESTIMATORS),
-        ("normalization", normalization, NORMALIZATIONS),
-        ("tokens", tokens, TOKENS),
-    ):
-        _choice(name, value, known)
-    batch_size, max_new_tokens = _count("batch_size", batch_size), _count("max_new_tokens", max_new_tokens)
-    completions, seed = _count("completions", completions), _integer("seed", seed)
-    memory_budget, header_weight = _count("memory_budget", memory_budget), _number("header_weight", header_weight)
-    scales, ridge = _scales(scale, chosen_sites), _number("ridge", ridge)
-    if header_weight < 0:
-        raise ValueError(f"transmute: header_weight must not be negative, got {header_weight}")
-    estimators.check_options(estimator, 1.0, ridge, normalization)
     recipe = Recipe(
-        layers=chosen_layers, sites=chosen_sites, pairing=pairing, estimator=estimator, normalization=normalization,
-        scales=scales, ridge=ridge, tokens=tokens, header_weight=header_weight, batch_size=batch_size,
-        memory_budget=memory_budget,
+        layers=layers, sites=sites, pairing=pairing, estimator=estimator, normalization=normalization, scale=scale,
+        ridge=ridge, tokens=tokens, header_weight=header_weight, completions=completions,
     )  # fmt: skip
+    batch_size = as_integer("transmute", "batch_size", batch_size, least=1)
+    memory_budget = as_integer("transmute", "memory_budget", memory_budget, least=1)
+    max_new_tokens = as_integer("transmute", "max_new_tokens", max_new_tokens, least=1)
+    seed = as_integer("transmute", "seed", seed)
+    decoder = in_memory("transmute", model)
+    resolved = recipe.for_model(decoder)
+    loaded = load_examples(examples)
     encoded = [
         encode(tokenizer, instruction, example, without=without, separator=separator, format=format)._replace(
             number=number
         )
         for number, example in enumerate(loaded)
     ]
-    if header_weight and any(row.replaced for row in encoded):
-        raise ValueError(
-            "transmute: header_weight must be 0 where the prompt without the instruction is no beginning of the prompt "
-            f"with it, got {header_weight}; only rows that both have in common can join with δ = 0"
-        )
-    headless = [row.number for row in encoded if not row.header]
-    if header_weight and headless:
-        raise ValueError(
-            f"transmute: header_weight must be 0 where nothing stands before the instruction, got {header_weight} with "
-            f"examples[{headless[0]}]; there are no rows of a header to join"
-        )
+    _check_header(resolved.header_weight, encoded)
     _check_lengths(decoder, encoded)
     generated = sum(example.completion is None for example in loaded)
     if generated:
         ending = ending_of(decoder.model, tokenizer, loaded[0], format=format)
         encoded = with_completions(
             decoder.model, encoded, ending=ending, max_new_tokens=max_new_tokens, batch_size=batch_size,
-            completions=completions, seed=seed,
+            completions=resolved.completions, seed=seed,
         )  # fmt: skip
     described = {
         "instruction": _told(instruction),
         "without": None if without is None else _told(without),
         "separator": separator,
         "format": format,
-        "model": getattr(decoder.config, "_name_or_path", "") or None,
-        "model_type": decoder.config.model_type,
-        "hidden_size": decoder.hidden_size,
-        "num_hidden_layers": len(decoder.blocks),
-        "examples": len(loaded),
-        "generated_completions": generated * completions,
-        "completions": completions,
-        "max_new_tokens": max_new_tokens,
-        "seed": seed,
-    }
-    return fit(decoder, recipe, encoded, provenance=described, progress=progress)
+        **_model(decoder),
+        "examples": len(loaded), "generated_completions": generated * resolved.completions,
+        "completions": resolved.completions, "max_new_tokens": max_new_tokens, "seed": seed,
+    }  # fmt: skip
+    return fit(
+        decoder, resolved, encoded, batch_size=batch_size, memory_budget=memory_budget, provenance=described,
+        progress=progress,
+    )  # fmt: skip
 
 
 def _told(instruction: Instruction) -> str | list[dict[str, Any]]:
     return instruction if isinstance(instruction, str) else [dict(turn) for turn in instruction]
 
 
-def _layers(layers: Iterable[int] | None, blocks: int) -> frozenset[int]:
-    if layers is None:
-        return frozenset(range(blocks))
-    try:
-        chosen = [operator.index(layer) for layer in layers]
-    except TypeError:
-        raise TypeError(f"transmute: layers must be 0-based block indices or None, got {layers!r}") from None
-    if not chosen or not all(0 <= layer < blocks for layer in chosen) or len(set(chosen)) != len(chosen):
+def _model(decoder: Decoder) -> dict[str, Any]:
+    """What a patch remembers of the model that it was made for."""
+    return {
+        "model": getattr(decoder.config, "_name_or_path", "") or None,
+        "model_type": decoder.config.model_type,
+        "hidden_size": decoder.hidden_size,
+        "num_hidden_layers": len(decoder.blocks),
+    }
+
+
+def _check_header(weight: float, encoded: list[EncodedExample]) -> None:
+    if not weight:
+        return
+    if any(row.replaced for row in encoded):
         raise ValueError(
-            f"transmute: layers must be distinct 0-based block indices below {blocks}, got {chosen}; "
-            "give layers= that this model has"
+            "transmute: header_weight must be 0 where the prompt without the instruction is no beginning of the prompt "
+            f"with it, got {weight}; only rows that both have in common can join with δ = 0"
         )
-    return frozenset(chosen)
-
-
-def _sites(sites: Iterable[str] | None, decoder: Decoder, layers: frozenset[int]) -> frozenset[str]:
-    experts = [layer for layer in sorted(layers) if not decoder.blocks[layer].mlp_inputs]
-    if sites is None:
-        return frozenset({"attention"} if experts else {"attention", "down"})
-    chosen = [sites] if isinstance(sites, str) else list(sites) if isinstance(sites, Iterable) else [sites]
-    if not chosen or not all(site in SITES for site in chosen):
-        raise ValueError(f"transmute: sites must be among {', '.join(SITES)}, got {chosen}")
-    inside = [site for site in ("mlp", "down") if site in chosen]
-    if inside and experts:
-        dense = [block.index for block in decoder.blocks if block.mlp_inputs]
-        instead = f", or layers= of blocks with one MLP, such as {dense[0]}" if dense else ""
+    headless = [row.number for row in encoded if not row.header]
+    if headless:
         raise ValueError(
-            f"transmute: sites must be without {inside[0]!r} where the MLP is a mixture of experts, as at block "
-            f"{experts[0]}, got {sorted(chosen)}; give sites=('attention',){instead}"
+            f"transmute: header_weight must be 0 where nothing stands before the instruction, got {weight} with "
+            f"examples[{headless[0]}]; there are no rows of a header to join"
         )
-    return frozenset(chosen)
-
-
-def _scales(scale: float | Mapping[str, float], sites: frozenset[str]) -> dict[str, float]:
-    if not isinstance(scale, Mapping):
-        number = _number("scale", scale)
-        return {site: number for site in SITES if site in sites}  # in one order, and so the patch's file
-    if not sites <= set(scale) or not set(scale) <= set(SITES):
-        raise ValueError(f"transmute: scale must have one entry for each of {sorted(sites)}, got {sorted(scale)}")
-    return {site: _number("scale", value) for site, value in scale.items()}
-
-
-def _number(name: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, Real):
-        raise TypeError(f"transmute: {name} must be a number, got {value!r}")
-    if not math.isfinite(value):
-        raise ValueError(f"transmute: {name} must be finite, got {value}")
-    return float(value)
-
-
-def _integer(name: str, value: Any) -> int:
-    if isinstance(value, bool):
-        raise TypeError(f"transmute: {name} must be an integer, got {value!r}")
-    try:
-        return operator.index(value)
-    except TypeError:
-        raise TypeError(f"transmute: {name} must be an integer, got {value!r}") from None
-
-
-def _count(name: str, value: Any) -> int:
-    count = _integer(name, value)
-    if count < 1:
-        raise ValueError(f"transmute: {name} must be at least 1, got {count}")
-    return count
-
-
-def _choice(name: str, value: str, known: Iterable[str]) -> None:
-    if value not in tuple(known):
-        raise ValueError(f"transmute: {name} must be one of {', '.join(known)}, got {value!r}")
 
 
 def _check_lengths(decoder: Decoder, encoded: list[EncodedExample]) -> None:

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import math
+import operator
+from collections.abc import Iterable
+from numbers import Real
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -81,6 +85,34 @@ def check_number(function: str, name: str, number: object, *, positive: bool = F
     rule = "be finite" + (" and at least 0" if or_zero else " and positive" if positive else "")
     if not _is_finite(number) or (or_zero and number < 0) or (positive and number <= 0):
         raise ValueError(message(function, name, rule, number))
+
+
+def as_number(function: str, name: str, value: Any) -> float:
+    """A finite number of any kind, numpy's too, as a float."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(message(function, name, "be a number", repr(value)))
+    if not _is_finite(value):  # type: ignore[arg-type]
+        raise ValueError(message(function, name, "be finite", value))
+    return float(value)
+
+
+def as_integer(function: str, name: str, value: Any, *, least: int | None = None) -> int:
+    """An integer of any kind, numpy's too, as an int, and at least some number where asked for."""
+    try:
+        integer = None if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        integer = None
+    if integer is None:
+        raise TypeError(message(function, name, "be an integer", repr(value)))
+    if least is not None and integer < least:
+        raise ValueError(message(function, name, f"be at least {least}", integer))
+    return integer
+
+
+def check_choice(function: str, name: str, value: object, known: Iterable[str]) -> None:
+    """One of some names."""
+    if value not in tuple(known):
+        raise ValueError(message(function, name, f"be one of {', '.join(known)}", repr(value)))
 
 
 def _is_finite(number: float) -> bool:
