@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import re
 import subprocess
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -60,7 +61,7 @@ def part(path: Path) -> str:
 
 
 def imported_modules(path: Path) -> list[tuple[int, str]]:
-    """Every absolute module name a file imports, with its line; names imported from a package count as modules too."""
+    """What a file imports, anywhere in it, as absolute names with their lines."""
     found = []
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
@@ -70,10 +71,7 @@ def imported_modules(path: Path) -> list[tuple[int, str]]:
             if node.level:
                 package = ("thought_kernels", *path.relative_to(PACKAGE).parts[: -node.level])
                 module = ".".join(filter(None, (*package, module)))
-            if module == "thought_kernels":
-                found += [(node.lineno, f"{module}.{alias.name}") for alias in node.names]
-            else:
-                found.append((node.lineno, module))
+            found += [(node.lineno, f"{module}.{alias.name}") for alias in node.names]
         elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith("import_module"):
             found += [(node.lineno, a.value) for a in node.args if isinstance(a, ast.Constant) and "." in str(a.value)]
     return found
@@ -105,9 +103,65 @@ def test_the_import_rule_sees_every_form_of_import(tmp_path: Path, monkeypatch: 
     assert [module for _, module in imported_modules(path)] == [
         "thought_kernels.cli",
         "thought_kernels.models",
-        "thought_kernels.evaluation",
-        "transformers.models",
+        "thought_kernels.evaluation.report",
+        "transformers.models.gemma3",
     ]
+
+
+def imported_files(path: Path) -> set[Path]:
+    """The package's files that a file imports, anywhere in it; its own __init__, the public door, is left out."""
+    found = {defining_file(name) for _, name in imported_modules(path)}
+    return {file for file in found if file not in (None, path, PACKAGE / "__init__.py")}
+
+
+def defining_file(name: str) -> Path | None:
+    """The file of a module, or that a name is imported from."""
+    top, *rest = name.split(".")
+    if top != PACKAGE.name:
+        return None
+    found = PACKAGE / "__init__.py"
+    for stop in range(1, len(rest) + 1):
+        place = PACKAGE.joinpath(*rest[:stop])
+        for file in (place.with_suffix(".py"), place / "__init__.py"):
+            if file.is_file():
+                found = file
+    return found
+
+
+def circle(files: list[Path]) -> list[str]:
+    """Files that import each other in a circle, from one back to itself; none if there is no circle."""
+    try:
+        TopologicalSorter({path: imported_files(path) & set(files) for path in files}).prepare()
+    except CycleError as error:
+        return [str(path.relative_to(PACKAGE)) for path in error.args[1]]
+    return []
+
+
+UNTANGLED_LATER = {"evaluation"}  # its rooms still import each other
+
+
+def test_no_files_import_each_other_in_a_circle() -> None:
+    assert circle([path for path in PARTS if part(path) not in UNTANGLED_LATER]) == []
+
+
+def test_the_circle_rule_sees_late_imports_and_those_for_types(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    package = tmp_path / "thought_kernels"
+    monkeypatch.setattr(f"{__name__}.PACKAGE", package)
+    room = package / "room"
+    room.mkdir(parents=True)
+    (package / "__init__.py").write_text("")
+    (room / "__init__.py").write_text("from thought_kernels.room.a import A\n")
+    (room / "a.py").write_text("from thought_kernels.room import b\nfrom thought_kernels import b as public\n")
+    (room / "b.py").write_text("def late():\n    from thought_kernels.room.c import f\n")
+    (room / "c.py").write_text("from typing import TYPE_CHECKING\n")
+    files = sorted(room.glob("*.py"))
+    assert circle(files) == []
+    for line in (
+        "if TYPE_CHECKING:\n    from thought_kernels.room.a import A\n",
+        "import_module('thought_kernels.room.a')",
+    ):
+        (room / "c.py").write_text(f"from typing import TYPE_CHECKING\n{line}")
+        assert set(circle(files)) == {"room/a.py", "room/b.py", "room/c.py"}
 
 
 def stems() -> list[str]:

@@ -1,7 +1,8 @@
 """A patch is data: a matrix and a vector per block and site. What is done with one has a file each.
 
 site            one block's and site's part
-patch           ThoughtPatch, its arithmetic and what it prints
+data            PatchData: all parts, checked, with their provenance
+patch           ThoughtPatch: the data with its arithmetic, what it prints, and a door to each of the verbs below
 apply, merge    a patch in a model: by hooks, or in the weights
 vectors         the vectors' place among the biases
 storage         a patch as a folder

@@ -5,17 +5,15 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from thought_kernels.models import describe
+from thought_kernels.patches.data import PatchData
 from thought_kernels.patches.site import SitePatch, is_finite
-
-if TYPE_CHECKING:
-    from thought_kernels.patches.patch import ThoughtPatch
 
 
 class AppliedPatch:
@@ -26,7 +24,7 @@ class AppliedPatch:
         model: a transformers model.
     """
 
-    def __init__(self, patch: ThoughtPatch, model: Any) -> None:
+    def __init__(self, patch: PatchData, model: Any) -> None:
         checked = list(targets("applied", patch, model))
         self._handles: list[RemovableHandle] = []
         try:
@@ -107,7 +105,7 @@ class _Change:
         return self(output)
 
 
-def targets(function: str, patch: ThoughtPatch, model: Any) -> Iterator[tuple[tuple[int, str], SitePatch, Any]]:
+def targets(function: str, patch: PatchData, model: Any) -> Iterator[tuple[tuple[int, str], SitePatch, Any]]:
     """Each entry with its block, after checking all of them against the model."""
     decoder = describe(model)
     made_for = patch.provenance.get("model")

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from numbers import Integral
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import safetensors.torch
 import torch
@@ -25,12 +25,10 @@ from tqdm import tqdm
 from thought_kernels.models import describe, in_memory
 from thought_kernels.models.linear import input_width, is_transposed, linear_weight
 from thought_kernels.models.undisturbed import undisturbed
+from thought_kernels.patches.data import PatchData
 from thought_kernels.patches.site import SitePatch, is_finite
 from thought_kernels.patches.storage import replace_files
 from thought_kernels.patches.vectors import placed
-
-if TYPE_CHECKING:
-    from thought_kernels.patches.patch import ThoughtPatch
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHT_FILE = "adapter_model.safetensors"
@@ -85,7 +83,7 @@ class PeftFolder:
 
 
 def export_peft(
-    patch: ThoughtPatch,
+    patch: PatchData,
     directory: str | os.PathLike[str],
     model: Any,
     *,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -13,11 +13,9 @@ from torch import Tensor, nn
 from thought_kernels.models import describe
 from thought_kernels.models.linear import is_transposed, linear_weight
 from thought_kernels.ops.checks import addresses
+from thought_kernels.patches.data import PatchData
 from thought_kernels.patches.site import DTYPES, SitePatch, is_finite
 from thought_kernels.patches.vectors import Placed, placed
-
-if TYPE_CHECKING:
-    from thought_kernels.patches.patch import ThoughtPatch
 
 _ROWS_PER_CHUNK = 4096
 _logger = logging.getLogger(__name__)
@@ -37,9 +35,7 @@ class MergedPatch:
         backup_device: where the originals are kept, None for beside the weights.
     """
 
-    def __init__(
-        self, patch: ThoughtPatch, model: Any, *, fold: bool, backup_device: torch.device | str | None
-    ) -> None:
+    def __init__(self, patch: PatchData, model: Any, *, fold: bool, backup_device: torch.device | str | None) -> None:
         self.fold_residuals: dict[tuple[int, str], float | None] = {}
         plan: list[_Edit] = []
         for part in placed("merge_", patch, model, fold=fold, instead="use applied"):

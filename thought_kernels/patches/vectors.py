@@ -11,15 +11,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
 from thought_kernels.patches.apply import targets
+from thought_kernels.patches.data import PatchData
 from thought_kernels.patches.site import SitePatch
-
-if TYPE_CHECKING:
-    from thought_kernels.patches.patch import ThoughtPatch
 
 
 class Placed(NamedTuple):
@@ -40,7 +38,7 @@ class Placed(NamedTuple):
     folds: bool
 
 
-def placed(function: str, patch: ThoughtPatch, model: Any, *, fold: bool, instead: str) -> list[Placed]:
+def placed(function: str, patch: PatchData, model: Any, *, fold: bool, instead: str) -> list[Placed]:
     """A patch's parts in modules of a model, each vector in the biases or to be folded.
 
     Args:
@@ -79,7 +77,7 @@ def _modules(site: str, block: Any) -> tuple[tuple[str, ...], tuple[Any, ...]]:
 
 
 def _without_residual(
-    function: str, patch: ThoughtPatch, model: Any, instead: str
+    function: str, patch: PatchData, model: Any, instead: str
 ) -> Iterator[tuple[tuple[int, str], SitePatch, Any]]:
     """The patch's entries with their blocks, residual vectors as part of the down site's."""
     found = {key: (entry, block) for key, entry, block in targets(function, patch, model)}
