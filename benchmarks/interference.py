@@ -28,9 +28,9 @@ import thought_kernels as tk
 from thought_kernels.demo import CHECKPOINT
 from thought_kernels.demo.tasks import TASKS, held_out, inputs
 from thought_kernels.evaluation.experiments.experiments import default_recipe
-from thought_kernels.evaluation.experiments.journal import data_hash, fingerprint
 from thought_kernels.evaluation.measures.overlap import rank_correlation
 from thought_kernels.evaluation.measures.trial import Trial
+from thought_kernels.evaluation.records.digests import data_hash, fingerprint
 from thought_kernels.models.load import load
 from thought_kernels.spectral.diagnose import interference
 from thought_kernels.spectral.overlap import Interference

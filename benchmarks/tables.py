@@ -22,7 +22,7 @@ from experiment_tables import EXPERIMENTS
 from markdown_table import markdown
 from real_tables import REAL
 
-from thought_kernels.evaluation.files import write_text
+from thought_kernels.evaluation.records.files import write_text
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"

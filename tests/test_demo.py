@@ -22,9 +22,10 @@ from thought_kernels.demo.demo import DemoReport, Row, run_demo
 from thought_kernels.demo.picture import draw
 from thought_kernels.demo.tasks import RESERVED_FOR_FINAL_STUDY, TASKS, held_out, inputs, split_by_symbols
 from thought_kernels.demo.tokenizer import build_tokenizer
-from thought_kernels.evaluation.experiments.curves import default_steps, paper_layers, paper_patch, paper_steps
-from thought_kernels.evaluation.files import write_json
+from thought_kernels.evaluation.experiments.curves import default_steps, paper_steps
 from thought_kernels.evaluation.measures.trial import Trial
+from thought_kernels.evaluation.records.files import write_json
+from thought_kernels.evaluation.rivals.paper import paper_layers, paper_patch
 
 TOKENIZER = build_tokenizer()
 SMALL = {"examples": 3, "inputs": 5, "steps": 6, "seed": 3}

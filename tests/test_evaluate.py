@@ -19,10 +19,13 @@ from patches import hooks, random_patch, same_bits, weights
 import thought_kernels as tk
 from thought_kernels.demo import CHECKPOINT
 from thought_kernels.evaluation import evaluate as package_module  # noqa: F401  the function's own module
+from thought_kernels.evaluation.figures.headings import HEADINGS
+from thought_kernels.evaluation.figures.report import Line
+from thought_kernels.evaluation.figures.section import Section
+from thought_kernels.evaluation.figures.verdict import summary, verdict
 from thought_kernels.evaluation.pages.plots import PLOTS
-from thought_kernels.evaluation.pages.verdict import summary, verdict
+from thought_kernels.evaluation.report import Evaluation
 from thought_kernels.evaluation.sections import sections as registry
-from thought_kernels.evaluation.sections.report import Evaluation, Line, Section
 from thought_kernels.patches.patch import ThoughtPatch
 from thought_kernels.prompts.prompt import encode
 from thought_kernels.spectral import diagnose
@@ -61,7 +64,7 @@ def whole(model: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Evaluat
 
 def test_every_section_has_figures_and_none_fails(whole: tuple[Evaluation, Path]) -> None:
     found, _ = whole
-    assert list(found.sections) == list(registry.SECTIONS)
+    assert list(found.sections) == list(registry.SECTIONS) == list(HEADINGS)
     assert {name: section.error for name, section in found.sections.items() if section.error} == {}
     for section in found.sections.values():
         assert section.figures and section.seconds > 0 and section.peak_memory_mib > 1, section.name
@@ -197,8 +200,8 @@ def test_finished_sections_are_not_measured_again(model: Any, tmp_path: Path, mo
         raise RuntimeError("no luck")
 
     kind = registry.SECTIONS["scale"]
-    for name, other in registry.SECTIONS.items():
-        monkeypatch.setitem(registry.SECTIONS, name, registry.SectionKind(other.title, other.reading, broken))
+    for name in registry.SECTIONS:
+        monkeypatch.setitem(registry.SECTIONS, name, broken)
     again = tk.evaluate(model, TOKENIZER, "Sum <them> & say", EXAMPLES, **arguments)
     assert repr(again.sections) == repr(found.sections)
 
@@ -440,8 +443,7 @@ def test_the_command_writes_a_report_and_refuses_with_a_sentence(
         raise ValueError("evaluate: examples must be at least this good")
 
     with monkeypatch.context() as patched:
-        kind = registry.SECTIONS["effect"]
-        patched.setitem(registry.SECTIONS, "effect", registry.SectionKind(kind.title, kind.reading, broken))
+        patched.setitem(registry.SECTIONS, "effect", broken)
         done = run("--task", "reverse", "--sections", "effect", "--inputs", "2", "--output", str(tmp_path / "failed"))
     assert done.exit_code == 1 and "section effect did not finish: " in " ".join(done.stderr.split())
     assert (tmp_path / "failed" / "evaluation.html").is_file()

@@ -17,13 +17,14 @@ from patches import random_patch, same_bits, token_ids, weights
 import thought_kernels as tk
 from thought_kernels.estimation.accumulator import ThoughtAccumulator
 from thought_kernels.evaluation import resume
-from thought_kernels.evaluation.experiments import journal
+from thought_kernels.evaluation.figures.section import Section
 from thought_kernels.evaluation.measures.intervals import mean_interval, recovered_interval
 from thought_kernels.evaluation.measures.memory import MemoryPeak
 from thought_kernels.evaluation.measures.scorers import Each, Judge, ScorerError, as_scorer
 from thought_kernels.evaluation.measures.trial import Trial
+from thought_kernels.evaluation.records import digests
 from thought_kernels.evaluation.rivals.lora import train_lora
-from thought_kernels.evaluation.rivals.refit import MeanDifferences, Shuffled, full_recipe, rank_one, refit, split
+from thought_kernels.evaluation.rivals.refit import MeanDifferences, Shuffled, full_recipe, rank_one, split
 from thought_kernels.evaluation.rivals.steering import (
     Steering,
     _answer_means,
@@ -34,7 +35,6 @@ from thought_kernels.evaluation.rivals.steering import (
 )
 from thought_kernels.evaluation.sections.baselines import BASELINES
 from thought_kernels.evaluation.sections.controls import randomised
-from thought_kernels.evaluation.sections.report import Section
 from thought_kernels.evaluation.sections.subject import Inputs, Subject, Tolerant
 from thought_kernels.models import describe
 from thought_kernels.patches.patch import ThoughtPatch
@@ -67,7 +67,7 @@ def test_fingerprints_do_not_depend_on_the_number_of_threads(model: Any) -> None
     try:
         for count in (1, 2):
             torch.set_num_threads(count)
-            found.add((journal.fingerprint(layer), resume.fingerprint(whole, {})))
+            found.add((digests.fingerprint(layer), resume.fingerprint(whole, {})))
     finally:
         torch.set_num_threads(threads)
     (of_model, of_subject) = found.pop()
@@ -76,7 +76,7 @@ def test_fingerprints_do_not_depend_on_the_number_of_threads(model: Any) -> None
     assert resume.fingerprint(patched, {}) != of_subject
     with torch.no_grad():
         layer.weight[5, 7] *= 1 + 2**-22
-    assert journal.fingerprint(layer) != of_model and resume.fingerprint(whole, {}) != of_subject
+    assert digests.fingerprint(layer) != of_model and resume.fingerprint(whole, {}) != of_subject
 
 
 @pytest.mark.filterwarnings("ignore:transmute. .* completions did not end")
@@ -84,7 +84,7 @@ def test_a_patch_is_fitted_again_from_the_completions_that_it_was_fitted_on(mode
     patch = tk.transmute(model, TOKENIZER, INSTRUCTION, QUESTIONS, max_new_tokens=2)
     assert patch.provenance["max_new_tokens"] == 2
     whole = replace(subject(model), given_patch=patch)  # whose own answers are longer
-    again = refit(whole, full_recipe(whole))
+    again = whole.refit(full_recipe(whole.patch))
     for layer in patch.layers:
         found, wanted = (one.matrix(layer, "attention") for one in (again, patch))
         assert torch.linalg.vector_norm(found - wanted) <= 1e-4 * torch.linalg.vector_norm(wanted)
@@ -204,7 +204,7 @@ def test_a_trial_without_answers_is_graded_by_agreement(model: Any) -> None:
 )
 def test_a_refit_with_nothing_changed_is_the_patch_itself(model: Any, recipe: dict[str, Any]) -> None:
     found = subject(model, ridge=0.3, **recipe)
-    again = refit(found, full_recipe(found))
+    again = found.refit(full_recipe(found.patch))
     assert again.entries.keys() == found.patch.entries.keys()
     for key, entry in found.patch.entries.items():
         torch.testing.assert_close(again.entries[key].dense(), entry.dense(), rtol=1e-3, atol=1e-5)
@@ -221,7 +221,7 @@ def test_a_refit_in_sequence_holds_one_block_s_sums(model: Any, pairing: str, mo
         most.add(len(accumulator._sums))
 
     monkeypatch.setattr(accumulator, "update", watched)
-    patch = refit(found, full_recipe(found), accumulator=accumulator)
+    patch = found.refit(full_recipe(found.patch), accumulator=accumulator)
     assert max(most) == (1 if pairing == "sequential" else len(patch.entries))
     assert accumulator.layers == (() if pairing == "sequential" else patch.layers)
 

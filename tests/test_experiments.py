@@ -18,11 +18,14 @@ from thought_kernels.cli import app, scoring
 from thought_kernels.cli.experiment import task_split
 from thought_kernels.demo.tasks import held_out
 from thought_kernels.evaluation.experiments import experiments
-from thought_kernels.evaluation.experiments.curves import C1_FACTORS, default_steps, paper_steps, sweep_c1
+from thought_kernels.evaluation.experiments.curves import default_steps, paper_steps
 from thought_kernels.evaluation.experiments.experiments import run_experiment
-from thought_kernels.evaluation.experiments.journal import Journal, fingerprint
 from thought_kernels.evaluation.experiments.pairs import Pair, Split, read_pairs, split_pairs, usable
 from thought_kernels.evaluation.measures.trial import Trial
+from thought_kernels.evaluation.pictures.curves import draw_experiment
+from thought_kernels.evaluation.records.digests import fingerprint
+from thought_kernels.evaluation.records.journal import Journal
+from thought_kernels.evaluation.rivals.paper import C1_FACTORS, sweep_c1
 
 TOKENIZER = tiny_tokenizer()
 LAYERS = ["full_attention"] * 2
@@ -48,7 +51,9 @@ def data() -> Split:
 @pytest.fixture(scope="module")
 def ran(model: Any, data: Split, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
     output = tmp_path_factory.mktemp("addition")
-    return run_experiment(model, TOKENIZER, "addition", data, output, max_new_tokens=3), output
+    report = run_experiment(model, TOKENIZER, "addition", data, output, max_new_tokens=3)
+    draw_experiment(report, output / "figure.png")
+    return report, output
 
 
 def test_a_split_measures_on_what_training_has_not_seen(data: Split) -> None:

@@ -72,7 +72,7 @@ def bench(
     for line in _absences(found):
         options.out.print(line, style="dim", markup=False)
     if json_file is not None:
-        from thought_kernels.evaluation.files import write_json
+        from thought_kernels.evaluation.records.files import write_json
 
         write_json(found, json_file)
         options.out.print(f"figures in {json_file}", markup=False, soft_wrap=True)

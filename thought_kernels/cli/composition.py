@@ -15,8 +15,8 @@ from rich.text import Text
 from thought_kernels.cli import options, scoring
 from thought_kernels.demo.tasks import TASKS, held_out, inputs
 from thought_kernels.evaluation.experiments.composition import Alone, Behaviour, Both, Composition, Together
-from thought_kernels.evaluation.files import write_csv, write_json
 from thought_kernels.evaluation.measures.overlap import PREDICTORS, rank_correlation
+from thought_kernels.evaluation.records.files import write_csv, write_json
 
 # Compatible ones (a list, then its form), rivals for the same answer, and opposites.
 PAIRS = ("reverse+commas", "sort+commas", "rotate+reverse", "reverse+sort", "sum+largest", "sort+sort_down",
@@ -41,8 +41,9 @@ def composition(
 ) -> None:
     """Add and negate patches of two instructions on numbers, and see whether overlap foretells the damage."""
     from thought_kernels.evaluation.experiments.experiments import default_recipe
-    from thought_kernels.evaluation.experiments.journal import Journal, fingerprint
-    from thought_kernels.evaluation.pages.curve_picture import draw_composition
+    from thought_kernels.evaluation.pictures.composition import draw_composition
+    from thought_kernels.evaluation.records.digests import fingerprint
+    from thought_kernels.evaluation.records.journal import Journal
     from thought_kernels.version import __version__
 
     options.check_folder(output)

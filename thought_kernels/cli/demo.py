@@ -14,7 +14,7 @@ from thought_kernels.cli import options
 from thought_kernels.cli.experiment import show_samples
 from thought_kernels.demo.curves import Curve, Sweep
 from thought_kernels.demo.demo import OUTSIDE_SHARE, PATCHED_SHARE, RECOVERED, DemoReport, Row, run_demo
-from thought_kernels.evaluation.files import write_json
+from thought_kernels.evaluation.records.files import write_json
 
 
 def demo(

@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from thought_kernels.cli import options, scoring
-from thought_kernels.evaluation.sections.sections import SECTIONS, chosen_sections
+from thought_kernels.evaluation.figures.headings import HEADINGS, chosen_sections
 
 _COLOURS = {"yes": "green", "partly": "yellow", "no": "red", "unknown": "dim"}
 _TASK = "sum"
@@ -36,7 +36,7 @@ def evaluate(
         typer.Option(help=f"Data for every section from a task of the shipped model (default {_TASK} without data)."),
     ] = None,
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the report.")] = Path("evaluation"),
-    sections: Annotated[str, typer.Option(help=f"all, or of these, comma-separated: {', '.join(SECTIONS)}.")] = "all",
+    sections: Annotated[str, typer.Option(help=f"all, or of these, comma-separated: {', '.join(HEADINGS)}.")] = "all",
     scorer: Annotated[
         str, typer.Option(help="exact, contains, regex:PATTERN, module:function, or judge:MODEL (any causal model).")
     ] = "exact",
@@ -130,7 +130,7 @@ def evaluate(
 
 def show(evaluation: Any) -> None:
     """Prints the verdict, and what did not finish."""
-    from thought_kernels.evaluation.pages.verdict import summary
+    from thought_kernels.evaluation.figures.verdict import summary
 
     options.out.print(Text(summary(evaluation.verdict), style="bold"))
     table = Table(box=None, show_header=False, pad_edge=False)

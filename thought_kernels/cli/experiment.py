@@ -15,8 +15,10 @@ from thought_kernels.cli import composition, knowledge, options, scoring
 from thought_kernels.cli.transmute import read_layers
 from thought_kernels.demo.tasks import TASKS, held_out, inputs
 from thought_kernels.evaluation.experiments.curves import Sample
-from thought_kernels.evaluation.experiments.experiments import LINES, PUBLISHED, ExperimentReport, run_experiment
+from thought_kernels.evaluation.experiments.experiments import run_experiment
 from thought_kernels.evaluation.experiments.pairs import Pair, Split, read_pairs, split_pairs, usable
+from thought_kernels.evaluation.experiments.published import LINES, PUBLISHED
+from thought_kernels.evaluation.experiments.results import ExperimentReport
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -94,6 +96,8 @@ def task_split(task_name: str, *, steps: int, inputs_count: int, seed: int) -> S
 
 
 def _run(name: str, given: dict[str, Any]) -> None:
+    from thought_kernels.evaluation.pictures.curves import draw_experiment
+
     output = given["output"] if given["output"] is not None else Path(f"experiment-{name}")
     options.check_folder(output)
     steps, count, seed = given["steps"], given["inputs"], given["seed"]
@@ -119,6 +123,7 @@ def _run(name: str, given: dict[str, Any]) -> None:
         max_new_tokens=given["max_new_tokens"] or scoring.answer_room(tokenizer, answers, match),
         progress=options.err.is_terminal,
     )  # fmt: skip
+    draw_experiment(report, output / "figure.png")
     show(report)
     options.out.print(f"figure, tables and results in {output}", markup=False, soft_wrap=True)
 

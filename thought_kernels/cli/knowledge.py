@@ -15,7 +15,7 @@ from thought_kernels.cli import options, scoring
 from thought_kernels.demo.tasks import TASKS, held_out, split_by_symbols
 from thought_kernels.evaluation.experiments.knowledge import FACTS, QUESTIONS, KnowledgeReport, run_knowledge
 from thought_kernels.evaluation.experiments.pairs import Pair, read_pairs, split_pairs
-from thought_kernels.evaluation.files import write_csv, write_json
+from thought_kernels.evaluation.records.files import write_csv, write_json
 
 
 def knowledge(

@@ -10,6 +10,7 @@ from thought_kernels.demo.tasks import TASKS, Task
 from thought_kernels.evaluation.experiments import curves
 from thought_kernels.evaluation.experiments.curves import Point, Sample
 from thought_kernels.evaluation.measures.trial import Trial, prompted_texts
+from thought_kernels.evaluation.rivals import paper as published
 from thought_kernels.models import describe
 
 CURVES = ("sum", "multiply")
@@ -74,11 +75,13 @@ def sweep_c1(
     That is with as many examples as the constant divisor (half of the curve's). The matrices are linear in c1, so one
     patch is fitted and scaled.
     """
-    task, count = TASKS[VALIDATION], max(1, min(curves.PAPER_DIVISOR, steps // 2))
+    task, count = TASKS[VALIDATION], max(1, min(published.PAPER_DIVISOR, steps // 2))
     fresh = fresh[:CURVE_INPUTS]
     trial = Trial(model, tokenizer, task.instruction, fresh, [task.answer(x) for x in fresh], known=known, **options)
-    tried = curves.sweep_c1(model, curves.paper_patch(model, tokenizer, task.instruction, fit[:count], 1.0), trial)
-    return Sweep(VALIDATION, count, tried, curves.best_c1(tried))
+    tried = published.sweep_c1(
+        model, published.paper_patch(model, tokenizer, task.instruction, fit[:count], 1.0), trial
+    )
+    return Sweep(VALIDATION, count, tried, published.best_c1(tried))
 
 
 def draw_curve(
@@ -122,7 +125,7 @@ def draw_curve(
         found.append(curves.curve(rows, fresh, trial.prompted_texts, used))
     (paper, answers), (default, _) = found
     samples = [sample for sample in answers if sample.steps in _sampled_steps(steps)]
-    layers = curves.paper_layers(len(describe(model).blocks))
+    layers = published.paper_layers(len(describe(model).blocks))
     return Curve(task.name, trial.prompted, trial.base, paper, default, samples, c1, layers, len(fresh))
 
 

@@ -9,8 +9,9 @@ from typing import Any
 from thought_kernels.demo.curves import Curve
 from thought_kernels.demo.demo import DemoReport, Row
 from thought_kernels.demo.tasks import RESERVED_FOR_FINAL_STUDY, TASKS
-from thought_kernels.evaluation.pages.curve_picture import STYLE, curve_axes, percent_axis
-from thought_kernels.evaluation.pages.drawing import BLUE, GREY, INK, ORANGE, save_picture
+from thought_kernels.evaluation.pages.drawing import BLUE, GREY, INK, ORANGE
+from thought_kernels.evaluation.pictures.canvas import percent_axis, pyplot_without_window, save_picture
+from thought_kernels.evaluation.pictures.curves import curve_axes
 
 _BARS: tuple[tuple[str, str, Callable[[Row], float]], ...] = (
     ("bare", GREY, lambda row: row.base),
@@ -27,14 +28,9 @@ def draw(report: DemoReport, path: Path) -> None:
         report: with at least one row.
         path: of the PNG; its folder must exist.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     columns = max(len(report.curves), 1)
     rows = 2 if report.curves else 1
-    with pyplot.rc_context(STYLE):
+    with pyplot_without_window() as pyplot:
         figure = pyplot.figure(figsize=(max(9.0, 0.72 * len(report.rows) + 1.5), 4.1 * rows), layout="constrained")
         grid = figure.add_gridspec(rows, columns, hspace=0.08)
         _bars(figure.add_subplot(grid[0, :]), report)

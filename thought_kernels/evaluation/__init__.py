@@ -1,9 +1,14 @@
 """What a patch is worth: the report behind `thought_kernels.evaluate`, and the experiments of the papers.
 
-evaluate, arguments, resume   the report: its function, its input, its progress on disk
-measures      trials, scorers, divergences, intervals
-rivals        other uses of the same examples: steering vectors, LoRA, refits
+evaluate, arguments, resume, report   the report: its function, its input, its progress on disk, what is returned
+measures      trials, scorers, divergences, intervals, overlap of patches
+rivals        other uses of the same examples: steering vectors, LoRA, refits, the paper's recipe
+figures       the report as data, and the verdict
 sections      a subject goes in, figures come out
 pages         figures go in, a page comes out
-experiments   the papers' experiments
+experiments   the papers' experiments: results come out
+pictures      experiments' results go in, pictures come out
+records       results on disk
+
+Arrows: measures <- rivals <- sections, measures <- figures <- sections and pages, rivals <- experiments <- pictures.
 """

@@ -10,11 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from thought_kernels.evaluation.arguments import read_subject
+from thought_kernels.evaluation.figures.headings import HEADINGS, chosen_sections
+from thought_kernels.evaluation.figures.section import Section
+from thought_kernels.evaluation.figures.verdict import verdict
 from thought_kernels.evaluation.measures.memory import MemoryPeak
-from thought_kernels.evaluation.pages.verdict import verdict
+from thought_kernels.evaluation.report import Evaluation, output_folder
 from thought_kernels.evaluation.resume import Progress, fingerprint
-from thought_kernels.evaluation.sections.report import Evaluation, Section, output_folder
-from thought_kernels.evaluation.sections.sections import SECTIONS, chosen_sections
+from thought_kernels.evaluation.sections.sections import SECTIONS
 from thought_kernels.evaluation.sections.subject import NotGivenError, Subject
 from thought_kernels.patches.patch import ThoughtPatch
 from thought_kernels.prompts.prompt import Instruction
@@ -81,7 +83,7 @@ def evaluate(
             instructions. Where they have no inputs they are asked the held-out ones, judged by agreement.
         unrelated: prompts that the patch should leave alone; a few ordinary questions if not given.
         pool: more examples for the data-efficiency curve, which goes to 512; `examples` are put first.
-        sections: "all", or names of sections.SECTIONS.
+        sections: "all", or names of figures.headings.HEADINGS.
         output: folder for the report, its sections as they finish, and the patch.
         recipe: arguments of transmute for every fit; a given patch's own settings if not given.
         inputs: held-out inputs used at most.
@@ -118,7 +120,7 @@ def evaluate(
     done: dict[str, Section] = {}
     for index, name in enumerate(names):
         if progress is not None:
-            progress(index, len(names), SECTIONS[name].title)
+            progress(index, len(names), HEADINGS[name].title)
         found = kept.load(name, subject)
         done[name] = found if found is not None else run_section(subject, name)
         if found is None:
@@ -137,12 +139,12 @@ def evaluate(
 
 def run_section(subject: Subject, name: str) -> Section:
     """One section, timed; what it raises becomes its error and status."""
-    section = Section(name, SECTIONS[name].title)
+    section = Section(name, HEADINGS[name].title)
     before = len(subject.scorer.failures)
     started = time.monotonic()
     with MemoryPeak(subject.decoder.device) as peak:
         try:
-            SECTIONS[name].run(subject, section)
+            SECTIONS[name](subject, section)
         except Exception as error:  # a section must not take the others with it, whatever went wrong
             text = str(error).strip()
             section.status = "left out" if isinstance(error, NotGivenError) else "failed"

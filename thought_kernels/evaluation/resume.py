@@ -9,9 +9,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from thought_kernels.evaluation.experiments.journal import tensors_hash
-from thought_kernels.evaluation.files import write_json
-from thought_kernels.evaluation.sections.report import FORMAT, Section
+from thought_kernels.evaluation.figures.report import FORMAT
+from thought_kernels.evaluation.figures.section import Section
+from thought_kernels.evaluation.records.digests import tensors_hash
+from thought_kernels.evaluation.records.files import write_json
 from thought_kernels.evaluation.sections.subject import Subject
 from thought_kernels.patches.patch import ThoughtPatch
 from thought_kernels.version import __version__

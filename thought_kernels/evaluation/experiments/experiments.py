@@ -16,7 +16,6 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -24,118 +23,28 @@ from typing import Any
 from tqdm import tqdm
 
 from thought_kernels.evaluation.experiments.curves import (
-    PAPER_DIVISOR,
-    Point,
-    Sample,
     answered,
-    best_c1,
     curve,
     default_line,
     default_steps,
     own_examples,
-    paper_layers,
     paper_line,
-    paper_patch,
     paper_steps,
-    sweep_c1,
 )
-from thought_kernels.evaluation.experiments.journal import Journal, data_hash, fingerprint
 from thought_kernels.evaluation.experiments.pairs import Pair, Split, check_context
-from thought_kernels.evaluation.files import write_csv, write_json
+from thought_kernels.evaluation.experiments.published import LINES, PUBLISHED
+from thought_kernels.evaluation.experiments.results import ExperimentReport, Line, write_results
 from thought_kernels.evaluation.measures.scorers import as_scorer
 from thought_kernels.evaluation.measures.trial import Trial, prompted_texts
-from thought_kernels.evaluation.pages.curve_picture import draw_experiment
+from thought_kernels.evaluation.records.digests import data_hash, fingerprint
+from thought_kernels.evaluation.records.journal import Journal
+from thought_kernels.evaluation.rivals.paper import PAPER_DIVISOR, best_c1, paper_layers, paper_patch, sweep_c1
 from thought_kernels.fitting.transmute import transmute
 from thought_kernels.models import describe
 from thought_kernels.patches.patch import ThoughtPatch
 from thought_kernels.version import __version__
 
-LINES = ("paper", "tuned", "default")
 MAX_KEPT_LOGITS = 2**28  # of the prompted model at the validation inputs; see Trial
-
-
-@dataclass(frozen=True)
-class Published:
-    """What the paper did in one experiment.
-
-    Attributes:
-        instruction: transmuted.
-        c1, c2: scales of matrices and vectors.
-        source: figure and table.
-        sampled: steps whose answers the table shows.
-    """
-
-    instruction: str
-    c1: float
-    c2: float
-    source: str
-    sampled: tuple[int, ...]
-
-
-PUBLISHED = {
-    "addition": Published("Sum the numbers", 0.015, 0.0, "TP Figure 1 (left) and Table 1", (0, 280, 600)),
-    "multiplication": Published("Multiply the numbers", 0.015, 0.0, "TP Figure 1 (right) and Table 2", (370, 460, 600)),
-    "translation": Published("Translate to French", 0.03, 0.2, "TP Figure 2 and Table 3", (180, 240)),
-}
-
-
-@dataclass(frozen=True)
-class Line:
-    """One curve: its points, and one question answered at each.
-
-    Attributes:
-        name: of LINES.
-        c1, c2: None for the default recipe.
-        layers: 0-based blocks of the paper's recipe, None for the default recipe.
-        points: with the bare model at 0 steps.
-        samples: one per point, the questions in turn.
-    """
-
-    name: str
-    c1: float | None
-    c2: float | None
-    layers: list[int] | None
-    points: list[Point]
-    samples: list[Sample]
-
-    @property
-    def label(self) -> str:
-        """What a legend says."""
-        if self.layers is None:
-            return "transmute's defaults"
-        blocks = f"blocks {self.layers[0]}-{self.layers[-1]}"
-        kind = "paper's settings" if self.name == "paper" else "paper's recipe, c₁ tuned here"
-        return f"{kind}, {blocks}, c₁ = {self.c1:g}" + (f", c₂ = {self.c2:g}" if self.c2 else "")
-
-
-@dataclass(frozen=True)
-class ExperimentReport:
-    """An experiment's curves.
-
-    Attributes:
-        name, source: of the experiment.
-        prompted, base: accuracy on the fresh inputs with and without the instruction.
-        inputs: how many those are.
-        lines: in the order of LINES.
-        sweep: (c1, accuracy, recovered effect) each, of the tuned line; recovered is None where it is not finite.
-        sampled: steps of the paper's table.
-        settings: what the results depend on.
-    """
-
-    name: str
-    source: str
-    prompted: float
-    base: float
-    inputs: int
-    lines: list[Line]
-    sweep: list[tuple[float, float, float | None]]
-    sampled: tuple[int, ...]
-    settings: dict[str, Any]
-
-    def table(self, line: Line) -> list[Sample]:
-        """The samples nearest to the steps of the paper's table."""
-        nearest = [min(line.samples, key=lambda sample, n=n: abs(sample.steps - n)) for n in self.sampled]  # type: ignore[misc]
-        return list(dict.fromkeys(nearest))
 
 
 def run_experiment(
@@ -155,7 +64,7 @@ def run_experiment(
     batch_size: int = 128,
     progress: bool = False,
 ) -> ExperimentReport:
-    """Runs one of the paper's experiments and writes results.json, points.csv, samples.csv and figure.png.
+    """Runs one of the paper's experiments and writes results.json, points.csv and samples.csv.
 
     A run that was stopped goes on from journal.jsonl in the same folder.
 
@@ -212,7 +121,7 @@ def run_experiment(
             name, published.source, run.levels["prompted"], run.levels["base"], len(data.fresh), found, sweep,
             published.sampled, settings,
         )  # fmt: skip
-    write_report(report, output)
+    write_results(report, output)
     return report
 
 
@@ -229,23 +138,6 @@ def default_recipe() -> dict[str, Any]:
         for name, parameter in inspect.signature(transmute).parameters.items()
         if parameter.default is not inspect.Parameter.empty and name != "progress"
     }
-
-
-def write_report(report: ExperimentReport, output: Path) -> None:
-    """Writes results.json, points.csv, samples.csv and figure.png, each replaced in one step."""
-    write_json(asdict(report), output / "results.json")
-    points = [
-        {"experiment": report.name, "line": line.name, "c1": line.c1, "c2": line.c2, **asdict(point)}
-        for line in report.lines
-        for point in line.points
-    ]
-    samples = [{"line": line.name, **asdict(sample)} for line in report.lines for sample in line.samples]
-    write_csv(points, output / "points.csv")
-    write_csv(samples, output / "samples.csv")
-    paper = next((line for line in report.lines if line.name == "paper"), None)
-    title = f"{report.settings['instruction']}, {report.inputs} inputs"
-    curves = [(line.label, line.points) for line in report.lines]
-    draw_experiment(title, curves, report.prompted, report.base, output / "figure.png", c1=paper.c1 if paper else None)
 
 
 def _steps(line: str, count: int) -> list[int]:

@@ -4,26 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, Literal
 
-from thought_kernels.evaluation.files import replace_file
-from thought_kernels.evaluation.sections.report import Figure
+from thought_kernels.evaluation.figures.section import Figure
 
 # Okabe and Ito's palette: apart for colour-blind readers, and by lightness in print.
 GREY, BLUE, ORANGE, GREEN, RED, INK = "#a9adb3", "#0072b2", "#e69f00", "#009e73", "#c0392b", "#30343a"
 COLOURS = {"bare": GREY, "prompted": INK, "patched": BLUE}
 FLOOR = -0.25  # recovered effects below this are drawn at the edge, since ‑40 and ‑4 say the same
-
-
-def save_picture(figure: Any, path: Path) -> None:
-    """Writes a pyplot figure as a PNG, replacing the file in one step, and closes it."""
-    from matplotlib import pyplot
-
-    try:
-        replace_file(path, lambda temporary: figure.savefig(temporary, format="png", dpi=150))
-    finally:
-        pyplot.close(figure)
 
 
 def dot(axes: Any, row: float, figure: Figure, colour: str) -> None:

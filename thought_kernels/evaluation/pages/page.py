@@ -7,10 +7,11 @@ import math
 from pathlib import Path
 from typing import Any
 
+from thought_kernels.evaluation.figures.headings import HEADINGS
+from thought_kernels.evaluation.figures.report import Report
+from thought_kernels.evaluation.figures.section import Figure, Section
+from thought_kernels.evaluation.figures.verdict import RULES, summary
 from thought_kernels.evaluation.pages.plots import plot
-from thought_kernels.evaluation.pages.verdict import RULES, summary
-from thought_kernels.evaluation.sections.report import Evaluation, Figure, Section
-from thought_kernels.evaluation.sections.sections import SECTIONS
 
 TEMPLATE = Path(__file__).with_name("template.html.jinja")
 
@@ -32,7 +33,7 @@ PLOTTED_ONLY = {
 }
 
 
-def render(evaluation: Evaluation) -> str:
+def render(report: Report) -> str:
     """The page's HTML text."""
     import jinja2
 
@@ -44,7 +45,7 @@ def render(evaluation: Evaluation) -> str:
         {
             "name": name,
             "title": section.title,
-            "reading": SECTIONS[name].reading if name in SECTIONS else "",
+            "reading": HEADINGS[name].reading if name in HEADINGS else "",
             "error": section.error,
             "plot": plot(section),
             "tables": tables(section),
@@ -53,13 +54,13 @@ def render(evaluation: Evaluation) -> str:
             "notes": section.notes,
             "cost": _cost(section),
         }
-        for name, section in evaluation.sections.items()
+        for name, section in report.sections.items()
     ]
-    settings = evaluation.settings
+    settings = report.settings
     return template.render(
         title=_shown_setting(settings.get("instruction", "a patch")),
-        summary=summary(evaluation.verdict), verdict=evaluation.verdict, rules=RULES, warnings=evaluation.warnings,
-        sections=sections, seconds=f"{evaluation.seconds:.0f}",
+        summary=summary(report.verdict), verdict=report.verdict, rules=RULES, warnings=report.warnings,
+        sections=sections, seconds=f"{report.seconds:.0f}",
         settings={name.replace("_", " "): _shown_setting(value) for name, value in settings.items()},
         settings_line=_settings_line(settings),
     )  # fmt: skip

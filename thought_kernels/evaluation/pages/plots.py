@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable
 from typing import Any
 
+from thought_kernels.evaluation.figures.section import Figure, Section
 from thought_kernels.evaluation.pages.drawing import (
     BLUE,
     COLOURS,
@@ -25,7 +26,6 @@ from thought_kernels.evaluation.pages.drawing import (
     name_rows,
     percent,
 )
-from thought_kernels.evaluation.sections.report import Figure, Section
 
 SMALLEST_KL = 1e-7  # drawn for anything below, which is rounding
 _STYLE = {

@@ -1,1 +1,1 @@
-"""Other uses of the same examples: steering vectors, LoRA, refits of a patch."""
+"""Other uses of the same examples: steering vectors, LoRA, refits of a patch, the paper's recipe."""

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from thought_kernels.evaluation.measures.trial import Trial
 from thought_kernels.generation.padding import may_pad, padded
+from thought_kernels.models import describe
 from thought_kernels.models.undisturbed import undisturbed
 
 RANK, BATCH = 8, 16
@@ -182,8 +183,6 @@ def injected(model: Any, *, seed: int = 0, rank: int = RANK) -> Iterator[Any]:
 
 def _targets(model: Any) -> list[str]:
     """Full names, so that the vision tower of a multimodal model is left alone."""
-    from thought_kernels.models import describe
-
     wanted = set()
     for block in describe(model).blocks:
         wanted |= {id(getattr(block.attention, name)) for name in block.parts.qkv}

@@ -10,13 +10,14 @@ from torch import Tensor
 
 from thought_kernels.estimation.accumulator import ThoughtAccumulator
 from thought_kernels.estimation.estimators import DEFAULT_RIDGE, Sums
-from thought_kernels.evaluation.sections.subject import Subject
+from thought_kernels.models.decoder import Decoder
 from thought_kernels.models.undisturbed import undisturbed
 from thought_kernels.pairing.batches import group_examples
 from thought_kernels.pairing.pairings import PAIRINGS
 from thought_kernels.pairing.run import Run
 from thought_kernels.patches.patch import ThoughtPatch
 from thought_kernels.patches.site import SitePatch
+from thought_kernels.prompts.prompt import EncodedExample
 
 # Solves one block's and site's sums; the site is told because it may scale.
 Solver = Callable[[Sums, str], SitePatch]
@@ -53,65 +54,73 @@ class MeanDifferences(ThoughtAccumulator):
 
 
 def refit(
-    subject: Subject,
-    recipe: Mapping[str, Any],
-    solver: Solver | None = None,
-    accumulator: ThoughtAccumulator | None = None,
-) -> ThoughtPatch:
-    """Runs a recipe's pairing over the subject's examples, with sums or a solution of one's own.
+    decoder: Decoder, encoded: Sequence[EncodedExample], recipe: Mapping[str, Any], *, batch_size: int,
+    solver: Solver | None = None, accumulator: ThoughtAccumulator | None = None,
+) -> ThoughtPatch:  # fmt: skip
+    """Runs a recipe's pairing over examples, with sums or a solution of one's own.
 
     Args:
-        subject: with examples.
+        decoder: the model, described.
+        encoded: the examples with their completions.
         recipe: numbers and names as a patch's provenance records them.
+        batch_size: examples in a batch at most.
         solver: replaces the recipe's estimator, None keeps it.
         accumulator: receives the rows, None for a plain one.
 
     Returns:
         The patch.
     """
-    decoder = subject.decoder
     dtype = torch.float64 if decoder.dtype == torch.float64 else torch.float32
     own = accumulator or ThoughtAccumulator(normalization=recipe["normalization"], dtype=dtype)
-    described = {"hidden_size": decoder.hidden_size}
-    solved: dict[tuple[int, str], SitePatch] = {}
-
-    def solve(layers: frozenset[int], sites: frozenset[str]) -> ThoughtPatch:
-        wanted = [(layer, site) for layer in sorted(layers) for site in sorted(sites)]
-        for layer, site in wanted:
-            if (layer, site) in solved:
-                continue
-            if solver is None:
-                part = own.solve(
-                    recipe["estimator"], scale=recipe["scale"], ridge=recipe["ridge"], layers=[layer], sites=[site]
-                )
-                solved[layer, site] = part.entries[layer, site]
-            else:
-                sums = own.sums(layer, site)
-                if sums is None:
-                    raise ValueError(f"refit: rows must reach block {layer}, site {site!r}, got none")
-                solved[layer, site] = solver(sums, site)
-            if recipe["pairing"] == "sequential":  # which comes back to no block: its sums are the bulk of memory
-                own.drop(layer, site)
-        return ThoughtPatch({key: solved[key] for key in wanted}, described)
-
+    solve = _Solve(own, recipe, solver, {"hidden_size": decoder.hidden_size})
     layers, sites = frozenset(recipe["layers"]), frozenset(recipe["sites"])
     run = Run(
-        decoder=decoder, groups=group_examples(subject.encoded, subject.batch_size, recipe["tokens"], dtype),
-        layers=layers, sites=sites, accumulator=own, solve=solve, header_weight=recipe["header_weight"],
-        tick=lambda: None,
+        decoder=decoder, groups=group_examples(encoded, batch_size, recipe["tokens"], dtype), layers=layers,
+        sites=sites, accumulator=own, solve=solve, header_weight=recipe["header_weight"], tick=lambda: None,
     )  # fmt: skip
     with torch.no_grad(), undisturbed(decoder.model):
         PAIRINGS[recipe["pairing"]](run)
     return solve(layers, sites)
 
 
-def full_recipe(subject: Subject) -> dict[str, Any]:
-    """Every option that refit needs, as the evaluated patch's provenance has it.
+class _Solve:
+    """Solves blocks and sites once each, as the pairing comes to need them."""
+
+    def __init__(
+        self, sums: ThoughtAccumulator, recipe: Mapping[str, Any], solver: Solver | None, provenance: dict[str, Any]
+    ) -> None:
+        self._sums, self._recipe, self._solver, self._provenance = sums, recipe, solver, provenance
+        self._solved: dict[tuple[int, str], SitePatch] = {}
+
+    def __call__(self, layers: frozenset[int], sites: frozenset[str]) -> ThoughtPatch:
+        wanted = [(layer, site) for layer in sorted(layers) for site in sorted(sites)]
+        for layer, site in wanted:
+            if (layer, site) not in self._solved:
+                self._solved[layer, site] = self._one(layer, site)
+                if self._recipe["pairing"] == "sequential":  # which comes back to no block: its sums fill memory
+                    self._sums.drop(layer, site)
+        return ThoughtPatch({key: self._solved[key] for key in wanted}, self._provenance)
+
+    def _one(self, layer: int, site: str) -> SitePatch:
+        recipe = self._recipe
+        if self._solver is None:
+            part = self._sums.solve(
+                recipe["estimator"], scale=recipe["scale"], ridge=recipe["ridge"], layers=[layer], sites=[site]
+            )
+            return part.entries[layer, site]
+        sums = self._sums.sums(layer, site)
+        if sums is None:
+            raise ValueError(f"refit: rows must reach block {layer}, site {site!r}, got none")
+        return self._solver(sums, site)
+
+
+def full_recipe(patch: ThoughtPatch) -> dict[str, Any]:
+    """Every option that refit needs, as the patch's provenance has it.
 
     Raises:
         ValueError: a patch whose provenance does not say how it was fitted.
     """
-    provenance = subject.patch.provenance
+    provenance = patch.provenance
     names = ("layers", "sites", "pairing", "estimator", "normalization", "scale", "ridge", "tokens", "header_weight")
     recipe = {name: provenance.get(name) for name in names}
     if recipe["ridge"] is None and recipe["estimator"] not in ("ridge", "affine"):

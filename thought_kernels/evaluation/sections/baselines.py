@@ -12,9 +12,10 @@ from typing import Any
 
 from torch import Tensor
 
-from thought_kernels.evaluation.experiments.curves import C1_FACTORS, PAPER_C1, paper_layers
+from thought_kernels.evaluation.figures.section import Section
 from thought_kernels.evaluation.rivals.lora import BATCH, RANK, RATES, TrainedLora, train_lora
-from thought_kernels.evaluation.rivals.refit import rank_one, refit
+from thought_kernels.evaluation.rivals.paper import C1_FACTORS, PAPER_C1, paper_layers
+from thought_kernels.evaluation.rivals.refit import rank_one
 from thought_kernels.evaluation.rivals.steering import (
     PLACES,
     Steering,
@@ -22,7 +23,6 @@ from thought_kernels.evaluation.rivals.steering import (
     function_vector,
     mean_differences,
 )
-from thought_kernels.evaluation.sections.report import Section
 from thought_kernels.evaluation.sections.side_effects import Bystander
 from thought_kernels.evaluation.sections.subject import Intervention, Subject
 from thought_kernels.fitting.recipe import paper_recipe
@@ -109,7 +109,7 @@ def _rank_one(subject: Subject, section: Section) -> tuple[str, Intervention]:
                     "layers": layers, "sites": (site,), "pairing": "two_pass", "tokens": tokens,
                     "normalization": "none", "header_weight": 0.0,
                 }  # fmt: skip
-                for (layer, _), entry in refit(subject, recipe, rank_one).entries.items():
+                for (layer, _), entry in subject.refit(recipe, rank_one).entries.items():
                     for scale in EDIT_SCALES:
                         yield (site, tokens, layer, scale), scale * ThoughtPatch({(layer, site): entry})
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
+from thought_kernels.evaluation.figures.section import Section
 from thought_kernels.evaluation.measures.intervals import mean_interval
 from thought_kernels.evaluation.measures.overlap import activation_moments, predictions
-from thought_kernels.evaluation.sections.report import Section
 from thought_kernels.evaluation.sections.subject import Inputs, Subject
 from thought_kernels.models.undisturbed import undisturbed
 from thought_kernels.patches.patch import ThoughtPatch

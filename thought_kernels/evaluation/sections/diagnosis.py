@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from statistics import fmean
 
+from thought_kernels.evaluation.figures.section import Section
 from thought_kernels.evaluation.measures.overlap import rank_correlation
-from thought_kernels.evaluation.sections.report import Section
 from thought_kernels.evaluation.sections.side_effects import told_other
 from thought_kernels.evaluation.sections.subject import Subject
 from thought_kernels.patches.patch import ThoughtPatch

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from thought_kernels.evaluation.figures.section import Section
 from thought_kernels.evaluation.measures.intervals import mean_interval, recovered_interval
 from thought_kernels.evaluation.measures.trial import Score, Trial
-from thought_kernels.evaluation.sections.report import Section
 from thought_kernels.evaluation.sections.subject import Subject, sums
 from thought_kernels.models import describe
 from thought_kernels.pairing.batches import Group

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from thought_kernels.evaluation.figures.section import Section
 from thought_kernels.evaluation.measures.trial import Trial
-from thought_kernels.evaluation.sections.report import Section
 from thought_kernels.evaluation.sections.subject import Inputs, Intervention, Subject
 from thought_kernels.prompts.prompt import Example, Instruction
 

@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
+from thought_kernels.evaluation.figures.section import Section
 from thought_kernels.evaluation.measures.intervals import Interval, mean_interval, recovered_interval
 from thought_kernels.evaluation.measures.metrics import completion_logprobs, divergence
-from thought_kernels.evaluation.sections.report import Section
 from thought_kernels.evaluation.sections.subject import Inputs, Intervention, Subject, sums
 from thought_kernels.generation.completions import complete, ending_of, within_context
 

@@ -12,10 +12,12 @@ from typing import Any, Protocol
 
 import torch
 
+from thought_kernels.estimation.accumulator import ThoughtAccumulator
+from thought_kernels.evaluation.figures.section import Section
 from thought_kernels.evaluation.measures.intervals import Interval, mean_interval, recovered_interval
 from thought_kernels.evaluation.measures.scorers import Scorer, ScorerError
 from thought_kernels.evaluation.measures.trial import Score, Trial
-from thought_kernels.evaluation.sections.report import Section
+from thought_kernels.evaluation.rivals.refit import Solver, refit
 from thought_kernels.fitting.transmute import transmute
 from thought_kernels.generation.completions import ending_of, with_completions
 from thought_kernels.models import describe
@@ -208,6 +210,14 @@ class Subject:
             self.model, self.tokenizer, instruction, list(examples), without=self.without, separator=self.separator,
             format=self.format, max_new_tokens=self.fitted_tokens, **self.recipe,
         )  # fmt: skip
+
+    def refit(
+        self, recipe: Mapping[str, Any], solver: Solver | None = None, accumulator: ThoughtAccumulator | None = None
+    ) -> ThoughtPatch:
+        """The examples fitted by a full recipe, with sums or a solution of one's own; see rivals.refit."""
+        return refit(
+            self.decoder, self.encoded, recipe, batch_size=self.batch_size, solver=solver, accumulator=accumulator
+        )
 
     def other_patch(self, name: str) -> ThoughtPatch:
         """Another instruction's patch from the same examples, fitted once."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from thought_kernels.evaluation.sections.report import Section
+from thought_kernels.evaluation.figures.section import Section
 from thought_kernels.evaluation.sections.side_effects import Bystander
 from thought_kernels.evaluation.sections.subject import Subject
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
-from thought_kernels.evaluation.sections.report import Figure, Line, Section
+from thought_kernels.evaluation.figures.report import Line
+from thought_kernels.evaluation.figures.section import Figure, Section
 
 # Shares of the prompted accuracy, and recovered effects: at least the first is a yes, at least the second partly.
 KEPT = (0.95, 0.75)

@@ -1,26 +1,18 @@
-"""The report as an object: figures in sections, their JSON and CSV, and what makes them comparable."""
+"""One part of the report: what was measured, as figures with their intervals, and what to know about them."""
 
 from __future__ import annotations
 
 import contextlib
-import csv
-import io
 import math
-import os
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from thought_kernels.evaluation.files import write_json, write_text
 from thought_kernels.evaluation.measures.intervals import Interval
 from thought_kernels.evaluation.measures.memory import MemoryPeak
-
-FORMAT = 1
-CSV_COLUMNS = ("section", "subject", "quantity", "x", "value", "low", "high", "inputs")
 
 
 @dataclass(frozen=True)
@@ -130,104 +122,6 @@ class Section:
         return cls(**{**content, "figures": figures})
 
 
-@dataclass(frozen=True)
-class Line:
-    """One line of the verdict.
-
-    Attributes:
-        question: what it answers.
-        status: "yes", "partly", "no" or "unknown".
-        answer: one sentence with the figures it follows from.
-    """
-
-    question: str
-    status: str
-    answer: str
-
-
-@dataclass
-class Evaluation:
-    """Everything `evaluate` measured.
-
-    Attributes:
-        settings: what was evaluated and how, JSON values.
-        sections: by name, in the page's order.
-        verdict: five lines computed from the figures.
-        warnings: sentences about the data.
-        seconds: wall-clock time of the whole.
-    """
-
-    settings: dict[str, Any]
-    sections: dict[str, Section]
-    verdict: list[Line]
-    warnings: list[str]
-    seconds: float
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON values only; NaN becomes None."""
-        return {
-            "format": FORMAT,
-            "verdict": [asdict(line) for line in self.verdict],
-            "warnings": list(self.warnings),
-            "settings": jsonable(self.settings),
-            "seconds": self.seconds,
-            "sections": {name: section.to_dict() for name, section in self.sections.items()},
-        }
-
-    def rows(self) -> Iterator[dict[str, Any]]:
-        """One row per figure, with CSV_COLUMNS as keys."""
-        for name, section in self.sections.items():
-            for figure in section.figures:
-                yield {"section": name, **{key: getattr(figure, key) for key in CSV_COLUMNS[1:]}}
-            yield {"section": name, "subject": "section", "quantity": "seconds", "value": section.seconds}
-            for quantity in ("peak_memory_mib", "device_memory_mib"):
-                if getattr(section, quantity) is not None:
-                    value = getattr(section, quantity)
-                    yield {"section": name, "subject": "section", "quantity": quantity, "value": value}
-
-    def to_csv(self) -> str:
-        """The figures as CSV text; NaN is an empty cell."""
-        text = io.StringIO()
-        writer = csv.DictWriter(text, CSV_COLUMNS, lineterminator="\n")
-        writer.writeheader()
-        for row in self.rows():
-            writer.writerow({key: "" if is_nan(value) else value for key, value in row.items()})
-        return text.getvalue()
-
-    def to_html(self) -> str:
-        """One page that needs no network: tables, and plots as inline SVG."""
-        from thought_kernels.evaluation.pages.page import render
-
-        return render(self)
-
-    def save(self, directory: str | os.PathLike[str]) -> Path:
-        """Writes evaluation.json, evaluation.csv and evaluation.html to a folder, replacing each in one step.
-
-        Returns:
-            The path of the page.
-
-        Raises:
-            ValueError: a path that is not a folder.
-        """
-        folder = output_folder(directory)
-        write_json(self.to_dict(), folder / "evaluation.json")
-        write_text(self.to_csv(), folder / "evaluation.csv")
-        write_text(self.to_html(), folder / "evaluation.html")
-        return folder / "evaluation.html"
-
-
-def output_folder(directory: str | os.PathLike[str]) -> Path:
-    """The folder, made if it is not there."""
-    folder = Path(directory)
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"evaluate: output must be a folder, got the file {str(folder)!r}")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(f"evaluate: output must be a folder that can be made, got {str(folder)!r}; {error}") from error
-    return folder
-
-
 def jsonable(value: Any) -> Any:
     """Nested dicts and lists with None in place of numbers that are not finite."""
     if isinstance(value, Mapping):
@@ -235,8 +129,3 @@ def jsonable(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [jsonable(inner) for inner in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def is_nan(value: Any) -> bool:
-    """Whether value is a float NaN."""
-    return isinstance(value, float) and math.isnan(value)

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-import torch
-from torch import Tensor
-
-from thought_kernels.evaluation.files import write_text
+from thought_kernels.evaluation.records.files import write_text
 
 T = TypeVar("T")
 
@@ -77,25 +73,3 @@ class Journal:
 
     def _write(self, rows: list[dict[str, Any]]) -> None:
         write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), self._path)
-
-
-def fingerprint(model: Any) -> str:
-    """A short hash of a model's weights, so that results of one checkpoint are not taken for another's."""
-    return tensors_hash(model.named_parameters())[:16]
-
-
-def tensors_hash(tensors: Iterable[tuple[str, Tensor]]) -> str:
-    """A hash of named tensors that notices any change of a name, a shape, a dtype or a single bit.
-
-    It reads bytes and adds nothing up: sums round differently with another number of threads or on another CPU.
-    """
-    digest = hashlib.sha256()
-    for name, tensor in tensors:
-        digest.update(f"{name} {list(tensor.shape)} {tensor.dtype}\0".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
-
-
-def data_hash(value: Any) -> str:
-    """A short hash of JSON values."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]

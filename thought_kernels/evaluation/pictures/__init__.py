@@ -1,0 +1,1 @@
+"""Experiments' results go in, PNG pictures come out."""
