@@ -16,6 +16,7 @@ import interpreter  # noqa: E402
 import triton.language as tl  # noqa: E402
 
 from thought_kernels.triton import accumulate as module  # noqa: E402
+from thought_kernels.triton import accumulate_plan  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("poisoned_empty")
 BFLOAT16, FLOAT16, FLOAT32 = torch.bfloat16, torch.float16, torch.float32
@@ -48,7 +49,7 @@ def test_several_tiles(dtype, d_out, d_in):
 
 
 def test_several_batches_of_tiles(monkeypatch):
-    plan = module.plan
+    plan = accumulate_plan.plan
     sizes = {"rows": 40, "d_out": 100, "d_in": 200, "gram": True}
     monkeypatch.setattr(module, "plan", lambda *dtypes, **options: plan(*dtypes, **{**options, "processors": 1}))
     chosen = module.plan(FLOAT32, FLOAT32, **sizes, scaled=False)
@@ -58,7 +59,7 @@ def test_several_batches_of_tiles(monkeypatch):
 
 def test_split_rows(monkeypatch):
     rows = 4 * 128 + 3
-    plan = module.plan
+    plan = accumulate_plan.plan
     monkeypatch.setattr(module, "plan", lambda *dtypes, **options: plan(*dtypes, **options)._replace(
         splits=3, rows_per_split=192))  # fmt: skip
     assert_products(rows, 30, 20, FLOAT32)
@@ -69,7 +70,9 @@ def test_split_rows(monkeypatch):
 def test_a_plan_covers_the_call_within_bounded_scratch(rows, d):
     for dtype in (BFLOAT16, FLOAT16, FLOAT32):
         for gram in (False, True):
-            plan = module.plan(dtype, dtype, rows=rows, d_out=d, d_in=d, gram=gram, scaled=True, processors=132)
+            plan = accumulate_plan.plan(
+                dtype, dtype, rows=rows, d_out=d, d_in=d, gram=gram, scaled=True, processors=132
+            )
             assert plan.splits * plan.rows_per_split >= rows > (plan.splits - 1) * plan.rows_per_split
             assert plan.splits == 1 or plan.rows_per_split % plan.block_k == 0
             assert plan.tiles_in * plan.block >= d
@@ -79,7 +82,7 @@ def test_a_plan_covers_the_call_within_bounded_scratch(rows, d):
 def test_few_tiles_are_split_and_many_are_not():
     def splits(rows: int, d: int) -> int:
         sizes = {"rows": rows, "d_out": d, "d_in": d, "gram": True, "scaled": True}
-        return module.plan(BFLOAT16, BFLOAT16, **sizes, processors=132).splits
+        return accumulate_plan.plan(BFLOAT16, BFLOAT16, **sizes, processors=132).splits
 
     assert splits(16384, 128) > 30  # 2 tiles for 132 processors
     assert splits(16384, 640) >= 3  # 40 tiles

@@ -44,7 +44,11 @@ def accumulate_cases() -> Iterator[Case]:
     import torch
     import triton.language as tl
 
-    from thought_kernels.triton import accumulate as module
+    from thought_kernels.triton.accumulate import COLUMNS, STATISTICS_ROWS, STRIP
+    from thought_kernels.triton.accumulate_plan import plan as plan_call
+    from thought_kernels.triton.accumulate_product import product_kernel
+    from thought_kernels.triton.accumulate_reduce import reduce_sums_kernel, reduce_tiles_kernel
+    from thought_kernels.triton.accumulate_rows import row_statistics_kernel
 
     pointer = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
     operands = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
@@ -58,12 +62,12 @@ def accumulate_cases() -> Iterator[Case]:
         (fp16, fp16, True, True),
         (fp32, fp32, True, True),
     ):
-        plan = module.plan(
+        plan = plan_call(
             delta, activation, rows=4096, d_out=640, d_in=640, gram=True, scaled=scaled or pair, processors=132
         )
         yield Case(
             f"product {delta} {activation}{' pair' * pair}{' scaled' * scaled}",
-            module.product_kernel,
+            product_kernel,
             {
                 "delta": pointer[delta],
                 "without": pointer[activation] if pair else None,
@@ -82,7 +86,7 @@ def accumulate_cases() -> Iterator[Case]:
         )
     yield Case(
         "row_statistics",
-        module.row_statistics_kernel,
+        row_statistics_kernel,
         {
             "delta": "*bf16",
             "without": "*bf16",
@@ -94,8 +98,8 @@ def accumulate_cases() -> Iterator[Case]:
             "moments": "*fp64",
             **strides,
             "NORMALIZATION": 2,
-            "ROWS": module.STATISTICS_ROWS,
-            "COLUMNS": module.COLUMNS,
+            "ROWS": STATISTICS_ROWS,
+            "COLUMNS": COLUMNS,
         },
         {"num_warps": 8},
         tensor_cores=False,
@@ -103,8 +107,8 @@ def accumulate_cases() -> Iterator[Case]:
     accumulators = {"cross": "*fp32", "gram": "*fp32", "coefficient": "fp32", "cross_column": 1, "gram_column": 1}
     yield Case(
         "reduce_tiles",
-        module.reduce_tiles_kernel,
-        {"partials": "*fp32", **accumulators, "BLOCK": 128, "STRIP": module.STRIP},
+        reduce_tiles_kernel,
+        {"partials": "*fp32", **accumulators, "BLOCK": 128, "STRIP": STRIP},
         {"num_warps": 4},
         tensor_cores=False,
     )
@@ -112,8 +116,8 @@ def accumulate_cases() -> Iterator[Case]:
     unit = {"delta_sum_stride": 1, "activation_sum_stride": 1, "moments_stride": 1}
     yield Case(
         "reduce_sums",
-        module.reduce_sums_kernel,
-        {**sums, "moments": "*fp64", "coefficient": "fp32", **unit, "BLOCKS": 16, "COLUMNS": module.COLUMNS},
+        reduce_sums_kernel,
+        {**sums, "moments": "*fp64", "coefficient": "fp32", **unit, "BLOCKS": 16, "COLUMNS": COLUMNS},
         {"num_warps": 4},
         tensor_cores=False,
     )

@@ -216,13 +216,40 @@ def test_a_kernel_has_a_benchmark(stem: str) -> None:
     assert not kernels or (ROOT / benchmark).is_file(), f"{kernels} must be measured by {benchmark}, got no such file"
 
 
-def test_kernel_folders_hold_only_operators() -> None:
-    shared = {"attention_plan", "online_softmax"}  # by both attentions
-    known = {*stems(), *shared, "__init__", "bindings"}
-    folders = [PACKAGE / "reference", PACKAGE / "triton", ROOT / "csrc" / "cpu", ROOT / "csrc" / "cuda"]
-    files = [path for folder in folders for path in folder.iterdir() if path.suffix in (".py", ".cpp", ".cu")]
-    strangers = [str(path.relative_to(ROOT)) for path in files if path.stem not in known]
-    assert files and not strangers, f"{strangers} belong to no operator; a reader looks for {sorted(known)}"
+# What several operators of a folder share, named after what it holds. What one operator alone needs is named
+# <stem>_<what it holds> and lies beside the operator's own file, so that `git ls-files '*accumulate*'` is its map.
+SHARED = {
+    "thought_kernels/reference": set(),
+    "thought_kernels/triton": {"attention_plan", "online_softmax"},
+    "csrc/cpu": {"attention", "attention_tile", "instructions", "per_instruction_set"},
+    "csrc/cuda": {"bindings", "dtype", "to_float"},
+}
+
+
+def strangers(folder: Path, shared: set[str]) -> list[str]:
+    """The sources of a kernel folder that are neither an operator's, nor a piece of one, nor shared."""
+    files = [path for path in sorted(folder.iterdir()) if path.suffix in (".py", ".cpp", ".h", ".cu", ".cuh")]
+    operators = {path.stem for path in files} & set(stems())
+    known = {"__init__", *operators, *shared}
+    return [
+        path.name
+        for path in files
+        if path.stem not in known and not any(path.stem.startswith(f"{stem}_") for stem in operators)
+    ]
+
+
+@pytest.mark.parametrize("folder", SHARED)
+def test_kernel_folders_hold_only_operators(folder: str) -> None:
+    found = strangers(ROOT / folder, SHARED[folder])
+    assert not found, f"{found} in {folder} belong to no operator; a reader looks for {stems()} and {SHARED[folder]}"
+    missing = [name for name in SHARED[folder] if not list((ROOT / folder).glob(f"{name}.*"))]
+    assert not missing, f"{missing} must be in {folder}, got no such file"
+
+
+def test_the_folder_rule_sees_strangers(tmp_path: Path) -> None:
+    for name in ("accumulate.py", "accumulate_plan.py", "paired_attention_plan.py", "helpers.cuh", "shared.h"):
+        (tmp_path / name).touch()
+    assert strangers(tmp_path, {"shared"}) == ["helpers.cuh", "paired_attention_plan.py"]
 
 
 def test_files_are_short() -> None:
