@@ -14,7 +14,8 @@ from tolerances import allowed_error, largest
 from torch import Tensor
 
 from thought_kernels.estimation.accumulator import ThoughtAccumulator
-from thought_kernels.estimation.estimators import DEFAULT_RIDGE, ESTIMATORS, Sums, condition_number, solve
+from thought_kernels.estimation.estimators import DEFAULT_RIDGE, ESTIMATORS, condition_number, solve
+from thought_kernels.estimation.sums import Sums
 from thought_kernels.fitting.transmute import transmute
 
 NORMALIZATIONS = ("none", "norm", "squared_norm")

@@ -11,16 +11,15 @@ import torch.distributed as dist
 from torch import Tensor
 
 from thought_kernels.estimation import estimators
-from thought_kernels.estimation.estimators import Sums
 from thought_kernels.estimation.kept_rows import KeptRows
-from thought_kernels.estimation.rows import add_vectors, check_rows, check_weights, checked_place
+from thought_kernels.estimation.rows import add_vectors, check_rows, check_shapes, check_weights, checked_place
+from thought_kernels.estimation.state import read_state, state_of
+from thought_kernels.estimation.sums import Sums, copied, zeros
 from thought_kernels.ops.accumulate import NORMALIZATIONS, accumulate
 from thought_kernels.ops.checks import check_number
 from thought_kernels.patches.patch import ThoughtPatch
 from thought_kernels.patches.site import MATRIX_SITES, SITES, is_finite
 from thought_kernels.version import __version__
-
-_STATE_VERSION = 1
 
 
 class ThoughtAccumulator:
@@ -109,16 +108,7 @@ class ThoughtAccumulator:
         where = checked_place(layer, site)
         matrix = site in self.matrix_sites
         rows = {"delta": delta, "activation": activation} if matrix else {"delta": delta}
-        for name, tensor in rows.items():
-            if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
-                kind = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
-                raise TypeError(f"update: {name} must be a floating-point tensor, got {kind}; {where}")
-            widths_differ = tensor.shape[-1:] != delta.shape[-1:] and site != "down"
-            if tensor.ndim == 0 or tensor.shape[:-1] != delta.shape[:-1] or widths_differ:
-                raise ValueError(
-                    f"update: {name} must have shape [..., d] equal to delta's, "
-                    f"got {list(tensor.shape)} and {list(delta.shape)}; {where}"
-                )
+        check_shapes(rows, delta, where, one_width=site != "down")
         widths = (delta.shape[-1], (activation if matrix and activation is not None else delta).shape[-1])
         held = self._sums.get((layer, site))
         for name, width, before in zip(("delta", "activation"), widths, held.widths if held else widths, strict=True):
@@ -171,7 +161,7 @@ class ThoughtAccumulator:
             if isinstance(theirs, KeptRows):
                 self.update(*key, *theirs.joined())
             elif key not in self._sums:
-                self._sums[key] = _copied(theirs.tensors(), self.device)
+                self._sums[key] = copied(theirs.tensors(), self.device)
             else:
                 added = theirs.tensors()
                 for name, tensor in self._summed(key).tensors().items():
@@ -218,16 +208,7 @@ class ThoughtAccumulator:
 
     def state_dict(self) -> dict[str, Any]:
         """A copy of the sums and settings, made of tensors, strings and numbers: it loads under weights_only=True."""
-        return {
-            "version": _STATE_VERSION,
-            "normalization": self.normalization,
-            "dtype": str(self.dtype).removeprefix("torch."),
-            "sums": {
-                f"{layer}.{site}.{name}": tensor.detach().clone()
-                for layer, site in self._sums
-                for name, tensor in self._summed((layer, site)).tensors().items()
-            },
-        }
+        return state_of({key: self._summed(key) for key in self._sums}, self.normalization, self.dtype)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Replaces the sums by those of a state_dict.
@@ -236,44 +217,7 @@ class ThoughtAccumulator:
             ValueError: no state_dict, another version, normalization or dtype, or sums that are missing, unknown,
                 misshapen or not finite. Nothing is written then.
         """
-        if not isinstance(state, Mapping):
-            raise ValueError(f"load_state_dict: state must be a state_dict, got {type(state).__name__}")
-        expected: dict[str, Any] = {"version": _STATE_VERSION, "normalization": self.normalization}
-        expected["dtype"] = str(self.dtype).removeprefix("torch.")
-        for name, value in expected.items():
-            if state.get(name) != value:
-                raise ValueError(f"load_state_dict: {name} must be {value!r}, got {state.get(name)!r}")
-        held = state.get("sums")
-        if not isinstance(held, Mapping):
-            raise ValueError(f"load_state_dict: sums must be tensors by name, got {type(held).__name__}")
-        grouped: dict[tuple[int, str], dict[str, Tensor]] = {}
-        for name, tensor in held.items():
-            place = str(name).split(".")
-            if len(place) != 3 or not _is_index(place[0]) or place[1] not in SITES or not isinstance(tensor, Tensor):
-                raise ValueError(
-                    "load_state_dict: sums must be tensors named block.site.field, "
-                    f"got {name!r}, a {type(tensor).__name__}"
-                )
-            grouped.setdefault((int(place[0]), place[1]), {})[place[2]] = tensor
-        loaded: dict[tuple[int, str], Sums | KeptRows] = {}
-        for key, tensors in grouped.items():
-            d_out, d_in = (tensors[name].numel() if name in tensors else 0 for name in ("delta_sum", "activation_sum"))
-            widths = (d_out, d_in if key[1] == "down" else d_out)
-            wanted = self._zeros(key[1], widths, torch.device("meta")).tensors()
-            expected_kinds = {name: (list(tensor.shape), tensor.dtype) for name, tensor in wanted.items()}
-            kinds = {name: (list(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
-            if kinds != expected_kinds:
-                raise ValueError(
-                    f"load_state_dict: sums must be {expected_kinds}, got {kinds}; block {key[0]}, site {key[1]!r}"
-                )
-            for name, tensor in tensors.items():
-                if not is_finite(tensor):
-                    raise ValueError(
-                        f"load_state_dict: sums must be finite, got NaN or an infinity in {name}; block {key[0]}, "
-                        f"site {key[1]!r}"
-                    )
-            loaded[key] = _copied(tensors, self.device)
-        self._sums = loaded
+        self._sums = dict(read_state(state, self.normalization, self.dtype, self.matrix_sites, self.device))
 
     @torch.inference_mode(False)
     @torch.no_grad()
@@ -362,14 +306,7 @@ class ThoughtAccumulator:
         )
 
     def _zeros(self, site: str, widths: tuple[int, int], device: torch.device) -> Sums:
-        # Rows may come from inference mode; sums created there could not be added to outside it.
-        with torch.inference_mode(False):
-            delta_sum, activation_sum = (torch.zeros(width, dtype=self.dtype, device=device) for width in widths)
-            moments = torch.zeros(4, dtype=torch.float64, device=device)
-            if site not in self.matrix_sites:
-                return Sums(None, None, delta_sum, None, moments)
-            cross, gram = (torch.zeros(width, widths[1], dtype=self.dtype, device=device) for width in widths)
-            return Sums(cross, gram, delta_sum, activation_sum, moments)
+        return zeros(widths, matrix=site in self.matrix_sites, dtype=self.dtype, device=device)
 
     def _chosen(self, name: str, wanted: Iterable[Any] | None, held: tuple[Any, ...]) -> tuple[Any, ...]:
         if not self._sums:
@@ -382,12 +319,3 @@ class ThoughtAccumulator:
 
 def _words(widths: tuple[int, int]) -> str:
     return str(widths[0]) if widths[0] == widths[1] else f"{widths[0]} from {widths[1]}"
-
-
-def _is_index(text: str) -> bool:
-    return text.isascii() and text.isdigit() and (text == "0" or not text.startswith("0"))
-
-
-def _copied(tensors: Mapping[str, Tensor], device: torch.device | None) -> Sums:
-    copies = {name: tensor.detach().to(device or tensor.device, copy=True) for name, tensor in tensors.items()}
-    return Sums(**{name: copies.get(name) for name in Sums._fields})  # type: ignore[arg-type]

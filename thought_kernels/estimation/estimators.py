@@ -7,50 +7,18 @@ moments are known.
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from thought_kernels.estimation.kept_rows import KeptRows, positive_factor, solve_rows
+from thought_kernels.estimation.sums import Sums
 from thought_kernels.ops.checks import check_choice, check_number
 from thought_kernels.patches.site import Fit, SitePatch, is_finite
 
 _POWER_STEPS = 8
 DEFAULT_RIDGE = 1.0
 ESTIMATORS = ("mean", "exact", "ridge", "second_order", "affine")
-
-
-class Sums(NamedTuple):
-    """What one site of one block has accumulated.
-
-    Attributes:
-        cross: C = Σ w δ aᵀ/ν ``[d_out, d_in]``, None for the residual site.
-        gram: Z = Σ w a aᵀ/ν ``[d_in, d_in]``, None for the residual site.
-        delta_sum: b = Σ w δ ``[d_out]``.
-        activation_sum: ā = Σ w a ``[d_in]``, None for the residual site.
-        moments: float64 ``[4]``: Σ w, Σ w/ν, Σ w ‖δ‖²/ν, number of rows with w ≠ 0.
-    """
-
-    cross: Tensor | None
-    gram: Tensor | None
-    delta_sum: Tensor
-    activation_sum: Tensor | None
-    moments: Tensor
-
-    @property
-    def widths(self) -> tuple[int, int]:
-        """(d_out, d_in)."""
-        return len(self.delta_sum), len(self.delta_sum if self.activation_sum is None else self.activation_sum)
-
-    @property
-    def device(self) -> torch.device:
-        """Where they are."""
-        return self.delta_sum.device
-
-    def tensors(self) -> dict[str, Tensor]:
-        """The sums that exist, by name."""
-        return {name: tensor for name, tensor in self._asdict().items() if tensor is not None}
 
 
 def solve(
@@ -98,32 +66,38 @@ def solve(
     if isinstance(sums, KeptRows):
         _check_weight(float(sums.joined()[2].sum()))
         return solve_rows(sums, estimator, scale=scale, ridge=ridge, normalization=normalization)
-    total, _, energy, rows = sums.moments.tolist()
-    _check_weight(total)
+    _check_weight(float(sums.moments[0]))
     for name, tensor in sums.tensors().items():
         if not is_finite(tensor):
             raise ValueError(
                 f"solve: {name} must be finite, got NaN or an infinity; the rows overflowed {tensor.dtype}"
             )
-
-    dtype = sums.delta_sum.dtype
-    delta_sum = sums.delta_sum.double()
     if sums.gram is None or sums.cross is None or sums.activation_sum is None:
-        vector = scale * (delta_sum if estimator == "mean" else delta_sum / total)
-        error = energy + float(total * vector.dot(vector) - 2 * vector.dot(delta_sum))
-        return SitePatch(vector=vector.to(dtype), fit=Fit(int(rows), _relative(error, energy)))
+        return _solve_vector(sums, estimator, scale)
+    return _solve_matrix(sums, estimator, scale, ridge, normalization)
 
-    cross, activation_sum = sums.cross.double(), sums.activation_sum.double()
+
+def _solve_vector(sums: Sums, estimator: str, scale: float) -> SitePatch:
+    """The residual site's patch."""
+    total, _, energy, rows = sums.moments.tolist()
+    delta_sum = sums.delta_sum.double()
+    vector = scale * (delta_sum if estimator == "mean" else delta_sum / total)
+    error = energy + float(total * vector.dot(vector) - 2 * vector.dot(delta_sum))
+    return SitePatch(vector=vector.to(sums.delta_sum.dtype), fit=Fit(int(rows), _relative(error, energy)))
+
+
+def _solve_matrix(sums: Sums, estimator: str, scale: float, ridge: float, normalization: str) -> SitePatch:
+    """The patch of a site with a matrix."""
+    assert sums.cross is not None and sums.gram is not None and sums.activation_sum is not None
+    total, _, energy, rows = sums.moments.tolist()
+    dtype = sums.delta_sum.dtype
+    delta_sum, cross, activation_sum = sums.delta_sum.double(), sums.cross.double(), sums.activation_sum.double()
     gram = sums.gram.double()
     gram = (gram + gram.T) / 2
     rtol = gram.shape[0] * torch.finfo(dtype).eps
     target, metric = cross, gram
     if estimator == "affine":
-        target = cross - torch.outer(delta_sum, activation_sum) / total
-        metric = gram - torch.outer(activation_sum, activation_sum) / total
-        if float(metric.trace()) <= rtol * float(gram.trace()):
-            # Equal activations leave only the sums' rounding once centred: the vector alone fits them.
-            target, metric = torch.zeros_like(cross), torch.zeros_like(gram)
+        target, metric = _centred(cross, gram, delta_sum, activation_sum, total, rtol)
     if estimator == "mean":
         matrix = scale * cross
     elif estimator == "second_order":
@@ -146,6 +120,18 @@ def solve(
     )
     mean = (activation_sum / total).to(dtype)
     return SitePatch(matrix.to(dtype), None, vector if vector is None else vector.to(dtype), mean, fit)
+
+
+def _centred(
+    cross: Tensor, gram: Tensor, delta_sum: Tensor, activation_sum: Tensor, total: float, rtol: float
+) -> tuple[Tensor, Tensor]:
+    """C and Z of rows less their means."""
+    target = cross - torch.outer(delta_sum, activation_sum) / total
+    metric = gram - torch.outer(activation_sum, activation_sum) / total
+    if float(metric.trace()) <= rtol * float(gram.trace()):
+        # Equal activations leave only the sums' rounding once centred: the vector alone fits them.
+        return torch.zeros_like(cross), torch.zeros_like(gram)
+    return target, metric
 
 
 def check_options(function: str, estimator: str, ridge: float, normalization: str) -> None:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
-from thought_kernels.estimation.estimators import Sums
+from thought_kernels.estimation.sums import Sums
 from thought_kernels.patches.site import SITES, is_finite
 
 _ROWS_PER_CHUNK = 4096
@@ -34,6 +35,20 @@ def checked_place(layer: int, site: str) -> str:
     if site not in SITES:
         raise ValueError(f"update: site must be one of {', '.join(SITES)}, got {site!r}")
     return f"block {layer}, site {site!r}"
+
+
+def check_shapes(rows: Mapping[str, object], delta: Tensor, where: str, *, one_width: bool) -> None:
+    """Raises unless all are floating-point tensors of delta's leading shape, and of its width where asked for."""
+    for name, tensor in rows.items():
+        if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
+            kind = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
+            raise TypeError(f"update: {name} must be a floating-point tensor, got {kind}; {where}")
+        widths_differ = tensor.shape[-1:] != delta.shape[-1:] and one_width
+        if tensor.ndim == 0 or tensor.shape[:-1] != delta.shape[:-1] or widths_differ:
+            raise ValueError(
+                f"update: {name} must have shape [..., d] equal to delta's, "
+                f"got {list(tensor.shape)} and {list(delta.shape)}; {where}"
+            )
 
 
 def check_weights(weights: Tensor | None, shape: torch.Size, where: str) -> None:

@@ -7,13 +7,14 @@ character, and the ids of e must be the same in both.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from thought_kernels.prompts.chat import Writer, text_tokenizer, writer_of
 from thought_kernels.prompts.cuts import Tokens, check_equal, common_length, cut
-from thought_kernels.prompts.examples import Example, load_examples, read_example, read_messages
-from thought_kernels.prompts.places import Places, first_user, places_of
+from thought_kernels.prompts.examples import Example, load_examples, read_example
+from thought_kernels.prompts.instruction import Instruction, prompted
+from thought_kernels.prompts.places import Places, places_of
 
 __all__ = [
     "Alignment",
@@ -27,8 +28,6 @@ __all__ = [
     "explain",
     "load_examples",
 ]
-
-Instruction = str | Sequence[Mapping[str, Any]]
 
 
 class Alignment(NamedTuple):
@@ -189,10 +188,10 @@ def encode(
     writer = writer_of(tokenizer, format, separator)
     chat = read_example(example, "align: example")
     places = places_of(writer, chat)
-    told = writer.text(_prompted("instruction", instruction, chat, separator, places.user_text))
+    told = writer.text(prompted("instruction", instruction, chat, separator, places.user_text))
     bare = places.text
     if without is not None:
-        bare = writer.text(_prompted("without", without, chat, separator, places.user_text))
+        bare = writer.text(prompted("without", without, chat, separator, places.user_text))
     either_text = isinstance(instruction, str) or isinstance(without, str)
     starts = [places.user] if either_text or places.turn is None else [places.turn, places.user]
     start = _common_start(places, told, bare, starts, given=without is not None)
@@ -280,48 +279,3 @@ def _common_start(places: Places, told: str, bare: str, starts: list[int], *, gi
         "align: instruction must come before the example's text and leave the rest of the chat as it is, "
         f"got {told!r} with it and {bare!r} without; the template puts it after the input or changes more than that"
     )
-
-
-def _prompted(name: str, instruction: Instruction, chat: Example, separator: str, user_text: str) -> Example:
-    """The example's chat with the instruction in it, before `user_text` or as turns before the example's."""
-    messages = list(chat.messages)
-    if isinstance(instruction, str):
-        if not instruction.strip():
-            raise ValueError(f"align: {name} must not be empty, got {instruction!r}{_unsaid(name)}")
-        if any(
-            _stands_after_input(instruction, separator, turn["content"]) for turn in messages if turn["role"] == "user"
-        ):
-            raise ValueError(
-                f"align: {name} must come before the example's text, got an example that has it after its input; "
-                "take it out there, since only tokens after an instruction can follow it"
-            )
-        first = first_user(chat)
-        messages[first] = {"role": "user", "content": instruction + separator + user_text}
-        return Example(tuple(messages), chat.completion)
-    if not isinstance(instruction, Sequence):  # a generator would be empty for the second example
-        raise TypeError(f"align: {name} must be a str or a message list, got {type(instruction).__name__}")
-    turns = list(read_messages(instruction, f"align: {name}"))
-    if not turns:
-        raise ValueError(f"align: {name} must not be empty, got no messages{_unsaid(name)}")
-    if turns[-1]["role"] == "user":
-        raise ValueError(
-            f"align: {name} must be whole turns that end with an assistant message, got a user message at the end"
-        )
-    if messages[0]["role"] == "system":
-        if turns[0]["role"] == "system":
-            raise ValueError(f"align: {name} must leave the system message to one side, got one in the example too")
-        turns.insert(0, messages.pop(0))  # templates take a system message first or not at all
-    return Example((*turns, *messages), chat.completion)
-
-
-def _unsaid(name: str) -> str:
-    return "; leave it out to compare with the same chat without the instruction" if name == "without" else ""
-
-
-def _stands_after_input(instruction: str, separator: str, content: str) -> bool:
-    """Whether the user's text has the instruction on a later line of its own, or is input + separator + instruction."""
-    wanted, content = instruction.strip(), content.strip()
-    if f"\n{wanted}\n" in f"{content}\n":
-        return True
-    before = content.removesuffix(separator + wanted)
-    return separator != "" and before != content and before.strip() != ""

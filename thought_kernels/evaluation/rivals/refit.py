@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from thought_kernels.estimation.accumulator import ThoughtAccumulator
-from thought_kernels.estimation.estimators import DEFAULT_RIDGE, Sums
+from thought_kernels.estimation.estimators import DEFAULT_RIDGE
+from thought_kernels.estimation.sums import Sums
 from thought_kernels.models.decoder import Decoder
 from thought_kernels.models.undisturbed import undisturbed
 from thought_kernels.pairing.batches import group_examples
