@@ -140,14 +140,7 @@ def sequential(run: Run) -> None:
         streams.copy_(group.streams(decoder, batch.tokens))
     befores = [decoder.embed(torch.tensor([g.without_prefix])) if g.without_prefix else None for g in run.groups]
     for block in run.blocks:
-        before_outputs: list[Tensor | None] = []
-        without: dict[int, KeysValues | None] = {}
-        for group, before in zip(run.groups, befores, strict=True):
-            o, without[id(group)] = None, None
-            if before is not None:
-                o, k, v = own_attention(decoder, block, before)
-                without[id(group)] = moved_keys(decoder, block, k, v, group.start - len(group.without_prefix))
-            before_outputs.append(o)
+        before_outputs, without = _without_context(run, block, befores)
         patch: ThoughtPatch | None = None
         stages = run.stages if block.index in run.layers else []
         for stage in stages:
@@ -155,9 +148,8 @@ def sequential(run: Run) -> None:
                 x = streams.to(block.device).flatten(0, 1)
                 o = attend(run, block, x, group, [prefixes[block.index].with_context, without[id(group)]], batch)
                 observe_streams(run, block, x, o, batch, stage, patch)
-                if (
-                    stage == stages[-1] and block.index < run.last
-                ):  # nothing reads this block's input with context again
+                # Nothing reads this block's input with context again.
+                if stage == stages[-1] and block.index < run.last:
                     _advance(run, block, streams[:1], o[: len(batch.tokens)], batch, None)
             for group, before, before_o in zip(run.groups, befores, before_outputs, strict=True):
                 if before is not None and before_o is not None and group.inserted:
@@ -175,6 +167,23 @@ def sequential(run: Run) -> None:
             for index, (before, o) in enumerate(zip(befores, before_outputs, strict=True)):
                 if before is not None and o is not None:
                     befores[index] = _rest(block, before, o, patch)
+
+
+def _without_context(
+    run: Run, block: Block, befores: list[Tensor | None]
+) -> tuple[list[Tensor | None], dict[int, KeysValues | None]]:
+    """Of each group's P°: what its attention gives at a block, and, by the group's id, the keys and values e sees."""
+    outputs: list[Tensor | None] = []
+    seen: dict[int, KeysValues | None] = {}
+    for group, before in zip(run.groups, befores, strict=True):
+        if before is None:
+            seen[id(group)] = None
+            outputs.append(None)
+            continue
+        o, k, v = own_attention(run.decoder, block, before)
+        seen[id(group)] = moved_keys(run.decoder, block, k, v, group.start - len(group.without_prefix))
+        outputs.append(o)
+    return outputs, seen
 
 
 def _advance(run: Run, block: Block, streams: Tensor, o: Tensor, batch: Batch, patch: ThoughtPatch | None) -> None:

@@ -28,7 +28,7 @@ from thought_kernels.models.undisturbed import undisturbed
 from thought_kernels.patches.data import PatchData
 from thought_kernels.patches.site import SitePatch, is_finite
 from thought_kernels.patches.storage import replace_files
-from thought_kernels.patches.vectors import placed
+from thought_kernels.patches.vectors import Placed, placed
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHT_FILE = "adapter_model.safetensors"
@@ -109,55 +109,71 @@ def export_peft(
     if rank is not None and (isinstance(rank, bool) or not isinstance(rank, Integral) or rank < 1):
         raise ValueError(f"export_peft: rank must be a positive integer or None, got {rank!r}")
     root: nn.Module = in_memory("export_peft", model).model
-    names = {id(module): name for name, module in root.named_modules()}
-    carried: dict[tuple[int, str], SitePatch] = {}
-    truncation: dict[tuple[int, str], float] = {}
-    fold_residuals: dict[tuple[int, str], float | None] = {}
-    tensors: dict[str, tuple[Tensor, Tensor, Tensor | None]] = {}
     # All refusals come before the first decomposition.
     planned = placed("export_peft", patch, model, fold=fold, instead="keep the patch's own folder for it")
-    dtype = describe(model).dtype
-    for key, entry, _, modules, folds in tqdm(planned, desc="export", unit="site", disable=not progress, leave=False):
+    adapter = _Adapter(root, describe(model).dtype)
+    for part in tqdm(planned, desc="export", unit="site", disable=not progress, leave=False):
+        adapter.add(part, rank)
+    if not adapter.tensors:
+        raise ValueError("export_peft: patch must have a nonzero matrix, got none; there is nothing a LoRA could carry")
+    ranks = {name: max(1, a.shape[0]) for name, (a, _, _) in adapter.tensors.items()}
+    if pad:
+        ranks = dict.fromkeys(ranks, max(ranks.values()))
+    has_bias = any(bias is not None for _, _, bias in adapter.tensors.values())
+    payload = safetensors.torch.save(
+        dict(_named(adapter.tensors, ranks, has_bias)),
+        metadata={"format": "pt", "thought_patch": json.dumps(patch.provenance, default=str, ensure_ascii=False)},
+    )
+    config = _config(root, ranks, has_bias)
+    replace_files(folder, {WEIGHT_FILE: payload, CONFIG_FILE: json.dumps(config, indent=2).encode()})
+    adapter.log_losses()
+    return PeftFolder(folder, ranks, adapter.carried, adapter.truncation, adapter.fold_residuals, has_bias)
+
+
+class _Adapter:
+    """What is written, module by module, and what of the patch was lost.
+
+    Attributes:
+        tensors: (A, B, bias of B) per module name.
+        carried, truncation, fold_residuals: as PeftFolder's.
+    """
+
+    def __init__(self, root: nn.Module, dtype: torch.dtype) -> None:
+        self._names = {id(module): name for name, module in root.named_modules()}
+        self._dtype = dtype
+        self.tensors: dict[str, tuple[Tensor, Tensor, Tensor | None]] = {}
+        self.carried: dict[tuple[int, str], SitePatch] = {}
+        self.truncation: dict[tuple[int, str], float] = {}
+        self.fold_residuals: dict[tuple[int, str], float | None] = {}
+
+    def add(self, part: Placed, rank: int | None) -> None:
+        key, entry, _, modules, folds = part
         whole = entry.to(dtype=torch.float64)
         bias = None if folds else whole.vector
         if folds:
             whole = whole.folded()
-            fold_residuals[key] = entry.fit.fold_residual if entry.fit is not None else None
+            self.fold_residuals[key] = entry.fit.fold_residual if entry.fit is not None else None
         left, right, lost = _factors(whole, entry, rank)
         if not left.shape[1] and bias is None:
-            continue
+            return
         if not left.shape[1]:  # a vector alone, whose Δ has no width of its own
             right = right.new_zeros(input_width(modules[0]), 0)
         if lost:
-            truncation[key] = lost
-        carried[key] = SitePatch(factors=(left, right), vector=bias)
+            self.truncation[key] = lost
+        self.carried[key] = SitePatch(factors=(left, right), vector=bias)
         for module in modules:
-            weighed = None if key[1] == "down" else module
-            tensors[names[id(module)]] = _lora(weighed, names[id(module)], left, right, bias, dtype)
-    if not tensors:
-        raise ValueError("export_peft: patch must have a nonzero matrix, got none; there is nothing a LoRA could carry")
-    ranks = {name: max(1, a.shape[0]) for name, (a, _, _) in tensors.items()}
-    if pad:
-        ranks = dict.fromkeys(ranks, max(ranks.values()))
-    has_bias = any(bias is not None for _, _, bias in tensors.values())
-    payload = safetensors.torch.save(
-        dict(_named(tensors, ranks, has_bias)),
-        metadata={"format": "pt", "thought_patch": json.dumps(patch.provenance, default=str, ensure_ascii=False)},
-    )
-    base = getattr(getattr(root, "config", None), "_name_or_path", "") or None
-    transposed = any(is_transposed(module) for module in root.modules() if names[id(module)] in ranks)
-    config = _config(ranks, has_bias, base, transposed)
-    replace_files(folder, {WEIGHT_FILE: payload, CONFIG_FILE: json.dumps(config, indent=2).encode()})
-    result = PeftFolder(folder, ranks, carried, truncation, fold_residuals, has_bias)
-    for (layer, site), residual in fold_residuals.items():
-        known = "unknown" if residual is None else f"{residual:.3g}"
-        _logger.warning(
-            "export_peft: block %d, site %r: vector folded into the matrix, relative squared error %s",
-            layer, site, known,
-        )  # fmt: skip
-    for (layer, site), share in truncation.items():
-        _logger.info("export_peft: block %d, site %r: truncated, relative error %.3g", layer, site, share)
-    return result
+            weighed, name = None if key[1] == "down" else module, self._names[id(module)]
+            self.tensors[name] = _lora(weighed, name, left, right, bias, self._dtype)
+
+    def log_losses(self) -> None:
+        for (layer, site), residual in self.fold_residuals.items():
+            known = "unknown" if residual is None else f"{residual:.3g}"
+            _logger.warning(
+                "export_peft: block %d, site %r: vector folded into the matrix, relative squared error %s",
+                layer, site, known,
+            )  # fmt: skip
+        for (layer, site), share in self.truncation.items():
+            _logger.info("export_peft: block %d, site %r: truncated, relative error %.3g", layer, site, share)
 
 
 def _factors(whole: SitePatch, stored: SitePatch, rank: int | None) -> tuple[Tensor, Tensor, float]:
@@ -221,13 +237,15 @@ def _named(
             yield f"{prefix}.lora_B.bias", b.new_zeros(b.shape[0]) if bias is None else bias
 
 
-def _config(ranks: Mapping[str, int], has_bias: bool, base: str | None, transposed: bool) -> dict[str, Any]:
+def _config(root: nn.Module, ranks: Mapping[str, int], has_bias: bool) -> dict[str, Any]:
+    """What PEFT reads beside the tensors."""
+    transposed = any(is_transposed(module) for name, module in root.named_modules() if name in ranks)
     largest = max(ranks.values())
     others = {name: rank for name, rank in ranks.items() if rank != largest}
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": base,
+        "base_model_name_or_path": getattr(getattr(root, "config", None), "_name_or_path", "") or None,
         "r": largest,
         "lora_alpha": largest,
         "rank_pattern": others,

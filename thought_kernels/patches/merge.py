@@ -42,14 +42,7 @@ class MergedPatch:
             plan.extend(self._planned(part))
         self._model: nn.Module = describe(model).model
         names = {id(p): name for name, p in self._model.named_parameters()}
-        written = [edit.linear.weight for edit in plan if edit.change is not None]
-        written += [edit.linear.bias for edit in plan if edit.bias is not None]
-        _check_unshared(self._model, written)
-        for parameter in written:
-            if not is_finite(parameter.data):
-                raise ValueError(
-                    f"merge_: {names[id(parameter)]} must be finite, got NaN or an infinity before the patch"
-                )
+        _check_writable(self._model, plan, names)
         for (layer, site), residual in self.fold_residuals.items():
             known = "unknown" if residual is None else f"{residual:.3g}"
             _logger.warning(
@@ -61,21 +54,7 @@ class MergedPatch:
 
         self._originals: list[tuple[str, Tensor, Tensor]] = []
         try:
-            with torch.no_grad():
-                for linear, change, bias, adds in plan:
-                    if bias is not None:
-                        weight = _wide(linear_weight(linear))
-                        shift = bias.to(weight)
-                        self._back_up(names[id(linear.bias)], linear.bias, backup_device)
-                        linear.bias.copy_(_wide(linear.bias) + (shift if adds else weight @ shift))
-                    if change is not None:
-                        self._back_up(names[id(linear.weight)], linear.weight, backup_device)
-                        _write(linear_weight(linear), change, adds)
-                for _, parameter, _ in self._originals:
-                    if not is_finite(parameter.data):
-                        raise ValueError(
-                            f"merge_: patch must fit into {parameter.dtype}, got an overflow; scale it down"
-                        )
+            self._write(plan, names, backup_device)
         except BaseException:
             self._restore()
             raise
@@ -128,6 +107,21 @@ class MergedPatch:
         for linear in linears:
             yield _Edit(linear, change, None if part.folds else entry.vector, site == "down")
 
+    @torch.no_grad()
+    def _write(self, plan: list[_Edit], names: dict[int, str], backup_device: torch.device | str | None) -> None:
+        for linear, change, bias, adds in plan:
+            if bias is not None:
+                weight = _wide(linear_weight(linear))
+                shift = bias.to(weight)
+                self._back_up(names[id(linear.bias)], linear.bias, backup_device)
+                linear.bias.copy_(_wide(linear.bias) + (shift if adds else weight @ shift))
+            if change is not None:
+                self._back_up(names[id(linear.weight)], linear.weight, backup_device)
+                _write(linear_weight(linear), change, adds)
+        for _, parameter, _ in self._originals:
+            if not is_finite(parameter.data):
+                raise ValueError(f"merge_: patch must fit into {parameter.dtype}, got an overflow; scale it down")
+
     def _back_up(self, name: str, parameter: Tensor, device: torch.device | str | None) -> None:
         self._originals.append((name, parameter, parameter.detach().to(device or parameter.device, copy=True)))
 
@@ -176,6 +170,16 @@ def _plain_linear(module: Any, name: str, width: int | None, where: str) -> Any:
     if width not in (None, found):
         raise ValueError(f"merge_: {name} must take inputs of width {width}, got {found}; {where}")
     return module
+
+
+def _check_writable(model: nn.Module, plan: list[_Edit], names: dict[int, str]) -> None:
+    """Raises unless what is to be written is finite and belongs to one parameter each."""
+    written = [edit.linear.weight for edit in plan if edit.change is not None]
+    written += [edit.linear.bias for edit in plan if edit.bias is not None]
+    _check_unshared(model, written)
+    for parameter in written:
+        if not is_finite(parameter.data):
+            raise ValueError(f"merge_: {names[id(parameter)]} must be finite, got NaN or an infinity before the patch")
 
 
 def _check_unshared(model: nn.Module, written: list[Tensor]) -> None:
