@@ -164,9 +164,9 @@ def sequential(run: Run) -> None:
                 _advance(run, block, left, o, batch, patch)
             run.tick()
         if block.index < run.last:
-            for index, (before, o) in enumerate(zip(befores, before_outputs, strict=True)):
-                if before is not None and o is not None:
-                    befores[index] = _rest(block, before, o, patch)
+            for index, (before, before_o) in enumerate(zip(befores, before_outputs, strict=True)):
+                if before is not None and before_o is not None:
+                    befores[index] = _rest(block, before, before_o, patch)
 
 
 def _without_context(
