@@ -47,7 +47,7 @@ MAY_IMPORT = {
     "evaluation/pictures": {"evaluation/records", "evaluation/rivals", "evaluation/experiments", "evaluation/pages"},
     "evaluation": {
         *TO_PATCHES, "fitting", "version", "evaluation/records", "evaluation/measures", "evaluation/figures",
-        "evaluation/sections", "evaluation/pages",
+        "evaluation/rivals", "evaluation/sections", "evaluation/pages",
     },
     "demo": {
         *TO_PATCHES, "fitting", "evaluation/measures", "evaluation/rivals", "evaluation/experiments",

@@ -263,7 +263,7 @@ def test_a_scorer_that_raises_costs_accuracies_only(model: Any) -> None:
         ({"held_out": ["1", {"prompt": "2", "completion": "2"}]}, "completion or none, got 1 of 2 with one"),
         ({"answers": ["1"]}, "answers must be one per input of held_out, got 1 for 5"),
         ({"sections": ["efect"]}, "sections must be 'all' or among patch, effect.*got .'efect'"),
-        ({"recipe": {"rigde": 1}}, "recipe must have options of transmute, got rigde"),
+        ({"recipe": {"rigde": 1}}, "recipe must have options .*; Recipe: options must be among layers, .*, got rigde"),
         ({"recipe": {"estimator": "rigde"}}, "recipe must have options that transmute takes, got .*; .* one of mean"),
         (
             {"recipe": {"ridge": -1}},
@@ -291,7 +291,7 @@ def test_an_output_that_cannot_be_made_and_a_recipe_that_is_none_are_refused(mod
     (tmp_path / "file").touch()
     with pytest.raises(ValueError, match="evaluate: output must be a folder that can be made, got '.*file/new'; "):
         tk.evaluate(model, TOKENIZER, "Sum them", EXAMPLES, held_out=HELD_OUT, output=tmp_path / "file" / "new")
-    with pytest.raises(TypeError, match="evaluate: recipe must be a dict of transmute's options, got int"):
+    with pytest.raises(TypeError, match="evaluate: recipe must be a Recipe or a dict of its options, got int"):
         tk.evaluate(model, TOKENIZER, "Sum them", EXAMPLES, held_out=HELD_OUT, recipe=3)
     with pytest.raises(TypeError, match="evaluate: recipe must have options .*; .*ridge must be a number, got 'x'"):
         tk.evaluate(model, TOKENIZER, "Sum them", EXAMPLES, held_out=HELD_OUT, recipe={"ridge": "x"})

@@ -24,7 +24,7 @@ from thought_kernels.evaluation.measures.scorers import Each, Judge, ScorerError
 from thought_kernels.evaluation.measures.trial import Trial
 from thought_kernels.evaluation.records import digests
 from thought_kernels.evaluation.rivals.lora import train_lora
-from thought_kernels.evaluation.rivals.refit import MeanDifferences, Shuffled, full_recipe, rank_one, split
+from thought_kernels.evaluation.rivals.refit import MeanDifferences, Shuffled, known_recipe, rank_one, split
 from thought_kernels.evaluation.rivals.steering import (
     Steering,
     _answer_means,
@@ -53,10 +53,10 @@ def model() -> Any:
 def subject(model: Any, **recipe: Any) -> Subject:
     examples = load_examples(QUESTIONS)
     return Subject(
-        model=model, tokenizer=TOKENIZER, instruction=INSTRUCTION, given_patch=None, recipe=recipe, examples=examples,
-        pool=examples, held_out=Inputs(examples, None), paraphrases=[], others={}, outside=None, longer=None,
-        unrelated=examples, scorer=Tolerant(as_scorer("exact")), separator="\n", without=None, format=None, seed=0,
-        sweep_inputs=2, lora_steps=2, batch_size=8, max_new_tokens=4,
+        model=model, tokenizer=TOKENIZER, instruction=INSTRUCTION, given_patch=None, recipe=tk.Recipe(**recipe),
+        examples=examples, pool=examples, held_out=Inputs(examples, None), paraphrases=[], others={}, outside=None,
+        longer=None, unrelated=examples, scorer=Tolerant(as_scorer("exact")), separator="\n", without=None, format=None,
+        seed=0, sweep_inputs=2, lora_steps=2, batch_size=8, max_new_tokens=4,
     )  # fmt: skip
 
 
@@ -84,7 +84,7 @@ def test_a_patch_is_fitted_again_from_the_completions_that_it_was_fitted_on(mode
     patch = tk.transmute(model, TOKENIZER, INSTRUCTION, QUESTIONS, max_new_tokens=2)
     assert patch.provenance["max_new_tokens"] == 2
     whole = replace(subject(model), given_patch=patch)  # whose own answers are longer
-    again = whole.refit(full_recipe(whole.patch))
+    again = whole.refit(known_recipe(whole.patch))
     for layer in patch.layers:
         found, wanted = (one.matrix(layer, "attention") for one in (again, patch))
         assert torch.linalg.vector_norm(found - wanted) <= 1e-4 * torch.linalg.vector_norm(wanted)
@@ -204,7 +204,7 @@ def test_a_trial_without_answers_is_graded_by_agreement(model: Any) -> None:
 )
 def test_a_refit_with_nothing_changed_is_the_patch_itself(model: Any, recipe: dict[str, Any]) -> None:
     found = subject(model, ridge=0.3, **recipe)
-    again = found.refit(full_recipe(found.patch))
+    again = found.refit(known_recipe(found.patch))
     assert again.entries.keys() == found.patch.entries.keys()
     for key, entry in found.patch.entries.items():
         torch.testing.assert_close(again.entries[key].dense(), entry.dense(), rtol=1e-3, atol=1e-5)
@@ -221,7 +221,7 @@ def test_a_refit_in_sequence_holds_one_block_s_sums(model: Any, pairing: str, mo
         most.add(len(accumulator._sums))
 
     monkeypatch.setattr(accumulator, "update", watched)
-    patch = found.refit(full_recipe(found.patch), accumulator=accumulator)
+    patch = found.refit(known_recipe(found.patch), accumulator=accumulator)
     assert max(most) == (1 if pairing == "sequential" else len(patch.entries))
     assert accumulator.layers == (() if pairing == "sequential" else patch.layers)
 

@@ -1,6 +1,7 @@
 """What a patch is worth: the report behind `thought_kernels.evaluate`, and the experiments of the papers.
 
-evaluate, arguments, resume, report   the report: its function, its input, its progress on disk, what is returned
+evaluate, arguments, settings, resume, report
+              the report: its function, its input, what it depends on, its progress on disk, what is returned
 measures      trials, scorers, divergences, intervals, overlap of patches
 rivals        other uses of the same examples: steering vectors, LoRA, refits, the paper's recipe
 figures       the report as data, and the verdict

@@ -2,91 +2,87 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping, Sequence
-from datetime import UTC, datetime
+from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from thought_kernels.evaluation.measures.scorers import as_scorer
+from thought_kernels.evaluation.rivals.refit import recipe_of
 from thought_kernels.evaluation.sections.side_effects import ORDINARY_PROMPTS
-from thought_kernels.evaluation.sections.subject import NOT_RECIPE, Inputs, Other, Outside, Subject, Tolerant, recipe_of
-from thought_kernels.fitting.transmute import transmute
+from thought_kernels.evaluation.sections.subject import Inputs, Other, Outside, Subject, Tolerant
+from thought_kernels.fitting.recipe import Recipe
 from thought_kernels.models import describe
+from thought_kernels.models.decoder import Decoder
+from thought_kernels.ops.checks import as_integer
 from thought_kernels.patches.apply import targets
 from thought_kernels.patches.patch import ThoughtPatch
 from thought_kernels.prompts.prompt import Example, Instruction, load_examples
-from thought_kernels.version import __version__
+
+
+@dataclass(frozen=True)
+class Data:
+    """Inputs and instructions as evaluate takes them, see there."""
+
+    examples: Any
+    held_out: Any
+    answers: Sequence[str] | None
+    outside: Any
+    longer: Any
+    paraphrases: Sequence[str]
+    others: Any
+    unrelated: Any
+    pool: Any
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How much is measured, and in which portions, as evaluate takes it; checks itself."""
+
+    inputs: int
+    sweep_inputs: int
+    lora_steps: int
+    batch_size: int
+    max_new_tokens: int
+    seed: int
+
+    def __post_init__(self) -> None:
+        for name, least in (
+            ("inputs", 2), ("sweep_inputs", 2), ("lora_steps", 1), ("batch_size", 1), ("max_new_tokens", 1),
+            ("seed", None),
+        ):  # fmt: skip
+            object.__setattr__(self, name, as_integer("evaluate", name, getattr(self, name), least=least))
 
 
 def read_subject(
-    model: Any, tokenizer: Any, patch_or_instruction: Any, examples: Any, *, held_out: Any,
-    answers: Sequence[str] | None, instruction: Instruction | None, scorer: Any, outside: Any, longer: Any,
-    paraphrases: Sequence[str], others: Any, unrelated: Any, pool: Any, recipe: Mapping[str, Any] | None, inputs: int,
-    sweep_inputs: int, lora_steps: int, separator: str | None, without: Instruction | None, format: str | None,
-    batch_size: int, max_new_tokens: int, seed: int,
-) -> tuple[Subject, list[str], dict[str, Any]]:  # fmt: skip
-    """Arguments as evaluate's.
-
-    Returns:
-        (subject, warnings about the data, settings for the report).
-    """
-    counts = {
-        "inputs": (inputs, 2), "sweep_inputs": (sweep_inputs, 2), "lora_steps": (lora_steps, 1),
-        "batch_size": (batch_size, 1), "max_new_tokens": (max_new_tokens, 1),
-    }  # fmt: skip
-    for name, (value, least) in counts.items():
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise TypeError(f"evaluate: {name} must be an integer, got {value!r}")
-        if value < least:
-            raise ValueError(f"evaluate: {name} must be at least {least}, got {value}")
-    if isinstance(seed, bool) or not isinstance(seed, int):
-        raise TypeError(f"evaluate: seed must be an integer, got {seed!r}")
+    model: Any, tokenizer: Any, patch_or_instruction: Any, instruction: Instruction | None, data: Data,
+    limits: Limits, *, scorer: Any, recipe: Mapping[str, Any] | None, separator: str | None,
+    without: Instruction | None, format: str | None,
+) -> Subject:  # fmt: skip
+    """The subject of an evaluation; arguments as evaluate's."""
     # An unknown architecture is refused now. A compiled wrapper would not notice the hooks of steering and moments.
-    model = describe(model).model
+    decoder = describe(model)
     patch = patch_or_instruction if isinstance(patch_or_instruction, ThoughtPatch) else None
     if patch is not None:
-        targets("evaluate", patch, model)  # one of another model is refused now, not by every section
-    told = _instruction(patch, patch_or_instruction, instruction)
+        targets("evaluate", patch, decoder.model)  # one of another model is refused now, not by every section
     made: Mapping[str, Any] = {} if patch is None else patch.provenance
-    separator = made.get("separator", "\n") if separator is None else separator
-    without = made.get("without") if without is None else without
-    format = made.get("format") if format is None else format
-    measured = _inputs(held_out, answers, "held_out", inputs)
-    fitted = _examples(examples, patch)
-    known_pool = _pool(fitted, pool)
-    chosen = recipe_of(patch) if recipe is None and patch is not None else _recipe(recipe)
-    if recipe is not None:
-        _check_recipe(chosen, model, told, fitted or measured.questions)
+    told = _instruction(patch, patch_or_instruction, instruction)
+    held_out = _inputs(data.held_out, data.answers, "held_out", limits.inputs)
+    examples = _examples(data.examples, patch)
+    unrelated = load_examples(list(ORDINARY_PROMPTS) if data.unrelated is None else data.unrelated)
     found = Subject(
-        model=model, tokenizer=tokenizer, instruction=told, given_patch=patch,
-        recipe=chosen, examples=fitted, pool=known_pool, held_out=measured,
-        paraphrases=_texts("paraphrases", paraphrases), others=_others(others), outside=_outside(outside, inputs),
-        longer=None if longer is None else _inputs(longer, None, "longer", inputs),
-        unrelated=load_examples(list(ORDINARY_PROMPTS) if unrelated is None else unrelated)[:inputs],
-        scorer=Tolerant(as_scorer(scorer)), separator=separator, without=without, format=format, seed=seed,
-        sweep_inputs=sweep_inputs, lora_steps=lora_steps, batch_size=batch_size, max_new_tokens=max_new_tokens,
+        model=decoder.model, tokenizer=tokenizer, instruction=told, given_patch=patch,
+        recipe=_recipe(recipe, patch, decoder), examples=examples, pool=_pool(examples, data.pool), held_out=held_out,
+        paraphrases=_texts("paraphrases", data.paraphrases), others=_others(data.others),
+        outside=_outside(data.outside, limits.inputs),
+        longer=None if data.longer is None else _inputs(data.longer, None, "longer", limits.inputs),
+        unrelated=unrelated[: limits.inputs], scorer=Tolerant(as_scorer(scorer)),
+        separator=made.get("separator", "\n") if separator is None else separator,
+        without=made.get("without") if without is None else without,
+        format=made.get("format") if format is None else format, seed=limits.seed, sweep_inputs=limits.sweep_inputs,
+        lora_steps=limits.lora_steps, batch_size=limits.batch_size, max_new_tokens=limits.max_new_tokens,
     )  # fmt: skip
-    _check_fits(found, also_unrelated=unrelated is not None)
-    settings = {
-        "instruction": told if isinstance(told, str) else [dict(turn) for turn in told],
-        "patch": "given" if patch is not None else "transmuted from the examples",
-        "recipe": {name: _plain(value) for name, value in found.recipe.items()},
-        "model": getattr(model.config, "_name_or_path", "") or type(model).__name__,
-        "parameters": sum(parameter.numel() for parameter in model.parameters()),
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "device": str(found.decoder.device),
-        "examples": len(fitted), "pool": len(known_pool), "held_out": len(measured.questions),
-        "labels": "given" if measured.answers is not None else "agreement with the prompted model",
-        "scorer": found.scorer.name, "separator": separator, "without": without, "format": format,
-        "paraphrases": found.paraphrases,
-        "others": list(found.others), "unrelated": len(found.unrelated), "sweep_inputs": sweep_inputs,
-        "lora_steps": lora_steps, "batch_size": batch_size, "max_new_tokens": max_new_tokens, "seed": seed,
-        "threads": torch.get_num_threads(), "torch": torch.__version__,
-        "thought_kernels": __version__, "date": datetime.now(UTC).date().isoformat(),
-    }  # fmt: skip
-    return found, _warnings(found), settings
+    _check_fits(found, also_unrelated=data.unrelated is not None)
+    return found
 
 
 def _instruction(patch: ThoughtPatch | None, given: Any, instruction: Instruction | None) -> Instruction:
@@ -147,36 +143,19 @@ def _pool(examples: list[Example], given: Any) -> list[Example]:
     return [*examples, *(one for one in more if str(one) not in held)]
 
 
-def _recipe(given: Mapping[str, Any] | None) -> dict[str, Any]:
-    if given is not None and not isinstance(given, Mapping):
-        raise TypeError(f"evaluate: recipe must be a dict of transmute's options, got {type(given).__name__}")
-    recipe = dict(given or {})
-    known = set(inspect.signature(transmute).parameters) - NOT_RECIPE
-    unknown = sorted(set(recipe) - known)
-    if unknown:
-        raise ValueError(f"evaluate: recipe must have options of transmute, got {', '.join(unknown)}")
-    return recipe
-
-
-class _ReadError(Exception):
-    """transmute has come to the texts, so its options are good."""
-
-
-class _Unreadable:
-    """In a tokenizer's place."""
-
-    def __getattr__(self, name: str) -> Any:
-        raise _ReadError
-
-
-def _check_recipe(recipe: Mapping[str, Any], model: Any, told: Instruction, examples: list[Example]) -> None:
-    """Lets transmute check its options, which it does before it reads a text; nothing is run."""
+def _recipe(given: Any, patch: ThoughtPatch | None, decoder: Decoder) -> Recipe:
+    """The recipe of every fit: the given one, a given patch's own, or the default one."""
+    if given is None:
+        return Recipe() if patch is None else recipe_of(patch)
+    if not isinstance(given, Mapping):
+        raise TypeError(f"evaluate: recipe must be a Recipe or a dict of its options, got {type(given).__name__}")
     try:
-        transmute(model, _Unreadable(), told, examples, **recipe)
-    except _ReadError:
-        pass
+        recipe = given if isinstance(given, Recipe) else Recipe.from_dict(given)
+        recipe.for_model(decoder)
     except (ValueError, TypeError) as error:
-        raise type(error)(f"evaluate: recipe must have options that transmute takes, got {recipe}; {error}") from error
+        shown = dict(given)
+        raise type(error)(f"evaluate: recipe must have options that transmute takes, got {shown}; {error}") from error
+    return recipe
 
 
 def _texts(name: str, given: Any) -> list[str]:
@@ -238,24 +217,3 @@ def _check_fits(subject: Subject, *, also_unrelated: bool) -> None:
                     f"evaluate: {name}[{index}] must fit the model's context of {limit} tokens, got {row.length} with "
                     "the instruction; shorten it or drop it"
                 )
-
-
-def _warnings(subject: Subject) -> list[str]:
-    found = []
-    seen = {str(one._replace(completion=None)) for one in subject.examples}
-    shared = sum(str(one) in seen for one in subject.held_out.questions)
-    if shared:
-        found.append(
-            f"{shared} of {len(subject.held_out.questions)} held-out inputs are also examples: "
-            "the figures on them say nothing about new inputs."
-        )
-    if len(subject.held_out.questions) < 30:
-        found.append(f"Only {len(subject.held_out.questions)} held-out inputs: the intervals are wide.")
-    return found
-
-
-def _plain(value: Any) -> Any:
-    """A recipe's value as JSON takes it."""
-    if isinstance(value, Mapping):
-        return {str(key): _plain(inner) for key, inner in value.items()}
-    return value if isinstance(value, (str, int, float, bool, type(None))) else list(value)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from thought_kernels.evaluation.arguments import read_subject
+from thought_kernels.evaluation.arguments import Data, Limits, read_subject
 from thought_kernels.evaluation.figures.headings import HEADINGS, chosen_sections
 from thought_kernels.evaluation.figures.section import Section
 from thought_kernels.evaluation.figures.verdict import verdict
@@ -18,6 +18,7 @@ from thought_kernels.evaluation.report import Evaluation, output_folder
 from thought_kernels.evaluation.resume import Progress, fingerprint
 from thought_kernels.evaluation.sections.sections import SECTIONS
 from thought_kernels.evaluation.sections.subject import NotGivenError, Subject
+from thought_kernels.evaluation.settings import settings_of, warnings_of
 from thought_kernels.patches.patch import ThoughtPatch
 from thought_kernels.prompts.prompt import Instruction
 
@@ -85,7 +86,7 @@ def evaluate(
         pool: more examples for the data-efficiency curve, which goes to 512; `examples` are put first.
         sections: "all", or names of figures.headings.HEADINGS.
         output: folder for the report, its sections as they finish, and the patch.
-        recipe: arguments of transmute for every fit; a given patch's own settings if not given.
+        recipe: of every fit, a Recipe or a dict of its options; a given patch's own if not given.
         inputs: held-out inputs used at most.
         sweep_inputs: of these, how many the controls, baselines and sweeps use.
         lora_steps: optimiser steps of the LoRA baseline.
@@ -107,14 +108,20 @@ def evaluate(
     Source: the recovered effect and the list of controls are ours; the setting is "Transmuting prompts into weights",
         §4.
     """
-    started = time.monotonic()
-    names = chosen_sections(sections)
-    subject, warnings, settings = read_subject(
-        model, tokenizer, patch_or_instruction, examples, held_out=held_out, answers=answers, instruction=instruction,
-        scorer=scorer, outside=outside, longer=longer, paraphrases=paraphrases, others=others, unrelated=unrelated,
-        pool=pool, recipe=recipe, inputs=inputs, sweep_inputs=sweep_inputs, lora_steps=lora_steps, separator=separator,
-        without=without, format=format, batch_size=batch_size, max_new_tokens=max_new_tokens, seed=seed,
+    started, names = time.monotonic(), chosen_sections(sections)
+    data = Data(
+        examples=examples, held_out=held_out, answers=answers, outside=outside, longer=longer, paraphrases=paraphrases,
+        others=others, unrelated=unrelated, pool=pool,
     )  # fmt: skip
+    limits = Limits(
+        inputs=inputs, sweep_inputs=sweep_inputs, lora_steps=lora_steps, batch_size=batch_size,
+        max_new_tokens=max_new_tokens, seed=seed,
+    )  # fmt: skip
+    subject = read_subject(
+        model, tokenizer, patch_or_instruction, instruction, data, limits, scorer=scorer, recipe=recipe,
+        separator=separator, without=without, format=format,
+    )  # fmt: skip
+    settings = settings_of(subject)
     folder: Path | None = None if output is None else output_folder(output)
     kept = Progress(folder, fingerprint(subject, settings) if folder is not None else "")
     done: dict[str, Section] = {}
@@ -128,7 +135,7 @@ def evaluate(
     if progress is not None:
         progress(len(names), len(names), "")
     evaluation = Evaluation(
-        settings={**settings, "sections": names}, sections=done, verdict=verdict(done), warnings=warnings,
+        settings={**settings, "sections": names}, sections=done, verdict=verdict(done), warnings=warnings_of(subject),
         seconds=math.fsum(section.seconds for section in done.values()),
     )  # fmt: skip
     evaluation.settings["wall_clock_of_this_run"] = time.monotonic() - started

@@ -24,6 +24,7 @@ from torch import Tensor
 from thought_kernels.evaluation.measures.metrics import completion_logprobs, divergence
 from thought_kernels.evaluation.measures.overlap import Key, activation_moments, predictions
 from thought_kernels.evaluation.measures.trial import Trial, prompted_texts
+from thought_kernels.fitting.recipe import Recipe
 from thought_kernels.fitting.transmute import transmute
 from thought_kernels.models import describe
 from thought_kernels.models.undisturbed import undisturbed
@@ -119,18 +120,18 @@ class Composition:
         behaviours: by name.
         examples: inputs that each patch is fitted on.
         fresh: inputs to measure on.
-        recipe: arguments of transmute; none for its defaults.
+        recipe: of every patch, None for the default one.
         match, max_new_tokens, batch_size: as Trial takes them.
     """
 
     def __init__(
         self, model: Any, tokenizer: Any, behaviours: Mapping[str, Behaviour], examples: Sequence[str],
-        fresh: Sequence[str], *, recipe: Mapping[str, Any] | None = None, match: Any = "exact",
+        fresh: Sequence[str], *, recipe: Recipe | None = None, match: Any = "exact",
         max_new_tokens: int = 64, batch_size: int = 128,
     ) -> None:  # fmt: skip
         # Of a compiled model the one inside: each patch applied would have it compiled anew.
         self._model, self._tokenizer, self._behaviours = describe(model).model, tokenizer, behaviours
-        self._examples, self._fresh, self._recipe = list(examples), list(fresh), dict(recipe or {})
+        self._examples, self._fresh, self._recipe = list(examples), list(fresh), recipe or Recipe()
         self._options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "batch_size": batch_size}
         self._match = match
         self._known: dict[str, list[int]] = {}

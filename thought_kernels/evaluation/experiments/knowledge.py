@@ -7,13 +7,14 @@ and the patch is also judged on the questions that the prompted model answers ri
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from thought_kernels.evaluation.experiments.composition import finite
 from thought_kernels.evaluation.experiments.pairs import Pair, check_context
 from thought_kernels.evaluation.measures.trial import Trial
+from thought_kernels.fitting.recipe import Recipe
 from thought_kernels.fitting.transmute import transmute
 from thought_kernels.models import describe
 from thought_kernels.prompts.prompt import Instruction
@@ -90,7 +91,7 @@ def run_knowledge(
     fit: Sequence[Pair],
     ask: Sequence[Pair],
     *,
-    recipe: Mapping[str, Any] | None = None,
+    recipe: Recipe | None = None,
     match: Any = "contains",
     max_new_tokens: int = 64,
     batch_size: int = 32,
@@ -103,7 +104,7 @@ def run_knowledge(
         facts: a paragraph, or chat turns.
         fit: questions that the patch is fitted on; their answers are used for `seen` only.
         ask: other questions.
-        recipe: arguments of transmute, none for its defaults.
+        recipe: of the patch, None for the default one.
         match, max_new_tokens, batch_size: as Trial takes them.
 
     Returns:
@@ -133,7 +134,7 @@ def run_knowledge(
     patch = transmute(
         model, tokenizer, facts,
         [{"prompt": p.question, "completion": text or None} for p, text in zip(fit, seen.prompted_texts, strict=True)],
-        **{**options, **dict(recipe or {})},
+        **options, **(recipe or Recipe()),
     )  # fmt: skip
     with patch.applied(model):
         score = asked.score(model)

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from thought_kernels.estimation.accumulator import ThoughtAccumulator
-from thought_kernels.estimation.estimators import DEFAULT_RIDGE
 from thought_kernels.estimation.sums import Sums
+from thought_kernels.fitting.recipe import Recipe, ResolvedRecipe
 from thought_kernels.models.decoder import Decoder
 from thought_kernels.models.undisturbed import undisturbed
 from thought_kernels.pairing.batches import group_examples
@@ -55,7 +55,7 @@ class MeanDifferences(ThoughtAccumulator):
 
 
 def refit(
-    decoder: Decoder, encoded: Sequence[EncodedExample], recipe: Mapping[str, Any], *, batch_size: int,
+    decoder: Decoder, encoded: Sequence[EncodedExample], recipe: Recipe, *, batch_size: int,
     solver: Solver | None = None, accumulator: ThoughtAccumulator | None = None,
 ) -> ThoughtPatch:  # fmt: skip
     """Runs a recipe's pairing over examples, with sums or a solution of one's own.
@@ -63,7 +63,7 @@ def refit(
     Args:
         decoder: the model, described.
         encoded: the examples with their completions.
-        recipe: numbers and names as a patch's provenance records them.
+        recipe: how; its estimator and scale are the solver's where there is one.
         batch_size: examples in a batch at most.
         solver: replaces the recipe's estimator, None keeps it.
         accumulator: receives the rows, None for a plain one.
@@ -72,15 +72,16 @@ def refit(
         The patch.
     """
     dtype = torch.float64 if decoder.dtype == torch.float64 else torch.float32
-    own = accumulator or ThoughtAccumulator(normalization=recipe["normalization"], dtype=dtype)
-    solve = _Solve(own, recipe, solver, {"hidden_size": decoder.hidden_size})
-    layers, sites = frozenset(recipe["layers"]), frozenset(recipe["sites"])
+    resolved = recipe.for_model(decoder)
+    own = accumulator or ThoughtAccumulator(normalization=resolved.normalization, dtype=dtype)
+    solve = _Solve(own, resolved, solver, {"hidden_size": decoder.hidden_size})
+    layers, sites = frozenset(resolved.layers), frozenset(resolved.sites)
     run = Run(
-        decoder=decoder, groups=group_examples(encoded, batch_size, recipe["tokens"], dtype), layers=layers,
-        sites=sites, accumulator=own, solve=solve, header_weight=recipe["header_weight"], tick=lambda: None,
+        decoder=decoder, groups=group_examples(encoded, batch_size, resolved.tokens, dtype), layers=layers,
+        sites=sites, accumulator=own, solve=solve, header_weight=resolved.header_weight, tick=lambda: None,
     )  # fmt: skip
     with torch.no_grad(), undisturbed(decoder.model):
-        PAIRINGS[recipe["pairing"]](run)
+        PAIRINGS[resolved.pairing](run)
     return solve(layers, sites)
 
 
@@ -88,7 +89,7 @@ class _Solve:
     """Solves blocks and sites once each, as the pairing comes to need them."""
 
     def __init__(
-        self, sums: ThoughtAccumulator, recipe: Mapping[str, Any], solver: Solver | None, provenance: dict[str, Any]
+        self, sums: ThoughtAccumulator, recipe: ResolvedRecipe, solver: Solver | None, provenance: dict[str, Any]
     ) -> None:
         self._sums, self._recipe, self._solver, self._provenance = sums, recipe, solver, provenance
         self._solved: dict[tuple[int, str], SitePatch] = {}
@@ -98,7 +99,7 @@ class _Solve:
         for layer, site in wanted:
             if (layer, site) not in self._solved:
                 self._solved[layer, site] = self._one(layer, site)
-                if self._recipe["pairing"] == "sequential":  # which comes back to no block: its sums fill memory
+                if self._recipe.pairing == "sequential":  # which comes back to no block: its sums fill memory
                     self._sums.drop(layer, site)
         return ThoughtPatch({key: self._solved[key] for key in wanted}, self._provenance)
 
@@ -106,7 +107,7 @@ class _Solve:
         recipe = self._recipe
         if self._solver is None:
             part = self._sums.solve(
-                recipe["estimator"], scale=recipe["scale"], ridge=recipe["ridge"], layers=[layer], sites=[site]
+                recipe.estimator, scale=recipe.scale, ridge=recipe.ridge, layers=[layer], sites=[site]
             )
             return part.entries[layer, site]
         sums = self._sums.sums(layer, site)
@@ -115,24 +116,27 @@ class _Solve:
         return self._solver(sums, site)
 
 
-def full_recipe(patch: ThoughtPatch) -> dict[str, Any]:
-    """Every option that refit needs, as the patch's provenance has it.
+def recipe_of(patch: ThoughtPatch) -> Recipe:
+    """The recipe that a patch remembers, the default where it remembers none, so that other fits are made like it."""
+    made: Mapping[str, Any] = patch.provenance.get("recipe", patch.provenance)
+    return Recipe(**{name: made[name] for name in Recipe() if made.get(name) is not None})
+
+
+def known_recipe(patch: ThoughtPatch) -> Recipe:
+    """As recipe_of, of a patch that remembers all that its rows were made and solved by.
 
     Raises:
         ValueError: a patch whose provenance does not say how it was fitted.
     """
-    provenance = patch.provenance
-    names = ("layers", "sites", "pairing", "estimator", "normalization", "scale", "ridge", "tokens", "header_weight")
-    recipe = {name: provenance.get(name) for name in names}
-    if recipe["ridge"] is None and recipe["estimator"] not in ("ridge", "affine"):
-        recipe["ridge"] = DEFAULT_RIDGE  # not read by the other estimators
-    missing = [name for name, value in recipe.items() if value is None]
+    made: Mapping[str, Any] = patch.provenance.get("recipe", patch.provenance)
+    needed = ("layers", "sites", "pairing", "estimator", "normalization", "scale", "tokens", "header_weight")
+    missing = [name for name in needed if made.get(name) is None]
     if missing:
         raise ValueError(
             f"evaluate: patch must know how it was fitted to be fitted again, got none of {', '.join(missing)}; "
             "transmute records that"
         )
-    return recipe
+    return recipe_of(patch)
 
 
 def rank_one(sums: Sums, site: str) -> SitePatch:

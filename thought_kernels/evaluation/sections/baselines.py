@@ -25,8 +25,7 @@ from thought_kernels.evaluation.rivals.steering import (
 )
 from thought_kernels.evaluation.sections.side_effects import Bystander
 from thought_kernels.evaluation.sections.subject import Intervention, Subject
-from thought_kernels.fitting.recipe import paper_recipe
-from thought_kernels.fitting.transmute import transmute
+from thought_kernels.fitting.recipe import Recipe, paper_recipe
 from thought_kernels.patches.patch import ThoughtPatch
 
 MAX_LAYERS = 8  # tried by the baselines that act on one block
@@ -105,10 +104,7 @@ def _rank_one(subject: Subject, section: Section) -> tuple[str, Intervention]:
     def edits() -> Iterator[tuple[Any, Intervention]]:
         for site, layers in places:
             for tokens in ("all", "answer"):
-                recipe = {
-                    "layers": layers, "sites": (site,), "pairing": "two_pass", "tokens": tokens,
-                    "normalization": "none", "header_weight": 0.0,
-                }  # fmt: skip
+                recipe = Recipe(layers=layers, sites=(site,), pairing="two_pass", tokens=tokens)
                 for (layer, _), entry in subject.refit(recipe, rank_one).entries.items():
                     for scale in EDIT_SCALES:
                         yield (site, tokens, layer, scale), scale * ThoughtPatch({(layer, site): entry})
@@ -119,13 +115,9 @@ def _rank_one(subject: Subject, section: Section) -> tuple[str, Intervention]:
 
 def _paper(subject: Subject, section: Section) -> tuple[str, Intervention]:
     layers = paper_layers(len(subject.decoder.blocks))
-    count = len(subject.examples)
     # Its matrices are linear in c1: one patch is fitted and scaled.
-    unit: Any = transmute(
-        subject.model, subject.tokenizer, subject.instruction, subject.examples, without=subject.without,
-        separator=subject.separator, format=subject.format, max_new_tokens=subject.fitted_tokens,
-        **paper_recipe(c1=1.0, layers=layers, steps=count),
-    )  # fmt: skip
+    recipe = paper_recipe(c1=1.0, layers=layers, steps=len(subject.examples))
+    unit = subject.fit(subject.instruction, subject.examples, recipe)
     c1, patch = subject.rank((factor * PAPER_C1, factor * PAPER_C1 * unit) for factor in C1_FACTORS)[0]
     return f"Algorithm 1 on blocks {layers[0]} to {layers[-1]}, effective c1 {c1:g}, c2 0", patch
 

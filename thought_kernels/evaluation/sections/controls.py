@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
 from thought_kernels.evaluation.figures.section import Section
 from thought_kernels.evaluation.measures.intervals import mean_interval, recovered_interval
 from thought_kernels.evaluation.measures.trial import Score
-from thought_kernels.evaluation.rivals.refit import MeanDifferences, Shuffled, full_recipe, split
+from thought_kernels.evaluation.rivals.refit import MeanDifferences, Shuffled, known_recipe, split
 from thought_kernels.evaluation.sections.subject import Subject, sums
 from thought_kernels.patches.patch import ThoughtPatch
 from thought_kernels.patches.site import SitePatch
@@ -76,13 +78,13 @@ def _pooled(subject: Subject, section: Section, name: str, scores: list[Score]) 
 
 
 def _refitted(subject: Subject, section: Section) -> None:
-    recipe = full_recipe(subject.patch)
+    recipe = known_recipe(subject.patch)
     wide = torch.float64 if subject.decoder.dtype == torch.float64 else torch.float32
-    shuffled = Shuffled(subject.generator("shuffle"), normalization=recipe["normalization"], dtype=wide)
+    shuffled = Shuffled(subject.generator("shuffle"), normalization=recipe.normalization, dtype=wide)
     subject.report(section, "shuffled δ", subject.measure(subject.refit(recipe, accumulator=shuffled)))
     section.note("Shuffled δ: the same rows, each difference paired with another token's activation.")
     if split(subject.patch, part="vector") is None:
-        plain = {**recipe, "estimator": "exact", "scale": 1.0}
+        plain = replace(recipe, estimator="exact", scale=1.0)
         vectors = subject.refit(plain, accumulator=MeanDifferences(dtype=wide))
         subject.report(section, "vector only", subject.measure(vectors))
         section.note("Vector only: the mean difference at the patch's own sites, since it has matrices only.")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 import random
 from collections.abc import Iterable, Mapping, Sequence
@@ -18,6 +17,7 @@ from thought_kernels.evaluation.measures.intervals import Interval, mean_interva
 from thought_kernels.evaluation.measures.scorers import Scorer, ScorerError
 from thought_kernels.evaluation.measures.trial import Score, Trial
 from thought_kernels.evaluation.rivals.refit import Solver, refit
+from thought_kernels.fitting.recipe import Recipe
 from thought_kernels.fitting.transmute import transmute
 from thought_kernels.generation.completions import ending_of, with_completions
 from thought_kernels.models import describe
@@ -27,10 +27,6 @@ from thought_kernels.prompts.prompt import EncodedExample, Example, Instruction,
 
 # Hyper-parameters of the baselines are chosen on this many of the examples at most: a choice needs no more.
 CHOICE_EXAMPLES = 32
-# Arguments of transmute that are the evaluation's own and no part of a recipe.
-NOT_RECIPE = {
-    "model", "tokenizer", "instruction", "examples", "without", "separator", "format", "max_new_tokens", "progress",
-}  # fmt: skip
 
 
 class Intervention(Protocol):
@@ -97,7 +93,7 @@ class Subject:
         model, tokenizer: unpatched.
         instruction: what the patch stands for.
         given_patch: the user's patch; None fits one on the examples.
-        recipe: arguments of transmute for every fit.
+        recipe: of every fit.
         examples: what patches and baselines are fitted on; empty where only a patch was given.
         pool: more examples, `examples` first, for the data-efficiency curve.
         held_out: what is measured on.
@@ -117,7 +113,7 @@ class Subject:
     tokenizer: Any
     instruction: Instruction
     given_patch: ThoughtPatch | None
-    recipe: dict[str, Any]
+    recipe: Recipe
     examples: list[Example]
     pool: list[Example]
     held_out: Inputs
@@ -175,10 +171,13 @@ class Subject:
         return self.training.first(CHOICE_EXAMPLES)
 
     @property
-    def fitted_tokens(self) -> int:
-        """The longest completion that fits write: as the given patch's, so that they are made like it."""
+    def writing(self) -> dict[str, Any]:
+        """How fits write completions: as the given patch's did, so that they are made like it."""
         made: Mapping[str, Any] = {} if self.given_patch is None else self.given_patch.provenance
-        return made.get("max_new_tokens", self.max_new_tokens)
+        return {
+            "max_new_tokens": made.get("max_new_tokens", self.max_new_tokens),
+            "seed": made.get("seed", 0),
+        }
 
     @cached_property
     def encoded(self) -> list[EncodedExample]:
@@ -187,8 +186,8 @@ class Subject:
         made = self.patch.provenance
         ending = ending_of(self.model, self.tokenizer, self.examples[0], format=self.format)
         return with_completions(
-            self.model, list(map(self.encode, self.examples)), ending=ending, max_new_tokens=self.fitted_tokens,
-            batch_size=self.batch_size, completions=made.get("completions", 1), seed=made.get("seed", 0),
+            self.model, list(map(self.encode, self.examples)), ending=ending, batch_size=self.batch_size,
+            completions=made.get("completions", 1), **self.writing,
         )  # fmt: skip
 
     def encode(self, example: Example, instruction: Instruction | None = None) -> EncodedExample:
@@ -204,17 +203,17 @@ class Subject:
                 "give the ones the patch was fitted on"
             )
 
-    def fit(self, instruction: Instruction, examples: Sequence[Example]) -> ThoughtPatch:
-        """transmute with the recipe."""
+    def fit(self, instruction: Instruction, examples: Sequence[Example], recipe: Recipe | None = None) -> ThoughtPatch:
+        """transmute with the subject's recipe, or another one."""
         return transmute(
             self.model, self.tokenizer, instruction, list(examples), without=self.without, separator=self.separator,
-            format=self.format, max_new_tokens=self.fitted_tokens, **self.recipe,
+            format=self.format, **self.writing, **(self.recipe if recipe is None else recipe),
         )  # fmt: skip
 
     def refit(
-        self, recipe: Mapping[str, Any], solver: Solver | None = None, accumulator: ThoughtAccumulator | None = None
+        self, recipe: Recipe, solver: Solver | None = None, accumulator: ThoughtAccumulator | None = None
     ) -> ThoughtPatch:
-        """The examples fitted by a full recipe, with sums or a solution of one's own; see rivals.refit."""
+        """The examples fitted by a recipe, with sums or a solution of one's own; see rivals.refit."""
         return refit(
             self.decoder, self.encoded, recipe, batch_size=self.batch_size, solver=solver, accumulator=accumulator
         )
@@ -283,10 +282,3 @@ class Subject:
 def sums(divergences: Sequence[torch.Tensor]) -> list[float]:
     """Each input's divergence, summed over its tokens, nats."""
     return [float(row.double().sum()) for row in divergences]
-
-
-def recipe_of(patch: ThoughtPatch) -> dict[str, Any]:
-    """The arguments of transmute that a patch's provenance records, so that other fits are made like it."""
-    names = set(inspect.signature(transmute).parameters) - NOT_RECIPE
-    recorded: Mapping[str, Any] = patch.provenance
-    return {name: recorded[name] for name in sorted(names) if recorded.get(name) is not None}
