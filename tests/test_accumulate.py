@@ -281,6 +281,19 @@ def test_a_zero_activation_hides_its_delta_from_what_is_normalised(backend, norm
     assert not spoilt["delta_sum"].isfinite().any()
 
 
+@pytest.mark.parametrize("normalization", NORMALIZATIONS)
+@pytest.mark.parametrize("what", ["delta", "activation", "weights"])
+def test_nan_spoils_the_sums_that_its_row_enters_and_no_others(place, what, normalization):
+    call = random_call(rows=(40,), normalization=normalization)
+    getattr(call, what)[7].flatten()[:1].fill_(torch.nan)  # one feature of one row, or its weight
+    sums = accumulators(call, device=place.device)
+    run(call, sums, place)
+    truth = written_out(call, accumulators(call))
+    assert any(tensor.isnan().any() for tensor in truth.values())
+    for name in NAMES:
+        assert torch.equal(sums[name].cpu().isnan(), truth[name].isnan()), name
+
+
 def test_accumulators_made_in_inference_mode_can_be_added_to_outside_of_it(place):
     call = random_call()
     with torch.inference_mode():

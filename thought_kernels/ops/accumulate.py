@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from thought_kernels.ops import library
-from thought_kernels.ops.checks import check_number
+from thought_kernels.ops.checks import check_number, not_dense
 from thought_kernels.ops.overlap import check_overlap
 
 NORMALIZATIONS = {"none": 0, "norm": 1, "squared_norm": 2}  # the integers are those of the compiled kernels
@@ -59,6 +59,9 @@ def accumulate(
     Every sum is deterministic. On a CPU no temporary grows with the number of tokens; a GPU keeps a few numbers per row
     and, with weights, norms, sums or moments, reads the rows a second time for them. Not differentiable.
 
+    Nothing is filtered: NaN or an infinity in a row of weight other than 0 spoils the sums that it enters, as it does
+    in torch's own products. A weight or a norm that is NaN spoils them for the whole row.
+
     >>> cross = torch.zeros(2, 3)
     >>> accumulate(cross, torch.tensor([[1.0, 2.0]]), torch.tensor([[3.0, 0.0, 4.0]]), normalization="norm")
     >>> cross  # δ aᵀ / ‖a‖, and ‖a‖ = 5
@@ -86,24 +89,16 @@ def accumulate(
     Raises:
         TypeError: for something other than a tensor, a string or a number where one belongs.
         ValueError: if a shape, dtype or device does not fit, if an accumulator overlaps another tensor of the call or
-            itself, or if the named backend cannot run the call. Nothing has been written then.
+            itself, or requires grad while gradients are recorded, or if the named backend cannot run the call. Nothing
+            has been written then.
 
     Source: Transmuting prompts into weights, Algorithm 1 and eq. 8; the normalisations are its §4.1 and eq. 4.
     """
-    call = torch.ops.thought_kernels.accumulate if library.traced(cross) else _accumulate
-    call(
-        cross,
-        delta,
-        activation,
-        weights=weights,
-        normalization=normalization,
-        coefficient=coefficient,
-        gram=gram,
-        delta_sum=delta_sum,
-        activation_sum=activation_sum,
-        moments=moments,
-        backend=backend,
-    )
+    _call(
+        "accumulate", cross, delta, activation,
+        weights=weights, normalization=normalization, coefficient=coefficient, gram=gram, delta_sum=delta_sum,
+        activation_sum=activation_sum, moments=moments, backend=backend,
+    )  # fmt: skip
 
 
 def accumulate_pair(
@@ -137,20 +132,11 @@ def accumulate_pair(
 
     Source: Transmuting prompts into weights, Algorithm 1, lines 13 to 15.
     """
-    call = torch.ops.thought_kernels.accumulate_pair if library.traced(cross) else _accumulate_pair
-    call(
-        cross,
-        with_context,
-        without_context,
-        weights=weights,
-        normalization=normalization,
-        coefficient=coefficient,
-        gram=gram,
-        delta_sum=delta_sum,
-        activation_sum=activation_sum,
-        moments=moments,
-        backend=backend,
-    )
+    _call(
+        "accumulate_pair", cross, with_context, without_context,
+        weights=weights, normalization=normalization, coefficient=coefficient, gram=gram, delta_sum=delta_sum,
+        activation_sum=activation_sum, moments=moments, backend=backend,
+    )  # fmt: skip
 
 
 class _Options(NamedTuple):
@@ -166,12 +152,25 @@ class _Options(NamedTuple):
     backend: str | None = None
 
 
+def _call(function: str, cross: Tensor, delta: Tensor, activation: Tensor, **keywords: Any) -> None:
+    through_torch = library.dispatched(cross, delta, activation, *keywords.values())
+    run = getattr(torch.ops.thought_kernels, function) if through_torch else functools.partial(_run, function)
+    run(cross, delta, activation, **keywords)
+
+
 def _run(function: str, cross: Tensor, delta: Tensor, activation: Tensor, **keywords: Any) -> None:
     """Checks everything, then writes: both functions on real tensors, called directly or through torch.ops."""
     options = _Options(**keywords)
     read, written = _named(function, cross, delta, activation, options)
     _check(function, read, written, options)
     check_overlap(function, read, written)
+    tensors = {"delta": delta, "activation": activation, "weights": options.weights, **written}
+    copies = {name: tensor.resolve_neg() for name, tensor in tensors.items() if tensor is not None and tensor.is_neg()}
+    if copies:  # kernels read and write memory as it lies, which is the negative of these tensors
+        _run(function, **{"cross": cross, "delta": delta, "activation": activation, **keywords, **copies})
+        for name in written.keys() & copies.keys():
+            written[name].copy_(copies[name])
+        return
     unsupported = functools.partial(_unsupported, cross, delta, activation, options.weights)
     chosen = library.choose(function, options.backend, cross.device, unsupported)
     pair = function == "accumulate_pair"
@@ -269,9 +268,14 @@ def _check(function: str, inputs: dict[str, Any], accumulators: dict[str, Any], 
     for argument, tensor in {**accumulators, **inputs}.items():
         if tensor is None and argument not in ("cross", delta_name, name):
             continue
-        if not isinstance(tensor, Tensor) or tensor.layout != torch.strided:
-            actual = tensor.layout if isinstance(tensor, Tensor) else type(tensor).__name__
-            raise TypeError(library.message(function, argument, "be a dense tensor", actual))
+        found = not_dense(tensor) if isinstance(tensor, Tensor) else (type(tensor).__name__, "")
+        if found is not None:
+            raise TypeError(library.message(function, argument, "be a dense tensor", *found))
+        if argument in accumulators and tensor.requires_grad and torch.is_grad_enabled():
+            rule = "not require grad while gradients are recorded"
+            fix = f"call under torch.no_grad(), or pass {argument}.detach(), which shares its memory"
+            actual = f"a {'leaf' if tensor.is_leaf else 'tensor'} that does"
+            raise ValueError(library.message(function, argument, rule, actual, fix))
         if tensor.device != cross.device:
             raise ValueError(library.message(function, argument, f"be on cross's device {cross.device}", tensor.device))
     for argument, tensor in inputs.items():
@@ -322,5 +326,8 @@ library.declare(
     fake=functools.partial(_fake, "accumulate_pair"),
     stem="accumulate",
 )
+for _name in ("accumulate", "accumulate_pair"):
+    # torch's own way with negated tensors is made for operators that return what they write.
+    library.LIBRARY.impl(_name, torch.library.fallthrough_kernel, "Negative")
 library.declare_kernel("accumulate_cpp" + _KERNEL_ARGUMENTS.format(", str? instructions=None"))
 library.declare_kernel("accumulate_cuda" + _KERNEL_ARGUMENTS.format(""))

@@ -20,9 +20,19 @@ _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 def _dense(function: str, name: str, rule: str, tensor: object) -> Tensor:
     if not isinstance(tensor, Tensor):
         raise TypeError(message(function, name, f"be {rule}", type(tensor).__name__))
-    if tensor.layout != torch.strided:
-        raise TypeError(message(function, name, f"be {rule} that is dense", tensor.layout))
+    found = not_dense(tensor)
+    if found is not None:
+        raise TypeError(message(function, name, f"be {rule} that is dense", *found))
     return tensor
+
+
+def not_dense(tensor: Tensor) -> tuple[object, str] | None:
+    """What a tensor is that has no shape with a stride for each size, and what to do about it; None for a dense one."""
+    if tensor.is_nested:
+        return "a nested tensor", "pad it, as to_padded_tensor() does"
+    if tensor.layout != torch.strided:
+        return tensor.layout, ""
+    return None
 
 
 def check_float_tensor(function: str, name: str, tensor: object) -> None:

@@ -265,12 +265,20 @@ def message(function: str, argument: str, rule: str, actual: object, context: st
     return f"{function}: {argument} must {rule}, got {actual}" + (f"; {context}" if context else "")
 
 
-def traced(tensor: object) -> bool:
-    """Whether a call's tensors may have no data (torch.compile, fake, meta, vmap), so that torch.ops must be called."""
+def dispatched(*arguments: object) -> bool:
+    """Whether a call must go through torch.ops, since one of its tensors may not be read where it lies.
+
+    It may have no data (torch.compile, fake, meta, vmap), be of a class that takes calls itself, or be the negative of
+    what lies in memory, which torch.ops resolves.
+    """
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
         return True
     if torch._C._functorch.peek_interpreter_stack() is not None:
         return True
-    return isinstance(tensor, torch.Tensor) and (
-        tensor.is_meta or type(tensor) not in (torch.Tensor, torch.nn.Parameter)
+    tensors = [argument for argument in arguments if isinstance(argument, torch.Tensor)]
+    if any(tensor.is_nested for tensor in tensors):
+        return False  # the checks say why not, torch.ops would not
+    return any(
+        tensor.is_meta or tensor.is_neg() or type(tensor) not in (torch.Tensor, torch.nn.Parameter)
+        for tensor in tensors
     )

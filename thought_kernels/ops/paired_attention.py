@@ -65,10 +65,10 @@ def paired_attention(
     without_key, without_value = (
         (None, None) if without_prefix is None else unpack_prefix("paired_attention", "without_prefix", without_prefix)
     )
-    run = torch.ops.thought_kernels.paired_attention if library.traced(query) else _run
+    tensors = (query, key, value, with_key, with_value, without_key, without_value)
+    run = torch.ops.thought_kernels.paired_attention if library.dispatched(*tensors, lengths) else _run
     return run(
-        query, key, value, with_key, with_value, without_key, without_value,
-        lengths=lengths, window=bounded(window), scale=scale, softcap=softcap, backend=backend,
+        *tensors, lengths=lengths, window=bounded(window), scale=scale, softcap=softcap, backend=backend
     )  # fmt: skip
 
 

@@ -54,7 +54,8 @@ def rms_norm_pair(
 
     Source: Zhang and Sennrich, arXiv:1910.07467, for RMSNorm; the difference form is this project's.
     """
-    run = torch.ops.thought_kernels.rms_norm_pair if library.traced(x) else _run
+    through_torch = library.dispatched(x, delta, weight, residual)
+    run = torch.ops.thought_kernels.rms_norm_pair if through_torch else _run
     return run(x, delta, weight, eps=eps, weight_offset=weight_offset, residual=residual, backend=backend)
 
 

@@ -69,7 +69,8 @@ def shared_prefix_attention(
         raise TypeError(message(_NAME, "prefixes", "be a list of (key, value) pairs", type(prefixes).__name__))
     pairs = [unpack_prefix(_NAME, f"prefixes[{index}]", prefix) for index, prefix in enumerate(prefixes)]
     keys, values = [prefix_key for prefix_key, _ in pairs], [prefix_value for _, prefix_value in pairs]
-    run = torch.ops.thought_kernels.shared_prefix_attention if library.traced(query) else _run
+    through_torch = library.dispatched(query, key, value, *keys, *values, prefix_index, lengths)
+    run = torch.ops.thought_kernels.shared_prefix_attention if through_torch else _run
     return run(
         query, key, value, keys, values, prefix_index,
         lengths=lengths, window=bounded(window), scale=scale, softcap=softcap, output_dtype=output_dtype,
