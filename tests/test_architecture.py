@@ -27,7 +27,7 @@ MAY_IMPORT = {
     "ops": {"reference", "triton"},
     "models": {"ops"},
     "prompts": set(),
-    "generation": {"models", "prompts"},
+    "generation": {"ops", "models", "prompts"},
     "patches": {"ops", "models"},
     "estimation": {"ops", "patches", "version"},
     "pairing": {"ops", "models", "prompts", "patches", "estimation"},

@@ -46,7 +46,9 @@ def solve(
     Args:
         sums: float32 or float64 sums of one site, or its rows; sums without ``gram`` are those of the residual site.
         estimator: one of ``ESTIMATORS``.
-        scale: λ, finite.
+        scale: λ, finite. ``exact``, ``ridge`` and ``affine`` are made for 1. ``mean`` and ``second_order`` need it
+            tuned: see the fit's residual, above 1 where the patch is worse than none. ``second_order`` sums two terms
+            of a series that converges only for λ below 1 over Z's largest eigenvalue.
         ridge: ε > 0, in units of Z's mean eigenvalue; read by ``ridge`` and ``affine`` only.
         normalization: the ν of the sums, ``"none"``, ``"norm"`` or ``"squared_norm"``.
 

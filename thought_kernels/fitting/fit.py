@@ -13,6 +13,7 @@ from thought_kernels.estimation.accumulator import ThoughtAccumulator
 from thought_kernels.fitting.recipe import ResolvedRecipe
 from thought_kernels.models.decoder import Decoder
 from thought_kernels.models.undisturbed import undisturbed
+from thought_kernels.ops.caller import warn
 from thought_kernels.pairing.batches import group_examples
 from thought_kernels.pairing.pairings import MEMORY_BUDGET, PAIRINGS, Run, passes
 from thought_kernels.patches.patch import ThoughtPatch
@@ -68,7 +69,22 @@ def fit(
             memory_budget=memory_budget,
         )  # fmt: skip
         PAIRINGS[recipe.pairing](run)
-    return solution.solve(layers, sites)
+    patch = solution.solve(layers, sites)
+    _warn_if_worse(patch, recipe)
+    return patch
+
+
+def _warn_if_worse(patch: ThoughtPatch, recipe: ResolvedRecipe) -> None:
+    """Warns of a patch that leaves more at some site than it was to take away."""
+    left = {key: entry.fit.residual for key, entry in patch.entries.items() if entry.fit and entry.fit.residual}
+    if not left or max(left.values()) <= 1:
+        return
+    layer, site = max(left, key=lambda key: left[key])
+    warn(
+        f"transmute: patch should leave less than all of the difference, got {left[layer, site]:.3g} times it at block "
+        f"{layer}, site {site!r}, with estimator {recipe.estimator!r} and scale {recipe.scale[site]:g}; lower the "
+        "scale, or take estimator='ridge', which is made for 1"
+    )
 
 
 class _Solution:

@@ -12,10 +12,14 @@ from thought_kernels.fitting.recipe import Recipe
 from thought_kernels.generation.completions import ending_of, with_completions
 from thought_kernels.models import in_memory
 from thought_kernels.models.decoder import Decoder
+from thought_kernels.ops.caller import warn
 from thought_kernels.ops.checks import as_integer
 from thought_kernels.pairing.pairings import MEMORY_BUDGET
 from thought_kernels.patches.patch import ThoughtPatch
-from thought_kernels.prompts.prompt import EncodedExample, Instruction, encode, load_examples
+from thought_kernels.prompts.examples import Example, load_examples
+from thought_kernels.prompts.fits import check_fits
+from thought_kernels.prompts.instruction import Instruction, begins_with
+from thought_kernels.prompts.prompt import EncodedExample, encode
 
 
 @torch.no_grad()
@@ -72,7 +76,9 @@ def transmute(
         pairing: "two_pass", "layerwise" or "sequential", see pairing/pairings.py.
         estimator: "mean", "exact", "ridge", "second_order" or "affine", see estimators.solve.
         normalization: ν, "none", "norm" (‖a‖) or "squared_norm" (‖a‖²).
-        scale: λ, one number or one per site; "mean" needs it tuned, the others are made for 1.
+        scale: λ, one number or one per site. "exact", "ridge" and "affine" are made for 1. "mean" and "second_order"
+            need it tuned: the latter grows without bound once λ passes 2 over Z's largest eigenvalue, and a warning
+            says where a patch is worse than none.
         ridge: ε, in units of Z's mean eigenvalue.
         tokens: which tokens of e are summed, "all" or "answer" (the completion with its end-of-turn token).
         header_weight: H's rows join the fit with δ = 0 and this total weight, that of all examples being 1; it keeps
@@ -119,9 +125,14 @@ def transmute(
         for number, example in enumerate(loaded)
     ]
     _check_header(resolved.header_weight, encoded)
-    _check_lengths(decoder, encoded)
+    context, vocabulary = getattr(decoder.config, "max_position_embeddings", None), len(decoder.embed_tokens.weight)
+    for row in encoded:
+        subject = f"transmute: examples[{row.number}]"
+        check_fits(subject, row, tokenizer=tokenizer, context=context, vocabulary=vocabulary)
+    _check_untold(instruction, separator, loaded)
     generated = sum(example.completion is None for example in loaded)
     if generated:
+        _check_head(decoder)
         ending = ending_of(decoder.model, tokenizer, loaded[0], format=format)
         encoded = with_completions(
             decoder.model, encoded, ending=ending, max_new_tokens=max_new_tokens, batch_size=batch_size,
@@ -172,11 +183,21 @@ def _check_header(weight: float, encoded: list[EncodedExample]) -> None:
         )
 
 
-def _check_lengths(decoder: Decoder, encoded: list[EncodedExample]) -> None:
-    limit = getattr(decoder.config, "max_position_embeddings", None)
-    for example in encoded:
-        if limit is not None and example.length > limit:
-            raise ValueError(
-                f"transmute: examples[{example.number}] must fit the model's context of {limit} tokens, got "
-                f"{example.length} with the instruction; shorten it or drop it"
-            )
+def _check_untold(instruction: Instruction, separator: str, examples: list[Example]) -> None:
+    """Refuses, or where only some are, warns of examples that begin with the instruction: a patch adds it again."""
+    told = [number for number, example in enumerate(examples) if begins_with(instruction, separator, example)]
+    if not told:
+        return
+    found = f"got {len(told)} of {len(examples)} that begin with it, the first at {told[0]}"
+    mend = "take it out there, since a patch stands for an instruction that is not in the prompt"
+    if len(told) == len(examples):
+        raise ValueError(f"transmute: examples must be without the instruction, {found}; {mend}")
+    warn(f"transmute: examples should be without the instruction, {found}; {mend}")
+
+
+def _check_head(decoder: Decoder) -> None:
+    if decoder.lm_head is None:
+        raise ValueError(
+            "transmute: model must have a language-model head to write completions, got "
+            f"{type(decoder.model).__name__}; load it with AutoModelForCausalLM, or give every example a completion"
+        )

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import random
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from thought_kernels.generation.continuations import continue_prompts, rooms_behind
+from thought_kernels.ops.caller import warn
 from thought_kernels.prompts.chat import text_tokenizer, writer_of
 from thought_kernels.prompts.prompt import EncodedExample, Example
 
@@ -120,9 +120,8 @@ def with_completions(
         written[index].append(row)
     cut = sum(not ending.reached(answer) for answer in answers)
     if cut:
-        warnings.warn(
+        warn(
             f"transmute: {cut} of {len(answers)} completions did not end within max_new_tokens={max_new_tokens} tokens "
-            "or the model's context, and were cut there",
-            stacklevel=3,
+            "or the model's context, and were cut there"
         )
     return [row for index, example in enumerate(encoded) for row in written.get(index, [example])]

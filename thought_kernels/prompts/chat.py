@@ -6,7 +6,7 @@ import string
 from typing import Any, NamedTuple, Protocol
 
 from thought_kernels.prompts.cuts import Tokens
-from thought_kernels.prompts.examples import Example
+from thought_kernels.prompts.examples import Example, check_text
 
 
 class Writer(Protocol):
@@ -195,6 +195,7 @@ class FormatWriter:
 def _read_format(format: str) -> _Turn:
     if not isinstance(format, str):
         raise TypeError(f"align: format must be a str, got {type(format).__name__}")
+    check_text(format, "align: format")
     needed = r"as in '{prompt} -> {completion}\n'"
     try:
         parts = list(string.Formatter().parse(format))

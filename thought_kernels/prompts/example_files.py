@@ -41,21 +41,23 @@ def _lines(path: Path, text: str) -> Iterator[tuple[str, str]]:
 
 def _jsonl(path: Path, text: str) -> Iterator[tuple[str, Any]]:
     for where, line in _lines(path, text):
-        try:
-            yield where, json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"load_examples: {where}, must be one JSON value, got {line[:60]!r}; {error}") from None
+        yield where, _parsed(line, f"{where}, must be one JSON value, got {line[:60]!r}")
 
 
 def _json(path: Path, text: str) -> Iterator[tuple[str, Any]]:
-    try:
-        rows = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"load_examples: {path} must be JSON, got something else; {error}") from None
+    rows = _parsed(text, f"{path} must be JSON, got something else")
     if not isinstance(rows, list):
         raise ValueError(f"load_examples: {path} must be a list of examples, got a JSON {type(rows).__name__}")
     for index, row in enumerate(rows):
         yield f"{path}, entry {index}", row
+
+
+def _parsed(text: str, refusal: str) -> Any:
+    try:
+        return json.loads(text)
+    # No JSON, an integer of too many digits, or brackets nested too deep.
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"load_examples: {refusal}; {error}") from None
 
 
 def _csv(path: Path, text: str) -> Iterator[tuple[str, Any]]:

@@ -68,7 +68,7 @@ def read_example(example: Any, subject: str) -> Example:
     if isinstance(example, Example):
         return example
     if isinstance(example, str):
-        return Example(({"role": "user", "content": example},), None)
+        return _asked(({"role": "user", "content": check_text(example, subject)},), None, subject)
     if isinstance(example, Mapping):
         return _from_mapping(example, subject)
     if isinstance(example, (list, tuple)):
@@ -114,12 +114,14 @@ def _from_mapping(example: Mapping[str, Any], subject: str) -> Example:
         messages, answer = _from_messages(_listed(prompt, f"{inside}, prompt,"), f"{inside}, prompt,")
         if answer is not None:
             raise ValueError(f"{inside}, prompt, must end with a user message, got an assistant's")
-    if completion is not None and not isinstance(completion, str):
+    if isinstance(completion, str):
+        check_text(completion, f"{inside}, completion,")
+    elif completion is not None:
         turns = read_messages(_listed(completion, f"{inside}, completion,"), f"{inside}, completion,")
         if [turn["role"] for turn in turns] != ["assistant"]:
             raise ValueError(f"{inside}, completion, must be one assistant message, got {len(turns)} messages")
         completion = turns[0]["content"]
-    return Example(messages, completion)
+    return _asked(messages, completion, subject)
 
 
 def _from_messages(messages: Iterable[Any], subject: str) -> Example:
@@ -129,7 +131,26 @@ def _from_messages(messages: Iterable[Any], subject: str) -> Example:
         turns, completion = turns[:-1], turns[-1]["content"]
     if not turns or turns[-1]["role"] != "user":
         raise ValueError(f"{subject} must end with a user message, or one and its answer, got {len(turns)} other turns")
-    return Example(turns, completion)
+    return _asked(turns, completion, subject)
+
+
+def _asked(messages: tuple[dict[str, str], ...], completion: str | None, subject: str) -> Example:
+    """The example, which asks something: a blank one has nothing that a patch could act on."""
+    if not messages[-1]["content"].strip():
+        raise ValueError(f"{subject} must have a user text, got a blank one, {messages[-1]['content']!r:.60}; drop it")
+    return Example(messages, completion)
+
+
+def check_text(text: str, subject: str) -> str:
+    """The text, if it can be written in UTF-8: half a surrogate pair, as JSON may hold, stands for no character."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{subject} must be text, got the lone surrogate {text[error.start]!r} at character {error.start}; "
+            "mend or drop it"
+        ) from None
+    return text
 
 
 def _listed(value: Any, subject: str) -> Iterable[Any]:
@@ -140,10 +161,10 @@ def _listed(value: Any, subject: str) -> Iterable[Any]:
 
 def _text(content: Any, subject: str) -> str:
     if isinstance(content, str):
-        return content
+        return check_text(content, subject)
     if isinstance(content, (list, tuple)):
         for part in content:
             if not isinstance(part, Mapping) or part.get("type", "text") != "text" or "text" not in part:
                 raise ValueError(f"{subject} must hold text parts only, got {part!r:.60}; images cannot be transmuted")
-        return "".join(part["text"] for part in content)
+        return check_text("".join(part["text"] for part in content), subject)
     raise TypeError(f"{subject} must have text as its content, got {type(content).__name__}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from thought_kernels.prompts.examples import Example, read_messages
+from thought_kernels.prompts.examples import Example, check_text, read_messages
 from thought_kernels.prompts.places import first_user
 
 Instruction = str | Sequence[Mapping[str, Any]]
@@ -17,6 +17,7 @@ def prompted(name: str, instruction: Instruction, chat: Example, separator: str,
     if isinstance(instruction, str):
         if not instruction.strip():
             raise ValueError(f"align: {name} must not be empty, got {instruction!r}{_unsaid(name)}")
+        check_text(instruction, f"align: {name}")
         if any(
             _stands_after_input(instruction, separator, turn["content"]) for turn in messages if turn["role"] == "user"
         ):
@@ -41,6 +42,16 @@ def prompted(name: str, instruction: Instruction, chat: Example, separator: str,
             raise ValueError(f"align: {name} must leave the system message to one side, got one in the example too")
         turns.insert(0, messages.pop(0))  # templates take a system message first or not at all
     return Example((*turns, *messages), chat.completion)
+
+
+def begins_with(instruction: Instruction, separator: str, chat: Example) -> bool:
+    """Whether the example's chat has the instruction already, where it would be inserted."""
+    if not isinstance(instruction, str):
+        turns = read_messages(instruction, "align: instruction")
+        return bool(turns) and chat.messages[: len(turns)] == turns
+    text, wanted = chat.messages[first_user(chat)]["content"].strip(), instruction.strip()
+    rest = text.removeprefix(wanted)
+    return rest == "" or (rest != text and rest.startswith(("\n", separator or "\n")))
 
 
 def _unsaid(name: str) -> str:

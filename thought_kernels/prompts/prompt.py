@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from thought_kernels.prompts.chat import Writer, text_tokenizer, writer_of
 from thought_kernels.prompts.cuts import Tokens, check_equal, common_length, cut
-from thought_kernels.prompts.examples import Example, load_examples, read_example
+from thought_kernels.prompts.examples import Example, check_text, load_examples, read_example
 from thought_kernels.prompts.instruction import Instruction, prompted
 from thought_kernels.prompts.places import Places, places_of
 
@@ -184,6 +184,7 @@ def encode(
     """
     if not isinstance(separator, str):
         raise TypeError(f"align: separator must be a str, got {type(separator).__name__}")
+    check_text(separator, "align: separator")
     tokenizer = text_tokenizer(tokenizer)
     writer = writer_of(tokenizer, format, separator)
     chat = read_example(example, "align: example")

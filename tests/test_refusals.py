@@ -1,0 +1,98 @@
+"""What transmute refuses or warns of before it spends anything: tokens, told examples, models without a head."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from models import tiny_gemma3, tiny_tokenizer
+
+import thought_kernels as tk
+
+TOKENIZER = tiny_tokenizer()
+EXAMPLE = {"prompt": "8 76", "completion": "x=2 ok"}
+
+
+def model_of(seed: int = 0, **changes: Any) -> Any:
+    return tiny_gemma3(seed, torch.float64, vocab_size=len(TOKENIZER), **changes)
+
+
+@pytest.mark.parametrize(
+    ("part", "instruction", "example", "options"),
+    [
+        ("the instruction", "Sum <new>", EXAMPLE, {}),
+        ("the example", "Sum", {"prompt": "8 <new>", "completion": "3"}, {}),
+        ("the example", "Sum", "8 <new>", {}),
+        ("the completion", "Sum", {"prompt": "8", "completion": "3 <new>"}, {}),
+        ("what stands in the instruction's place", "Sum", EXAMPLE, {"without": "Say <new>"}),
+    ],
+)
+def test_a_token_without_an_embedding_is_refused(
+    part: str, instruction: str, example: Any, options: dict[str, Any]
+) -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_tokens("<new>")
+    number = 1 if part in ("the example", "the completion") else 0
+    sentence = rf"examples\[{number}\] must be of tokens that the model has .* below {len(TOKENIZER)}, got '<new>' "
+    with pytest.raises(ValueError, match=f"^transmute: {sentence}.* in {part}; take the model's own tokenizer"):
+        tk.transmute(model_of(), tokenizer, instruction, [{"prompt": "1", "completion": "2"}, example], **options)
+
+
+TOLD = [{"role": "user", "content": "ab"}, {"role": "assistant", "content": "ba"}]
+
+
+@pytest.mark.parametrize(
+    ("instruction", "told", "options"),
+    [
+        ("Sum now", "Sum now\n8 76", {}),
+        ("Sum now", " Sum now", {}),
+        ("Sum now", "Sum now: 8 76", {"separator": ": "}),
+        (TOLD, [*TOLD, {"role": "user", "content": "8 76"}], {}),
+    ],
+)
+def test_examples_that_begin_with_the_instruction(instruction: Any, told: Any, options: dict[str, Any]) -> None:
+    options |= {"max_new_tokens": 2, "completions": 1}
+    with pytest.raises(ValueError, match="^transmute: examples must be without the instruction, got 1 of 1 that begin"):
+        tk.transmute(model_of(), TOKENIZER, instruction, [told], **options)
+    with pytest.warns(UserWarning, match="^transmute: examples should be without .* got 1 of 2 .*, the first at 1; "):
+        tk.transmute(model_of(), TOKENIZER, instruction, [EXAMPLE, told], **options)
+
+
+def test_words_that_the_instruction_merely_begins_are_no_instruction() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        tk.transmute(model_of(), TOKENIZER, "Sum", [EXAMPLE | {"prompt": "Summer 8"}])
+
+
+@pytest.mark.parametrize("pairing", ["sequential", "layerwise"])
+def test_a_model_without_a_head_takes_examples_with_completions_only(pairing: str) -> None:
+    model = model_of()
+    with pytest.raises(ValueError, match="^transmute: model must have a language-model head .*, got Gemma3TextModel; "):
+        tk.transmute(model.model, TOKENIZER, "Sum now", ["8 76"])
+    patch, whole = (tk.transmute(of, TOKENIZER, "Sum now", [EXAMPLE], pairing=pairing) for of in (model.model, model))
+    assert torch.equal(patch.matrix(1, "attention"), whole.matrix(1, "attention"))
+
+
+@pytest.mark.parametrize("estimator", ["mean", "second_order"])
+def test_a_patch_that_is_worse_than_none_is_warned_of(estimator: str) -> None:
+    with pytest.warns(UserWarning, match=r"^transmute: patch should leave less .* times .* lower the scale"):
+        patch = tk.transmute(model_of(), TOKENIZER, "Sum now", [EXAMPLE], estimator=estimator, scale=100)
+    assert max(entry.fit.residual for entry in patch.entries.values() if entry.fit) > 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        tk.transmute(model_of(), TOKENIZER, "Sum now", [EXAMPLE], estimator=estimator, scale=1e-9)
+
+
+def test_warnings_name_the_caller_s_line_so_that_each_is_told_once() -> None:
+    def fit() -> None:
+        tk.transmute(model_of(), TOKENIZER, "Sum now", ["8 76"], max_new_tokens=1, completions=1)
+        tk.transmute(model_of(), TOKENIZER, "Sum now", ["8 76"], max_new_tokens=1, completions=1)
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("default")
+        fit()
+        fit()
+    first = fit.__code__.co_firstlineno + 1
+    assert [(warning.filename, warning.lineno) for warning in caught] == [(__file__, first), (__file__, first + 1)]

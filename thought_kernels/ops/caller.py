@@ -1,0 +1,16 @@
+"""Warnings that name the line that called the package, so that each such line is told once."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+
+_INSIDE = {"thought_kernels", "torch", "contextlib"}  # torch's decorators stand between the package's own frames
+
+
+def warn(sentence: str) -> None:
+    """Warns at the innermost line that is neither the package's nor torch's."""
+    frame, level = sys._getframe(1), 2
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in _INSIDE:
+        frame, level = frame.f_back, level + 1
+    warnings.warn(sentence, stacklevel=level)
