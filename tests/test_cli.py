@@ -187,6 +187,8 @@ def test_the_paper_s_recipe(folder: str, tmp_path: Path) -> None:
     refused(run(*common, "--c1", "0.6"), "--c1 belongs to --recipe paper", code=2)
     refused(run(*common, "--recipe", "mine"), "--recipe must be default or paper", code=2)
     refused(run(*common, "--recipe", "paper"), "layers must be distinct 0-based block indices below 3")
+    refused(run(*common, "--recipe", "paper"), "give layers= (--layers) that this model has")
+    refused(run(*common, "--recipe", "paper", "--layers", "1", "--c1", "nan"), "paper_recipe: c1 must be finite, got")
 
 
 def test_verify_passes_and_fails(folder: str) -> None:
@@ -264,6 +266,12 @@ def test_layers_and_scales_are_read() -> None:
     assert read_layers("0,3, 5-7") == [0, 3, 5, 6, 7]
     assert read_scale("0.5") == 0.5
     assert read_scale("mlp=0.5, residual=-1") == {"mlp": 0.5, "residual": -1.0}
+
+
+@pytest.mark.parametrize("text", ["5-2", "1,,2", ",", "", "1-", "-3", "1-2-3", "x"])
+def test_layers_that_say_nothing_or_run_backwards_are_refused(text: str) -> None:
+    with pytest.raises(typer.BadParameter, match="--layers must be block indices such as 10-19 or 0,3,5-7, got"):
+        read_layers(text)
 
 
 def test_the_installed_command(folder: str) -> None:

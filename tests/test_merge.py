@@ -246,7 +246,7 @@ def test_only_plain_weights_are_written(spoil: Callable[[Any], None], message: s
 def test_shared_weights_are_not_written() -> None:
     model = tiny_gemma3()
     blocks = describe(model).blocks
-    blocks[1].layer.mlp.gate_proj = blocks[0].mlp_inputs[0]  # one module in two blocks
+    blocks[1].layer.mlp.gate_proj.weight = blocks[0].mlp_inputs[0].weight  # one parameter in two blocks
     before = weights(model)
     with pytest.raises(ValueError, match=r"must not be shared, got .*layers.0.mlp.gate_proj.weight and .*layers.1.mlp"):
         matrix_patch().merge_(model)

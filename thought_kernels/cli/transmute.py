@@ -131,11 +131,12 @@ def _recipe(name: str, constants: dict[str, Any]) -> Mapping[str, Any]:
 def read_layers(text: str) -> list[int]:
     """ "0,3,5-7" to [0, 3, 5, 6, 7]."""
     found: list[int] = []
-    for part in options.listed([text]):
-        first, dash, last = part.partition("-")
-        if not first.isdecimal() or (dash and not last.isdecimal()):
+    for part in text.split(","):
+        first, dash, last = (piece.strip() for piece in part.partition("-"))
+        ends = first, last if dash else first
+        if not all(end.isdecimal() for end in ends) or int(ends[0]) > int(ends[1]):
             raise typer.BadParameter(f"--layers must be block indices such as 10-19 or 0,3,5-7, got {text!r}")
-        found += range(int(first), int(last or first) + 1)
+        found += range(int(ends[0]), int(ends[1]) + 1)
     return found
 
 

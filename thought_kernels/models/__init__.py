@@ -29,8 +29,8 @@ def describe(model: nn.Module | Decoder) -> Decoder:
     """The blocks of a transformers model, described in the terms of theory §1.
 
     Nothing is copied: the description reads the model's own modules each time, so patches, hooks, dtype changes and
-    moves to another device made later are seen. A Decoder is returned as it is; of a model wrapped by torch.compile or
-    peft it is the model inside that is described, adapters included.
+    moves to another device made later are seen. A Decoder is returned as it is; of a model wrapped by torch.compile,
+    peft, DataParallel or DistributedDataParallel it is the model inside that is described, adapters included.
 
     Args:
         model: a transformers model whose `config.model_type` is in `families.FAMILIES`, such as LlamaForCausalLM or
@@ -90,9 +90,11 @@ def in_memory(function: str, model: Any) -> Decoder:
 
 
 def _unwrapped(model: Any) -> Any:
-    """The transformers model inside torch.compile's and peft's wrappers."""
+    """The transformers model inside torch.compile's, peft's and data parallelism's wrappers."""
     while True:
-        if hasattr(model, "_orig_mod"):
+        if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            model = model.module
+        elif hasattr(model, "_orig_mod"):
             model = model._orig_mod
         elif any(kind.__module__.startswith("peft.") for kind in type(model).__mro__):
             if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):

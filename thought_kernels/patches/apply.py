@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from types import TracebackType
 from typing import Any
 
@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from thought_kernels.models import describe
+from thought_kernels.models import Block, describe
+from thought_kernels.ops.caller import warn
 from thought_kernels.patches.data import PatchData
 from thought_kernels.patches.site import SitePatch, is_finite
 
@@ -25,18 +26,19 @@ class AppliedPatch:
     """
 
     def __init__(self, patch: PatchData, model: Any) -> None:
-        checked = list(targets("applied", patch, model))
+        checked = [(key, entry, _hooked(key[1], block)) for key, entry, block in targets("applied", patch, model)]
+        check_unshared("applied", model, [(key, module) for key, _, module in checked])
         self._handles: list[RemovableHandle] = []
         try:
-            for (_, site), entry, block in checked:
+            _warn_if_run_again(describe(model).model)
+            for (_, site), entry, module in checked:
                 change = _Change(entry)
                 # prepend: the patch applied last changes the activation first, as W (1 + Δ₁)(1 + Δ₂) does.
                 if site == "residual":
-                    handle = block.layer.register_forward_hook(change.output_hook, prepend=True)
+                    handle = module.register_forward_hook(change.output_hook, prepend=True)
                 elif site == "down":
-                    handle = block.down_proj.register_forward_hook(change.added_hook, with_kwargs=True)
+                    handle = module.register_forward_hook(change.added_hook, with_kwargs=True)
                 else:
-                    module = block.o_proj if site == "attention" else block.mlp
                     handle = module.register_forward_pre_hook(change.input_hook, prepend=True, with_kwargs=True)
                 self._handles.append(handle)
             _forget_compiled()
@@ -65,6 +67,12 @@ class AppliedPatch:
         self.remove()
 
 
+def _hooked(site: str, block: Block) -> Any:
+    """The module whose input or output a site's patch changes."""
+    modules = {"attention": block.o_proj, "mlp": block.mlp, "down": block.down_proj, "residual": block.layer}
+    return modules[site]
+
+
 def _forget_compiled() -> None:
     """Makes torch.compile look at modules again: its graphs do not notice that hooks came or went.
 
@@ -75,20 +83,44 @@ def _forget_compiled() -> None:
         torch._dynamo.reset_code_caches()
 
 
-class _Change:
-    """x -> x + Δ x + v, or y -> y + Δ x + v, on whatever device and in whatever dtype x comes."""
+def _warn_if_run_again(model: nn.Module) -> None:
+    """Warns where a backward pass would run blocks again: once the patch is gone, without it."""
+    for module in model.modules():
+        checkpoint = getattr(module, "_gradient_checkpointing_func", None)
+        if checkpoint is None or not (module.training and getattr(module, "gradient_checkpointing", False)):
+            continue
+        if getattr(checkpoint, "keywords", {}).get("use_reentrant") is not False:
+            warn(
+                "applied: model should not checkpoint gradients with use_reentrant=True, got a model that does; call "
+                "backward before the patch is removed, or the gradients are silently those of no model: "
+                "gradient_checkpointing_kwargs={'use_reentrant': False} raises there"
+            )
+            return
 
-    def __init__(self, entry: SitePatch) -> None:
+
+class _Change:
+    """x -> x + Δ x + v, or y -> y + Δ x + v, on whatever device and in whatever dtype x comes.
+
+    A copy or a pickle of the model takes its hooks along, and no handle could remove them there: theirs do nothing.
+    """
+
+    def __init__(self, entry: SitePatch | None) -> None:
         self._entry = entry
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Change, (None,)
+
     def __call__(self, x: Tensor, y: Tensor | None = None) -> Tensor:
-        dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-        if any(tensor.device != x.device or tensor.dtype != dtype for tensor in self._entry.tensors().values()):
-            # Kept converted: the activations of one block do not change their device or dtype between calls.
-            self._entry = self._entry.to(x.device, dtype)
         changed = x if y is None else y
+        entry = self._entry  # read once: replicas of the model on several devices run in threads of their own
+        if entry is None:
+            return changed
+        dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+        if any(tensor.device != x.device or tensor.dtype != dtype for tensor in entry.tensors().values()):
+            # Kept converted: the activations of one block do not change their device or dtype between calls.
+            self._entry = entry = entry.to(x.device, dtype)
         with torch.autocast(x.device.type, enabled=False):
-            return (changed.to(dtype) + self._entry.shift(x.to(dtype))).to(changed.dtype)
+            return (changed.to(dtype) + entry.shift(x.to(dtype))).to(changed.dtype)
 
     def input_hook(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
         if args:
@@ -142,3 +174,24 @@ def targets(function: str, patch: PatchData, model: Any) -> Iterator[tuple[tuple
                     f"{function}: {name} must be finite, got NaN or an infinity; block {layer}, site {site!r}"
                 )
     return ((key, entry, decoder.blocks[key[0]]) for key, entry in patch.entries.items())
+
+
+def check_unshared(function: str, model: Any, touched: Iterable[tuple[tuple[int, str], nn.Module]]) -> None:
+    """Raises if a module that is to be changed is several blocks' at once: what is done for one would be done to all.
+
+    Args:
+        function: opens the error's sentence.
+        model: a transformers model. Its weights may be tied.
+        touched: ((block, site), module) each.
+    """
+    owners: dict[int, list[int]] = {}
+    for block in describe(model).blocks:
+        for module in block.layer.modules():
+            owners.setdefault(id(module), []).append(block.index)
+    for (layer, site), module in touched:
+        if len(owners[id(module)]) > 1:
+            raise ValueError(
+                f"{function}: patch must not change a module that several blocks share, got one "
+                f"{type(module).__name__} in the blocks {owners[id(module)]}; block {layer}, site {site!r}: give each "
+                "block a copy of its own"
+            )

@@ -27,7 +27,7 @@ from thought_kernels.models.linear import input_width, is_transposed, linear_wei
 from thought_kernels.models.undisturbed import undisturbed
 from thought_kernels.patches.data import PatchData
 from thought_kernels.patches.site import SitePatch, is_finite
-from thought_kernels.patches.storage import replace_files
+from thought_kernels.patches.storage import as_folder, replace_files
 from thought_kernels.patches.vectors import Placed, placed
 
 CONFIG_FILE = "adapter_config.json"
@@ -103,14 +103,14 @@ def export_peft(
         pad: whether modules of lower rank are padded with zeros to the largest.
         progress: show a progress bar on stderr.
     """
-    folder = Path(directory)
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"export_peft: directory must be a folder, got the file {folder}")
+    folder = as_folder("export_peft", directory)
     if rank is not None and (isinstance(rank, bool) or not isinstance(rank, Integral) or rank < 1):
         raise ValueError(f"export_peft: rank must be a positive integer or None, got {rank!r}")
     root: nn.Module = in_memory("export_peft", model).model
     # All refusals come before the first decomposition.
     planned = placed("export_peft", patch, model, fold=fold, instead="keep the patch's own folder for it")
+    for part in planned:
+        _check_weights(part)
     adapter = _Adapter(root, describe(model).dtype)
     for part in tqdm(planned, desc="export", unit="site", disable=not progress, leave=False):
         adapter.add(part, rank)
@@ -128,6 +128,17 @@ def export_peft(
     replace_files(folder, {WEIGHT_FILE: payload, CONFIG_FILE: json.dumps(config, indent=2).encode()})
     adapter.log_losses()
     return PeftFolder(folder, ranks, adapter.carried, adapter.truncation, adapter.fold_residuals, has_bias)
+
+
+def _check_weights(part: Placed) -> None:
+    """Raises unless what B = W U is made of are weights: such modules quantise what they multiply, U too."""
+    for module, name in zip(part.modules, part.names, strict=True):
+        if part.key[1] != "down" and next(module.parameters(), None) is None:
+            raise ValueError(
+                f"export_peft: {name} must have weights as parameters, got "
+                f"{type(module).__module__}.{type(module).__name__}; block {part.key[0]}, site {part.key[1]!r}: export "
+                "for the model before it was quantised"
+            )
 
 
 class _Adapter:

@@ -41,6 +41,8 @@ class ThoughtPatch(PatchData):
         patches may be active; they act as if merged in the order in which they were applied, and may be removed in any
         order. Products with Δ are formed in float32 for float16 and bfloat16 activations, so that Δ is not rounded.
         What torch.compile has compiled is compiled anew after a patch has come or gone, since it cannot notice hooks.
+        Hooks belong to the model: every thread that runs it meanwhile runs the patched one, so give a thread that
+        should not a model of its own. A copy or a pickle of the model, made meanwhile, is of the model without it.
 
         Args:
             model: a transformers model that ``thought_kernels.models.describe`` knows, quantised or not.
@@ -49,7 +51,11 @@ class ThoughtPatch(PatchData):
             The active handle, also a context manager.
 
         Raises:
-            ValueError: another hidden size or attention width, missing blocks, or NaN in the patch; no hook is left.
+            ValueError: another hidden size or attention width, missing blocks, NaN in the patch, or a module that
+                several blocks share; no hook is left.
+
+        Warns:
+            UserWarning: a model that trains with reentrant gradient checkpointing, which runs blocks again in backward.
         """
         return AppliedPatch(self, model)
 

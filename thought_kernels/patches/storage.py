@@ -44,9 +44,7 @@ def save(entries: Entries, provenance: Mapping[str, Any], directory: str | os.Pa
     Raises:
         ValueError: NaN or an infinity in a tensor, a provenance that JSON cannot hold, or a path that is not a folder.
     """
-    folder = Path(directory)
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"save_pretrained: directory must be a folder, got the file {folder}")
+    folder = as_folder("save_pretrained", directory)
     tensors: dict[str, Tensor] = {}
     listed = []
     for (layer, site), entry in entries.items():
@@ -97,6 +95,21 @@ def replace_files(folder: Path, contents: Mapping[str, bytes]) -> None:
             temporary.unlink(missing_ok=True)
 
 
+def as_path(function: str, directory: str | os.PathLike[str]) -> Path:
+    """The directory as a Path; raises TypeError for what names none."""
+    if not isinstance(directory, (str, os.PathLike)):
+        raise TypeError(f"{function}: directory must be a path, got {type(directory).__name__}")
+    return Path(directory)
+
+
+def as_folder(function: str, directory: str | os.PathLike[str]) -> Path:
+    """The directory as a Path, which need not exist; raises as as_path, and ValueError for a file."""
+    folder = as_path(function, directory)
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{function}: directory must be a folder, got the file {folder}")
+    return folder
+
+
 def load(directory: str | os.PathLike[str]) -> tuple[dict[tuple[int, str], SitePatch], dict[str, Any]]:
     """Reads a patch folder, checking everything it says against everything it holds.
 
@@ -109,7 +122,8 @@ def load(directory: str | os.PathLike[str]) -> tuple[dict[tuple[int, str], SiteP
     Raises:
         ValueError: a file that is missing, truncated, altered, of another version or holds NaN; it names the file.
     """
-    record_path, tensor_path = Path(directory) / RECORD_FILE, Path(directory) / TENSOR_FILE
+    folder = as_path("from_pretrained", directory)
+    record_path, tensor_path = folder / RECORD_FILE, folder / TENSOR_FILE
     record = _read_record(record_path)
     payload = _read(tensor_path)
     digest = hashlib.sha256(payload).hexdigest()

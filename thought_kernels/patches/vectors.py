@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from thought_kernels.patches.apply import targets
+from thought_kernels.patches.apply import check_unshared, targets
 from thought_kernels.patches.data import PatchData
 from thought_kernels.patches.site import SitePatch
 
@@ -49,8 +49,8 @@ def placed(function: str, patch: PatchData, model: Any, *, fold: bool, instead: 
         instead: what else can be done with a vector that has no place, ends those sentences.
 
     Raises:
-        ValueError: what `targets` refuses, a residual vector that no bias can hold, or a vector that has no bias to go
-            to and cannot be folded or may not be.
+        ValueError: what `targets` and `check_unshared` refuse, a residual vector that no bias can hold, or a vector
+            that has no bias to go to and cannot be folded or may not be.
     """
     found = []
     for key, entry, block in _without_residual(function, patch, model, instead):
@@ -64,6 +64,7 @@ def placed(function: str, patch: PatchData, model: Any, *, fold: bool, instead: 
         if folds:
             _check_folding(function, key, entry, fold, instead)
         found.append(Placed(key, entry, names, modules, folds))
+    check_unshared(function, model, [(part.key, module) for part in found for module in part.modules])
     return found
 
 
