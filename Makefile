@@ -80,28 +80,28 @@ wheel: setup
 	$(PY) .ci/check_wheel.py dist/*.whl
 
 bench: setup
-	@set -e; for script in benchmarks/bench_*.py; do echo "== $$script"; $(PY) $$script; done
+	@set -e; for script in benchmarks/measure/bench_*.py; do echo "== $$script"; $(PY) $$script; done
 
 # Every number that the README and docs/ show, all but weightwatcher's (its script says how to install that beside it)
-# and those of real models (docs/real_models.md says how to measure them): hours on two cores. Rows that stand in interference.csv and toy_geometries.csv
-# are kept; delete these files to measure them again.
+# and those of real models (docs/real_models.md says how to measure them): hours on two cores. Rows that stand in
+# interference.csv and toy_geometries.csv are kept; delete these files to measure them again.
 figures: setup bench experiments
-	$(PY) benchmarks/bench_transmute.py --model 1b --prefix 32 --no-memory \
+	$(PY) benchmarks/measure/bench_transmute.py --model 1b --prefix 32 --no-memory \
 		--providers layerwise,cached,floor,strong,onednn,two_pass,sequential
-	$(PY) benchmarks/commands.py
+	$(PY) benchmarks/measure/commands.py
 	$(VENV)/bin/thought-kernels toy geometries --output benchmarks/results/toy_geometries.csv
 	@set -e; for preset in reduced reduced-nonuniform; do \
 		$(VENV)/bin/thought-kernels toy sweep --preset $$preset --output build/toy-$$preset; \
 		name=$$(echo $$preset | sed -n 's/reduced-/_/p'); \
 		cp build/toy-$$preset/models.csv benchmarks/results/toy_sweep$$name.csv; \
 		cp build/toy-$$preset/clusters.csv benchmarks/results/toy_clusters$$name.csv; done
-	$(PY) benchmarks/tables.py
+	$(PY) benchmarks/tables/write_tables.py
 
 # Every experiment of docs/experiments.md, and how interference is foretold; then their tables and figures.
 experiments: setup
-	$(PY) benchmarks/experiments.py
-	$(PY) benchmarks/interference.py
-	$(PY) benchmarks/tables.py
+	$(PY) benchmarks/measure/experiments.py
+	$(PY) benchmarks/measure/interference.py
+	$(PY) benchmarks/tables/write_tables.py
 
 clean:
 	rm -rf build dist *.egg-info thought_kernels/*.so

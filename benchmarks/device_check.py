@@ -46,7 +46,7 @@ def steps(output: Path, device: str = "cuda") -> list[Step]:
     python, tests = sys.executable, [sys.executable, "-m", "pytest", "-q"]
     sections = [
         python,
-        str(Path(__file__).with_name("device_sections.py")),
+        str(ROOT / "benchmarks" / "measure" / "device_sections.py"),
         "--device",
         device,
         "--output",

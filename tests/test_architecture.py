@@ -212,7 +212,7 @@ def test_an_operator_has_its_stem_in_every_room(stem: str, room: str) -> None:
 @pytest.mark.parametrize("stem", stems())
 def test_a_kernel_has_a_benchmark(stem: str) -> None:
     kernels = [kernel.format(stem) for kernel in KERNELS if (ROOT / kernel.format(stem)).is_file()]
-    benchmark = f"benchmarks/bench_{stem}.py"
+    benchmark = f"benchmarks/measure/bench_{stem}.py"
     assert not kernels or (ROOT / benchmark).is_file(), f"{kernels} must be measured by {benchmark}, got no such file"
 
 
@@ -250,6 +250,45 @@ def test_the_folder_rule_sees_strangers(tmp_path: Path) -> None:
     for name in ("accumulate.py", "accumulate_plan.py", "paired_attention_plan.py", "helpers.cuh", "shared.h"):
         (tmp_path / name).touch()
     assert strangers(tmp_path, {"shared"}) == ["helpers.cuh", "paired_attention_plan.py"]
+
+
+# What the scripts of each folder of benchmarks/ may import from the other folders and from tests/.
+BENCHMARKS_MAY_IMPORT = {
+    "peers": set(),
+    "measure": {"peers", "tests"},
+    "real": {"measure"},
+    "tables": set(),
+}
+
+
+@pytest.mark.parametrize("folder", BENCHMARKS_MAY_IMPORT)
+def test_benchmarks_measure_or_draw_or_are_peers(folder: str) -> None:
+    benchmarks = ROOT / "benchmarks"
+    owners: dict[str, str] = {}
+    for name in (*BENCHMARKS_MAY_IMPORT, "tests"):
+        for path in (ROOT / name if name == "tests" else benchmarks / name).glob("*.py"):
+            # Scripts import by file name, so that two files of one name would hide each other.
+            assert path.stem not in owners, (
+                f"{name}/{path.name} must have a name of its own, got one of {owners[path.stem]}/"
+            )
+            owners[path.stem] = name
+    wrong = []
+    for path in sorted((benchmarks / folder).glob("*.py")):
+        for line, module in imported_modules(path):
+            owner = owners.get(module.partition(".")[0], folder)
+            if owner not in {folder, *BENCHMARKS_MAY_IMPORT[folder]}:
+                wrong.append(f"{path.name}, line {line}: {folder}/ imports {module} of {owner}/")
+    assert not wrong, wrong
+
+
+def test_benchmarks_readme_names_every_script() -> None:
+    benchmarks = ROOT / "benchmarks"
+    links = set(re.findall(r"\]\(([^)#]+)\)", (benchmarks / "README.md").read_text()))
+    scripts = {str(path.relative_to(benchmarks)) for path in benchmarks.rglob("*.py")}
+    lost = sorted(name for name in scripts if name not in links and not name.startswith("real/"))
+    assert scripts and not lost, f"benchmarks/README.md must name every script, got none for {lost}"
+    missing = sorted(link for link in links if not (benchmarks / link).exists())
+    assert not missing, f"benchmarks/README.md names files that are not there: {missing}"
 
 
 def test_files_are_short() -> None:

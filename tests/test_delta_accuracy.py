@@ -1,6 +1,7 @@
 """The difference that a prefix makes keeps its accuracy for bfloat16 and float16 inputs, whatever the prefix's share.
 
-The figures of ``benchmarks/bench_delta.py`` as bounds, on every backend of this machine and Triton's interpreter.
+The figures of ``benchmarks/measure/bench_delta.py`` as bounds, on every backend of this machine and in Triton's
+interpreter.
 """
 
 from __future__ import annotations

@@ -38,7 +38,7 @@ def test_every_section_writes_rows(tmp_path: Path) -> None:
 def test_a_wrong_provider_is_counted_and_the_others_are_timed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.syspath_prepend(str(SCRIPT.parent))
+    monkeypatch.syspath_prepend(str(SCRIPT.parent / "measure"))
     import harness
     from device_section import Section
 

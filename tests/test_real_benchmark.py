@@ -14,7 +14,7 @@ import pytest
 import torch
 from models import tiny_gemma3, tiny_tokenizer
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks" / "tables"))
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks" / "real"))
 
 import measure

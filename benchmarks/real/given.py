@@ -28,7 +28,7 @@ from thought_kernels.evaluation.measures.memory import MemoryPeak
 from thought_kernels.evaluation.measures.trial import prompted_texts
 from thought_kernels.prompts.prompt import encode
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "measure"))
 from harness import device_name
 
 OUTPUT = Path(__file__).parents[1] / "results" / "real_given.csv"

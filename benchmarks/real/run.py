@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from thought_kernels.models.load import load
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "measure"))
 from harness import device_name
 
 OUTPUT = Path(__file__).parents[1] / "results" / "real.csv"

@@ -1,8 +1,8 @@
 """Linear modules: their weights whichever way round they are stored, and their float32 products on CPUs by oneDNN.
 
 torch hands float32 products to MKL, which on AMD processors uses half of the vector units' width: oneDNN takes less
-than half of its time there (benchmarks/bench_linear.py). It is part of torch; float64 it has not, and bfloat16 torch
-gives it already.
+than half of its time there (benchmarks/measure/bench_linear.py). It is part of torch; float64 it has not, and bfloat16
+torch gives it already.
 """
 
 from __future__ import annotations
@@ -37,9 +37,10 @@ class OneDNNLinear(TorchFunctionMode):
     """Within it, large float32 products of ``torch.nn.functional.linear`` on CPUs are oneDNN's, without gradients.
 
     x Wᵀ + b, x [..., d_in], W [d_out, d_in], in float32 as before. Each output is one chain of additions, where MKL
-    has several: the rounding error, about √d_in eps / 4, is up to twice as large (benchmarks/bench_linear.py). It acts
-    on the function, not on the module, so hooks, adapters and replaced modules take part as ever. Processors without
-    AVX-512, builds of torch without oneDNN, autocast, and biases that are spread or strided keep torch's own choice.
+    has several: the rounding error, about √d_in eps / 4, is up to twice as large (benchmarks/measure/bench_linear.py).
+    It acts on the function, not on the module, so hooks, adapters and replaced modules take part as ever. Processors
+    without AVX-512, builds of torch without oneDNN, autocast, and biases that are spread or strided keep torch's own
+    choice.
     """
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:

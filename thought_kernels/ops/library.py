@@ -34,7 +34,7 @@ class Operator:
     """Where the backends of one operator live.
 
     Attributes:
-        stem: file name shared by reference/, triton/, csrc/, tests/ and benchmarks/.
+        stem: file name shared by reference/, triton/, csrc/, tests/ and benchmarks/measure/.
         preference: per device type, the backends to try in turn, fastest first.
     """
 

@@ -1,7 +1,7 @@
 """rms_norm_pair against two norms of torch and their difference, which is less exact, and against one norm; and with
 the residual stream added inside against a sum of its own.
 
-python benchmarks/bench_rms_norm_pair.py
+python benchmarks/measure/bench_rms_norm_pair.py
 """
 
 from __future__ import annotations

@@ -24,10 +24,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "peers"))
 from tolerances import allowed_error, largest
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(__file__).resolve().parents[1] / "results"
 KEY = ("op", "measure", "case", "provider", "shape", "dtype", "threads")
 COLUMNS = (*KEY, "value", "p20", "p80", "unit", "peer", "ratio", "device", "torch", "triton", "package", "date", "load")
 

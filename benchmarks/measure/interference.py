@@ -1,6 +1,7 @@
 """Does the overlap that diagnose computes from weights predict what two patches do to each other?
 
-    python benchmarks/interference.py [--model DIR] [--tasks a,b,...] [--examples 32] [--inputs 64] [--strengths 1,0.3]
+    python benchmarks/measure/interference.py [--model DIR] [--tasks a,b,...] [--examples 32] [--inputs 64]
+        [--strengths 1,0.3]
 
 One patch per instruction, and for each ordered pair (a, b) the model with a's patch and b's, scaled by a strength,
 added: how much further from the prompted model (a's instruction) than with a's patch alone, in nats per token of its
@@ -35,7 +36,7 @@ from thought_kernels.models.load import load
 from thought_kernels.spectral.diagnose import interference
 from thought_kernels.spectral.overlap import Interference
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(__file__).resolve().parents[1] / "results"
 TASK_NAMES = ("sum", "largest", "sort", "reverse", "first", "parity")
 PREDICTIONS = ("felt", "felt_largest", "read", "write", "alignment", "norm")
 MEASURES = ("divergence", "accuracy_lost")

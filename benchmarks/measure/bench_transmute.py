@@ -1,8 +1,8 @@
 """A whole transmutation, all blocks at the attention site, against hooks on two Hugging Face forwards.
 
-python benchmarks/bench_transmute.py                        Gemma 3 270M's shape, 64 examples in batches of 8
-python benchmarks/bench_transmute.py --model 1b --providers layerwise,floor,strong --prefix 32
-python benchmarks/bench_transmute.py --memory-only          peak memory against a plain forward's
+python benchmarks/measure/bench_transmute.py                        Gemma 3 270M's shape, 64 examples in batches of 8
+python benchmarks/measure/bench_transmute.py --model 1b --providers layerwise,floor,strong --prefix 32
+python benchmarks/measure/bench_transmute.py --memory-only          peak memory against a plain forward's
 
 Weights are random. Times are per example, from a whole run: reading the prefixes and every accumulation included,
 solving excluded and reported apart. The naive peers cost the same for every example, so they run over --naive-examples
@@ -27,10 +27,10 @@ from typing import Any
 
 import harness
 import torch
+from hooked_forwards import naive, naive_layerwise, one_forward, strong, with_context
 from shapes import GEMMA3
 from torch import Tensor
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig
-from two_forwards_peers import naive, naive_layerwise, one_forward, strong, with_context
 
 from thought_kernels.estimation.accumulator import ThoughtAccumulator
 from thought_kernels.models import describe

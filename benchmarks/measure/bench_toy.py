@@ -1,6 +1,6 @@
 """Training many toy models at once against training them one after another, and on a GPU the paper's sweep.
 
-python benchmarks/bench_toy.py [--device cuda] [--sweep paper]
+python benchmarks/measure/bench_toy.py [--device cuda] [--sweep paper]
 
 The rivals train the same models on the same inputs: the usual loop (autograd, Adam), and this package's closed-form
 gradients and fused Adam one model at a time. Every provider's gradients and final losses are held to float64 first.

@@ -1,7 +1,7 @@
 """The tables of the README and of docs/ that show measured numbers, written from the committed results.
 
-python benchmarks/tables.py            rewrites the tables where they stand
-python benchmarks/tables.py --check    exits with 1, and says where, if one differs from its results
+python benchmarks/tables/write_tables.py            rewrites the tables where they stand
+python benchmarks/tables/write_tables.py --check    exits with 1, and says where, if one differs from its results
 
 A table stands between `<!-- table: NAME -->` and `<!-- end of NAME -->`.
 """
@@ -24,7 +24,7 @@ from real_tables import REAL
 
 from thought_kernels.evaluation.records.files import write_text
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
 DOCUMENTS = (
     "README.md",

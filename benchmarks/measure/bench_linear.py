@@ -1,6 +1,6 @@
 """Float32 products of linear modules on a CPU: torch's own choice against oneDNN, which models/linear.py takes.
 
-python benchmarks/bench_linear.py
+python benchmarks/measure/bench_linear.py
 
 oneDNN adds up each output in one chain, torch's BLAS in several, which errs half as much; so what is checked before
 timing is the bound of one chain, and both errors are recorded.

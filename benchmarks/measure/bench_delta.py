@@ -1,6 +1,6 @@
 """How exact the difference that a prefix makes is, for bfloat16 and float16 inputs, as the prefix's share shrinks.
 
-python benchmarks/bench_delta.py      no timing; the figures hold on a busy machine too, and take under a minute
+python benchmarks/measure/bench_delta.py      no timing; the figures hold on a busy machine too, and take under a minute
 
 On a CPU Triton's kernels are interpreted, which rounds as a GPU's tensor cores do. Every figure is a relative error in
 the norm of all entries, against float64 on the same rounded inputs.

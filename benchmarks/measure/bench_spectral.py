@@ -1,7 +1,7 @@
 """Fractional dimensionality of many features against one Gram product, and against the pairwise formula in blocks.
 
-python benchmarks/bench_spectral.py            262,144 x 1152 against W @ W.T, and 65,536 features against all pairs
-python benchmarks/bench_spectral.py --small    the same at an eighth of the features
+python benchmarks/measure/bench_spectral.py          262,144 x 1152 against W @ W.T, 65,536 features against all pairs
+python benchmarks/measure/bench_spectral.py --small  the same at an eighth of the features
 
 The pairwise formula costs n / 2m times as much. It is timed for a sixteenth of the features, whose cost is a sixteenth
 of the whole; the row "speed-up" is sixteen times the ratio.

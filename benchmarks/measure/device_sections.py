@@ -1,7 +1,7 @@
 """The timings of a GPU round, one section a process: accumulate, attention, norms, transmute.
 
-python benchmarks/device_sections.py attention --output DIR                 one section
-python benchmarks/device_sections.py all --device cpu --tiny --output DIR   all of them at sizes that mean nothing
+python benchmarks/measure/device_sections.py attention --output DIR                one section
+python benchmarks/measure/device_sections.py all --device cpu --tiny --output DIR  all, at sizes that mean nothing
 
 A provider that fails or is wrong is reported, left out of the timing and counted in the exit status; the others go on.
 """

@@ -1,6 +1,6 @@
-"""Runs the experiment commands on the shipped model; tables.py then makes their page's tables anew.
+"""Runs the experiment commands on the shipped model; write_tables.py then makes their page's tables anew.
 
-    python benchmarks/experiments.py [--only addition,composition]
+    python benchmarks/measure/experiments.py [--only addition,composition]
 
 Results go to benchmarks/results/experiments/NAME. An experiment that was stopped goes on from its journal, which is
 removed when it is finished. `make experiments` does all, and interference.py too.
@@ -11,10 +11,12 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-
-from experiment_tables import NAMES, RESULTS
+from pathlib import Path
 
 from thought_kernels.cli import app
+
+RESULTS = Path(__file__).resolve().parents[1] / "results"
+NAMES = ("addition", "multiplication", "translation", "composition", "knowledge")
 
 
 def run(name: str) -> None:

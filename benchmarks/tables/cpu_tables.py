@@ -11,7 +11,7 @@ from pathlib import Path
 from markdown_table import markdown
 
 LINEAR = ("256 x 640 to 2048", "256 x 1152 to 6912")
-CPU = Path(__file__).resolve().parent / "results" / "amd-epyc-2-cores.csv"
+CPU = Path(__file__).resolve().parents[1] / "results" / "amd-epyc-2-cores.csv"
 
 Row = dict[str, str]
 

@@ -2,7 +2,7 @@
 
     pip install --target DIR --no-deps weightwatcher "powerlaw<2" pandas scipy scikit-learn joblib loky cloudpickle \\
         threadpoolctl narwhals mpmath matplotlib-inline traitlets python-dateutil six pytz
-    PYTHONPATH=DIR python benchmarks/weightwatcher_tails.py [--model DIR] [--output results/weightwatcher.csv]
+    PYTHONPATH=DIR python benchmarks/measure/weightwatcher_tails.py [--model DIR] [--output results/weightwatcher.csv]
 
 A directory of its own, since weightwatcher pins nothing and would pull other versions of what is installed here. The
 last three columns repeat the tail with weightwatcher's choices (eigenvalues above 1e-5, tails of two or more): they
@@ -24,7 +24,7 @@ from thought_kernels.demo import CHECKPOINT
 from thought_kernels.spectral.inspect import inspect_matrix, stored_matrices
 from thought_kernels.spectral.tails import power_law_tail
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(__file__).resolve().parents[1] / "results"
 COLUMNS = ("matrix", "rows", "columns", "rank", "ww_rank", "stable_rank", "ww_stable_rank", "effective_rank",
            "ww_effective_rank", "alpha", "ww_alpha", "tail", "ww_tail", "distance", "ww_distance", "alpha_by_ww_rules",
            "tail_by_ww_rules", "distance_by_ww_rules")  # fmt: skip

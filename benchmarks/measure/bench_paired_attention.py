@@ -1,7 +1,7 @@
 """paired_attention against torch's flash attention for the with-context output alone, and for both outputs.
 
-python benchmarks/bench_paired_attention.py                every case of the CPU
-python benchmarks/bench_paired_attention.py --only header  one group: full, window, lengths or header
+python benchmarks/measure/bench_paired_attention.py                every case of the CPU
+python benchmarks/measure/bench_paired_attention.py --only header  one group: full, window, lengths or header
 
 Flash attention is handed concatenated keys and a mask, both made beforehand and untimed: its causal flag cannot express
 a prefix, and it has no call for a window or for ragged lengths.
@@ -13,16 +13,14 @@ import argparse
 from collections.abc import Callable
 from typing import Any
 
-import harness  # puts tests/ on the path, for dense_attention
+import harness  # puts tests/ and peers/ on the path
 import torch
 from dense_attention import dense_attention, normal
+from flash_attention import Inputs, flash_over_both
 from shapes import ATTENTION, ATTENTION_HEAD_DIMS
 from torch import Tensor
 
 import thought_kernels as tk
-
-Inputs = dict[str, Any]
-FLASH = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 
 
 def make_inputs(batch: int, length: int, prefix: int, head_dim: int, dtype: torch.dtype, header: int = 0) -> Inputs:
@@ -34,28 +32,6 @@ def make_inputs(batch: int, length: int, prefix: int, head_dim: int, dtype: torc
     return {"query": query, "key": key, "value": value, "with_prefix": pair(prefix, 3), "without_prefix": without}
 
 
-def flash(inputs: Inputs, prefix: str, window: int | None, lengths: Tensor | None) -> Callable[[], Tensor]:
-    """One call of torch's flash attention, ready to run."""
-    query, key, value = inputs["query"], inputs["key"], inputs["value"]
-    batch, _, length, _ = query.shape
-    count = 0
-    if inputs[prefix] is not None:
-        count = inputs[prefix][0].shape[1]
-        key, value = (
-            torch.cat([part.expand(batch, -1, -1, -1), own], 2)
-            for part, own in zip(inputs[prefix], (key, value), strict=True)
-        )
-    if count == 0 and window is None and lengths is None:
-        return lambda: FLASH(query, key, value, 0.0, True)[0]
-    distance = torch.arange(length)[:, None] - torch.arange(-count, length)
-    visible = (distance >= 0) & (distance < (window or distance.numel()))
-    mask = torch.zeros(length, count + length, dtype=query.dtype).masked_fill_(~visible, -torch.inf)[None, None]
-    if lengths is None:
-        return lambda: FLASH(query, key, value, 0.0, False, attn_mask=mask)[0]
-    padding = torch.arange(length) >= lengths[:, None]
-    return lambda: FLASH(query, key, value, 0.0, False, attn_mask=mask)[0].masked_fill_(padding[:, None, :, None], 0)
-
-
 def dense(inputs: Inputs, dtype: torch.dtype, **options: Any) -> dict[str, Tensor]:
     own = (inputs["query"], inputs["key"], inputs["value"])
     together = dense_attention(*own, inputs["with_prefix"], dtype=dtype, **options)
@@ -65,7 +41,9 @@ def dense(inputs: Inputs, dtype: torch.dtype, **options: Any) -> dict[str, Tenso
 
 def bench(case: str, shape: str, inputs: Inputs, *, window: int | None = None, lengths: Tensor | None = None) -> None:
     options = {"window": window, "lengths": lengths}
-    with_context, without_context = (flash(inputs, f"{name}_prefix", **options) for name in ("with", "without"))
+    with_context, without_context = (
+        flash_over_both(inputs, f"{name}_prefix", **options) for name in ("with", "without")
+    )
     providers = [
         harness.Provider("flash, with context alone", with_context, lambda: {"with": with_context()}),
         harness.Provider(

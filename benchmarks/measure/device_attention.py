@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
-import harness  # puts tests/ on the path
+import harness  # puts tests/ and peers/ on the path
 import torch
 from dense_attention import dense_attention
 from device_section import Section
+from flash_attention import attention_peers
 from harness import Case, Provider
 from torch import Tensor
 
@@ -30,57 +29,6 @@ def rates(section: Section) -> tuple[float, float]:
     rows = harness.measure(case, providers, {}, {}, device=section.device, seconds=0.5, rounds=(5, 20))
     product, copy = (float(row["value"]) / 1e3 for row in rows)
     return 2 * n**3 / product, 2 * source.numel() / copy
-
-
-def flash(device: str) -> Callable[..., tuple[Tensor, Tensor]]:
-    """torch's flash attention, (query, key, value, visible) -> (output, lse), keys of query's last position last.
-
-    visible is "causal", aligned at the last query and key, or "all".
-    """
-    if device == "cuda":
-        call = torch.ops.aten._scaled_dot_product_flash_attention
-        return lambda q, k, v, visible: call(q, k, v, 0.0, visible == "causal")[:2]
-
-    def on_cpu(q: Tensor, k: Tensor, v: Tensor, visible: str) -> tuple[Tensor, Tensor]:
-        mask = None
-        if visible == "causal":
-            future = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool).triu_(1 + k.shape[2] - q.shape[2])
-            mask = torch.zeros(future.shape, dtype=q.dtype).masked_fill_(future, -torch.inf)[None, None]
-        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, False, attn_mask=mask)[:2]
-
-    return on_cpu
-
-
-def attention_peers(
-    device: str, own: tuple[Tensor, Tensor, Tensor], prefix: tuple[Tensor, Tensor]
-) -> dict[str, Callable[[], dict[str, Tensor]]]:
-    """What flash attention can do; the concatenated keys of the first two are made beforehand, untimed."""
-    query, key, value = own
-    batch, heads, length, head_dim = query.shape
-    call = flash(device)
-    together = [torch.cat([p.expand(batch, -1, -1, -1), o], 2) for p, o in zip(prefix, (key, value), strict=True)]
-    shared = [part[None] for part in prefix]
-
-    def both() -> dict[str, Tensor]:
-        with_context = call(query, *together, "causal")[0]
-        without = call(query, key, value, "causal")[0]
-        return {"with": with_context, "without": without}
-
-    def merged() -> dict[str, Tensor]:
-        """Two calls and a merge: all rows of the batch meet the shared prefix as one long row."""
-        without, lse = call(query, key, value, "causal")
-        rows = query.transpose(0, 1).reshape(1, heads, batch * length, head_dim)
-        prefix_output, prefix_lse = call(rows, *shared, "all")
-        prefix_output = prefix_output.reshape(heads, batch, length, head_dim).transpose(0, 1)
-        prefix_lse = prefix_lse.reshape(heads, batch, length).transpose(0, 1)
-        share = (prefix_lse - lse).sigmoid()[..., None]
-        return {"without": without, "rounded delta": share * (prefix_output.float() - without.float())}
-
-    return {
-        "flash, with context alone": lambda: {"with": call(query, *together, "causal")[0]},
-        "flash, both contexts": both,
-        "flash on own keys and on the prefix, merged": merged,
-    }
 
 
 def attention(section: Section) -> None:

@@ -1,6 +1,6 @@
 """Seconds and peak memory of the two commands that a newcomer waits for, on the shipped model.
 
-python benchmarks/commands.py     also writes results/demo.json
+python benchmarks/measure/commands.py     also writes results/demo.json
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path
 
 import harness
 
-DEMO = Path(__file__).parent / "results" / "demo.json"
+DEMO = harness.RESULTS / "demo.json"
 
 
 def bench(name: str, arguments: list[str]) -> None:

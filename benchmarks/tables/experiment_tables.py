@@ -11,9 +11,8 @@ from typing import Any
 
 from markdown_table import markdown
 
-RESULTS = Path(__file__).resolve().parent / "results"
+RESULTS = Path(__file__).resolve().parents[1] / "results"
 CURVES = ("addition", "multiplication", "translation")
-NAMES = (*CURVES, "composition", "knowledge")
 REACHED = 0.97  # of the prompted accuracy
 PREDICTIONS = {
     "felt": "`felt`", "felt_largest": "largest `felt` of a site", "read": "overlap of what is read",

@@ -1,6 +1,6 @@
 """shared_prefix_attention, both streams of a batch in one launch, against two calls of torch's flash attention.
 
-python benchmarks/bench_shared_prefix_attention.py
+python benchmarks/measure/bench_shared_prefix_attention.py
 
 Flash attention is handed concatenated keys and a mask, both made beforehand and untimed.
 """
@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import argparse
 
-import harness  # puts tests/ on the path, for dense_attention
+import harness  # puts tests/ and peers/ on the path
 import torch
-from bench_paired_attention import Inputs, batch_of, flash, make_inputs
+from bench_paired_attention import batch_of, make_inputs
 from dense_attention import dense_attention
+from flash_attention import Inputs, flash_over_both
 from shapes import ATTENTION
 from torch import Tensor
 
@@ -28,7 +29,10 @@ def bench(length: int, prefix: int, dtype: torch.dtype) -> None:
         streams | {name: streams[name][rows] for name in ("query", "key", "value")}
         for rows in (slice(batch), slice(batch, None))
     ]
-    calls = [flash(half, f"{name}_prefix", None, None) for half, name in zip(halves, ("with", "without"), strict=True)]
+    calls = [
+        flash_over_both(half, f"{name}_prefix", None, None)
+        for half, name in zip(halves, ("with", "without"), strict=True)
+    ]
     own = (streams["query"], streams["key"], streams["value"])
 
     def dense(dtype: torch.dtype) -> dict[str, Tensor]:

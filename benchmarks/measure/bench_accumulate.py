@@ -1,8 +1,8 @@
 """accumulate against two bare matrix products on inputs scaled beforehand, and against the code it replaces.
 
-python benchmarks/bench_accumulate.py                 every case of the CPU
-python benchmarks/bench_accumulate.py --device cuda   every case of the GPU
-python benchmarks/bench_accumulate.py --only memory   one group: products, naive, halves or memory
+python benchmarks/measure/bench_accumulate.py                 every case of the CPU
+python benchmarks/measure/bench_accumulate.py --device cuda   every case of the GPU
+python benchmarks/measure/bench_accumulate.py --only memory   one group: products, naive, halves or memory
 """
 
 from __future__ import annotations
@@ -13,29 +13,26 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
-from harness import Case, Provider, check, measure, record, row
+from harness import Case, Provider, check, measure, record, row  # puts peers/ on the path
+from rank_one_products import (
+    Inputs,
+    Outputs,
+    bare_loop,
+    bare_products,
+    einsum,
+    per_token,
+    per_token_as_printed,
+    upcast,
+)
 from shapes import ACCUMULATE, ACCUMULATE_GPU, GEMMA3
-from torch import Tensor
 
 import thought_kernels as tk
 
 OUTPUTS = "cross + gram + sums, weights, norm"
 MEMORY_ROWS = 100_000
 NAIVE_ROWS = 16384
-
-
-class Inputs(NamedTuple):
-    """delta and activation [rows, d] in one dtype, weights [rows] float32."""
-
-    delta: Tensor
-    activation: Tensor
-    weights: Tensor
-
-
-Outputs = dict[str, Tensor]
 
 
 def make_inputs(rows: int, d: int, dtype: torch.dtype, device: str) -> Inputs:
@@ -65,56 +62,8 @@ def ours(inputs: Inputs, out: Outputs, backend: str) -> None:
     )
 
 
-def upcast(inputs: Inputs, out: Outputs) -> None:
-    """What quantisation and model-editing tools do: H += x.float().T @ x.float(), on whole batches."""
-    dtype = out["cross"].dtype
-    w = inputs.weights.to(dtype)
-    factor = (w / inputs.activation.to(dtype).norm(dim=1))[:, None]
-    out["cross"] += inputs.delta.to(dtype).T @ (factor * inputs.activation.to(dtype))
-    out["gram"] += inputs.activation.to(dtype).T @ (factor * inputs.activation.to(dtype))
-    out["delta_sum"] += inputs.delta.to(dtype).T @ w
-    out["activation_sum"] += inputs.activation.to(dtype).T @ w
-
-
-def einsum(inputs: Inputs, out: Outputs) -> None:
-    """The formulas as they stand in a paper."""
-    d, a, w = inputs.delta.float(), inputs.activation.float(), inputs.weights
-    factor = w / a.norm(dim=1)
-    out["cross"] += torch.einsum("n,nd,nk->dk", factor, d, a)
-    out["gram"] += torch.einsum("n,nd,nk->dk", factor, a, a)
-    out["delta_sum"] += torch.einsum("n,nd->d", w, d)
-    out["activation_sum"] += torch.einsum("n,nd->d", w, a)
-
-
 def ours_alone(inputs: Inputs, out: Outputs) -> None:
     tk.accumulate(out["cross"], inputs.delta, inputs.activation, backend="cpp")
-
-
-def bare_loop(inputs: Inputs, out: Outputs) -> None:
-    """cross alone, without weights, norms, gram or sums: for tokens that need nothing else."""
-    for d, a in zip(inputs.delta, inputs.activation, strict=True):
-        out["cross"] += torch.outer(d, a)
-
-
-def per_token(inputs: Inputs, out: Outputs) -> None:
-    """All that accumulate does, one d x d matrix per token and product, with the scaling moved to the vector."""
-    for d, a, w in zip(inputs.delta, inputs.activation, inputs.weights, strict=True):
-        d, a = d.float(), a.float()
-        scaled = a * (w / a.norm())
-        out["cross"] += torch.outer(d, scaled)
-        out["gram"] += torch.outer(a, scaled)
-        out["delta_sum"] += w * d
-        out["activation_sum"] += w * a
-
-
-def per_token_as_printed(inputs: Inputs, out: Outputs) -> None:
-    """All that accumulate does, with the formula as it is printed: H += w * outer(delta, a) / norm(a)."""
-    for d, a, w in zip(inputs.delta, inputs.activation, inputs.weights, strict=True):
-        d, a = d.float(), a.float()
-        out["cross"] += w * torch.outer(d, a) / a.norm()
-        out["gram"] += w * torch.outer(a, a) / a.norm()
-        out["delta_sum"] += w * d
-        out["activation_sum"] += w * a
 
 
 def provider(name: str, function: Callable[[Inputs, Outputs], None], inputs: Inputs) -> Provider:
@@ -130,31 +79,16 @@ def provider(name: str, function: Callable[[Inputs, Outputs], None], inputs: Inp
 
 
 def two_products(inputs: Inputs) -> Provider:
-    """The peer: cross and gram as two bare addmm_ calls; the scaling and the widening are done beforehand, untimed."""
+    """The strongest peer, which computes cross and gram alone."""
     d, device = inputs.activation.shape[1], inputs.delta.device.type
-    factor = (inputs.weights / inputs.activation.float().norm(dim=1))[:, None]
-    if device == "cpu":
-        left, right = inputs.delta.float(), inputs.activation.float()
-        scaled = right * factor
-    else:
-        left, right = inputs.delta, inputs.activation
-        scaled = (right.float() * factor).to(right.dtype)
-    mixed = scaled.dtype != torch.float32
+    name, run = bare_products(inputs)
     timed = make_outputs(d, device)
-
-    def run(out: Outputs) -> None:
-        for total, operand in ((out["cross"], left), (out["gram"], right)):
-            if mixed:
-                torch.addmm(total, operand.T, scaled, out_dtype=torch.float32, out=total)
-            else:
-                total.addmm_(operand.T, scaled)
 
     def result() -> Outputs:
         out = make_outputs(d, device)
         run(out)
         return {"cross": out["cross"], "gram": out["gram"]}
 
-    name = "two addmm(out_dtype=float32), scaled before" if mixed else "two addmm_ on inputs scaled before"
     return Provider(name, lambda: run(timed), result)
 
 
