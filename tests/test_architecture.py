@@ -55,7 +55,8 @@ MAY_IMPORT = {
     },
     "cli": {
         *TO_PATCHES, "fitting", "spectral", "demo", "version", "evaluation", "evaluation/records",
-        "evaluation/measures", "evaluation/figures", "evaluation/experiments", "evaluation/pictures",
+        "evaluation/measures", "evaluation/figures", "evaluation/pages", "evaluation/experiments",
+        "evaluation/pictures",
     },
 }  # fmt: skip
 # Third-party packages that only some parts may import, at whatever depth of the file.

@@ -16,7 +16,8 @@ from typer.testing import CliRunner
 
 import thought_kernels as tk
 from thought_kernels.cli import app, options
-from thought_kernels.cli.transmute import read_layers, read_scale
+from thought_kernels.cli.options import read_layers
+from thought_kernels.cli.transmute import read_scale
 from thought_kernels.evaluation.measures.trial import prompted_texts
 from thought_kernels.fitting.transmute import transmute
 from thought_kernels.models.load import load

@@ -436,7 +436,8 @@ def test_the_command_writes_a_report_and_refuses_with_a_sentence(
 
     recipe = ["--recipe", '{"ridge": -1}']
     done = run("--task", "reverse", "--sections", "effect", "--inputs", "2", *recipe, "--output", str(tmp_path / "bad"))
-    assert done.exit_code == 1 and "ridge must be finite and positive, got -1" in " ".join(done.output.split())
+    shown = " ".join(done.output.replace("│", " ").split())
+    assert done.exit_code == 2 and "ridge must be finite and positive, got -1" in shown
     assert not (tmp_path / "bad").exists()
 
     def broken(subject: Any, section: Section) -> None:

@@ -9,7 +9,9 @@ wrong usage. `thought-kernels --debug COMMAND ...` shows the traceback instead.
 
 from __future__ import annotations
 
+import io
 import logging
+import sys
 import warnings
 from typing import Annotated, Any
 
@@ -93,5 +95,12 @@ app.add_typer(toy.app, name="toy")
 
 
 def main() -> None:
-    """Runs the command line on sys.argv; the `thought-kernels` script."""
+    """Runs the command line on sys.argv; the `thought-kernels` script.
+
+    What an output's encoding cannot write, such as ‖Δ‖ in cp1252, becomes "?": work that is done must not end in an
+    error because of a letter.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # it may be absent, or somebody's own
+            stream.reconfigure(errors="replace")
     app()

@@ -13,10 +13,14 @@ from rich.table import Table
 from rich.text import Text
 
 from thought_kernels.cli import options, scoring
-from thought_kernels.demo.tasks import TASKS, held_out, inputs
+from thought_kernels.demo.tasks import TASKS, Task, held_out, inputs
 from thought_kernels.evaluation.experiments.composition import Alone, Behaviour, Both, Composition, Together
 from thought_kernels.evaluation.measures.overlap import PREDICTORS, rank_correlation
+from thought_kernels.evaluation.pictures.canvas import check_pictures
+from thought_kernels.evaluation.pictures.composition import draw_composition
+from thought_kernels.evaluation.records.digests import fingerprint
 from thought_kernels.evaluation.records.files import write_csv, write_json
+from thought_kernels.evaluation.records.journal import Journal
 
 # Compatible ones (a list, then its form), rivals for the same answer, and opposites.
 PAIRS = ("reverse+commas", "sort+commas", "rotate+reverse", "reverse+sort", "sum+largest", "sort+sort_down",
@@ -41,33 +45,47 @@ def composition(
 ) -> None:
     """Add and negate patches of two instructions on numbers, and see whether overlap foretells the damage."""
     from thought_kernels.evaluation.experiments.experiments import default_recipe
-    from thought_kernels.evaluation.pictures.composition import draw_composition
-    from thought_kernels.evaluation.records.digests import fingerprint
-    from thought_kernels.evaluation.records.journal import Journal
     from thought_kernels.version import __version__
 
     options.check_folder(output)
+    check_pictures("experiment")
     pairs = [read_pair(text) for text in options.listed(pair or list(PAIRS))]
     names = list(dict.fromkeys(name for names in pairs for name in names))
-    every = inputs(TASKS[names[0]])
-    rng = random.Random(f"composition {seed}")
-    held = [text for text in every if held_out(text)]
-    fresh = rng.sample(held, min(inputs_count, len(held)))
-    fit = rng.sample([text for text in every if not held_out(text)], examples)
-    found, tokenizer = options.load_model(model, dtype, device, offline)
+    fit, fresh = _inputs(TASKS[names[0]], examples, inputs_count, seed)
     name_of_match = scoring.chosen_match(match, model)
     scorer = scoring.read_scorer(name_of_match, "", device, offline)
+    found, tokenizer = options.load_model(model, dtype, device, offline)
     room = max_new_tokens or scoring.answer_room(
         tokenizer, [TASKS[name].answer(text) for name in names for text in fresh], name_of_match
     )
-    behaviours = {name: Behaviour(name, TASKS[name].instruction, TASKS[name].answer) for name in names}
     run = Composition(
-        found, tokenizer, behaviours, fit, fresh, match=scorer, max_new_tokens=room, batch_size=batch_size
-    )
+        found, tokenizer, {name: Behaviour(name, TASKS[name].instruction, TASKS[name].answer) for name in names}, fit,
+        fresh, match=scorer, max_new_tokens=room, batch_size=batch_size,
+    )  # fmt: skip
     journal = Journal(output / "journal.jsonl", {
         "experiment": "composition", "fit": fit, "fresh": fresh, "match": scorer.name, "max_new_tokens": room,
         "weights": fingerprint(found), "default_recipe": default_recipe(), "version": __version__,
     })  # fmt: skip
+    alone, together, both = _measure(run, journal, names, pairs)
+    correlations = correlate(together)
+    _write(output, alone, together, both, correlations)
+    _show(alone, together, both, correlations)
+    options.out.print(f"results in {output}", markup=False, soft_wrap=True)
+
+
+def _inputs(task: Task, examples: int, count: int, seed: int) -> tuple[list[str], list[str]]:
+    """(inputs to fit on, inputs to measure on), which are held out from the shipped model's training."""
+    every = inputs(task)
+    rng = random.Random(f"composition {seed}")
+    held = [text for text in every if held_out(text)]
+    fresh = rng.sample(held, min(count, len(held)))
+    return rng.sample([text for text in every if not held_out(text)], examples), fresh
+
+
+def _measure(
+    run: Composition, journal: Journal, names: list[str], pairs: list[tuple[str, str]]
+) -> tuple[list[Alone], list[Together], list[Both]]:
+    """Every instruction alone, and every pair in both orders; what the journal holds is not measured again."""
     from tqdm import tqdm
 
     alone, together, both = [], [], []
@@ -85,7 +103,12 @@ def composition(
                 if row:
                     both.append(Both(**row | {"sample": tuple(row["sample"])}))
             bar.update()
-    correlations = correlate(together)
+    return alone, together, both
+
+
+def _write(
+    output: Path, alone: list[Alone], together: list[Together], both: list[Both], correlations: dict[str, Any]
+) -> None:
     content = {
         "alone": [asdict(row) for row in alone], "together": [asdict(row) for row in together],
         "both": [asdict(row) for row in both], "correlations": correlations,
@@ -98,8 +121,6 @@ def composition(
     write_csv(flat, output / "interference.csv")
     write_csv([asdict(row) for row in alone], output / "alone.csv")
     draw_composition(together, output / "figure.png")
-    _show(alone, together, both, correlations)
-    options.out.print(f"results in {output}", markup=False, soft_wrap=True)
 
 
 def read_pair(text: str) -> tuple[str, str]:

@@ -13,7 +13,9 @@ from rich.text import Text
 from thought_kernels.cli import options
 from thought_kernels.cli.experiment import show_samples
 from thought_kernels.demo.curves import Curve, Sweep
-from thought_kernels.demo.demo import OUTSIDE_SHARE, PATCHED_SHARE, RECOVERED, DemoReport, Row, run_demo
+from thought_kernels.demo.demo import OUTSIDE_SHARE, PATCHED_SHARE, RECOVERED, DemoReport, Row, read_tasks, run_demo
+from thought_kernels.evaluation.measures.answers import MATCHES
+from thought_kernels.evaluation.pictures.canvas import check_pictures
 from thought_kernels.evaluation.records.files import write_json
 
 
@@ -43,13 +45,18 @@ def demo(
     """Transmute every instruction with default settings and show what the patched model does without it."""
     for option, path in (("--output", output), ("--json", json_file)):
         options.check_file(option, path)
+    check_pictures("demo")
+    if match is not None and match not in MATCHES:
+        raise typer.BadParameter(f"--match must be {' or '.join(MATCHES)}, got {match!r}")
+    names = None if instructions is None else options.listed([instructions])
+    read_tasks(names)  # unknown ones are refused before a model is loaded
     found, tokenizer = options.load_model(model, dtype, device, offline)
     shipped = model == options.DEFAULT_MODEL
     with options.progress("demo") as progress:
         report = run_demo(
-            found, tokenizer, instructions=None if instructions is None else options.listed([instructions]),
-            examples=examples, inputs=inputs, seed=seed, match=match or ("exact" if shipped else "contains"),
-            curves=curves, steps=steps, batch_size=batch_size, progress=progress,
+            found, tokenizer, instructions=names, examples=examples, inputs=inputs, seed=seed,
+            match=match or ("exact" if shipped else "contains"), curves=curves, steps=steps, batch_size=batch_size,
+            progress=progress,
         )  # fmt: skip
     show(report)
     from thought_kernels.demo.picture import draw

@@ -11,26 +11,31 @@ from rich.table import Table
 from rich.text import Text
 
 from thought_kernels.cli import options, scoring
+from thought_kernels.demo.evaluation import task_arguments
 from thought_kernels.evaluation.figures.headings import HEADINGS, chosen_sections
+from thought_kernels.fitting.recipe import Recipe
 
 _COLOURS = {"yes": "green", "partly": "yellow", "no": "red", "unknown": "dim"}
 _TASK = "sum"
 _TASK_TOKENS = 24  # no answer of the shipped tasks is longer
 
 
+def _file(text: str) -> Any:
+    """An option for a file that must be there, with its help."""
+    return typer.Option(help=text, exists=True, dir_okay=False)
+
+
 def evaluate(
     model_name: Annotated[str | None, typer.Argument(metavar="[MODEL]", help="As --model.", show_default=False)] = None,
-    model: options.Model = options.DEFAULT_MODEL,
+    model: options.PatchModel = None,
     patch: Annotated[Path | None, typer.Option(help="A folder written by transmute.")] = None,
     instruction: options.InstructionText = None,
     demonstrations: options.Demonstrations = None,
     system: options.System = None,
     examples: Annotated[
-        Path | None, typer.Option(help="jsonl that the patch is, or was, fitted on; the baselines get the same.")
+        Path | None, _file("jsonl that the patch is, or was, fitted on; the baselines get the same.")
     ] = None,
-    held_out: Annotated[
-        Path | None, typer.Option(help="jsonl to measure on; a completion is the input's right answer.")
-    ] = None,
+    held_out: Annotated[Path | None, _file("jsonl to measure on; a completion is the input's right answer.")] = None,
     task: Annotated[
         str | None,
         typer.Option(help=f"Data for every section from a task of the shipped model (default {_TASK} without data)."),
@@ -41,12 +46,12 @@ def evaluate(
         str, typer.Option(help="exact, contains, regex:PATTERN, module:function, or judge:MODEL (any causal model).")
     ] = "exact",
     judge_prompt: Annotated[
-        Path | None, typer.Option(help="Text with {instruction}, {question}, {answer}, {text} for judge:MODEL.")
+        Path | None, _file("Text with {instruction}, {question}, {answer}, {text} for judge:MODEL.")
     ] = None,
-    outside: Annotated[Path | None, typer.Option(help="jsonl of inputs unlike the examples.")] = None,
-    longer: Annotated[Path | None, typer.Option(help="jsonl of longer inputs.")] = None,
-    unrelated: Annotated[Path | None, typer.Option(help="jsonl of prompts that the patch should leave alone.")] = None,
-    pool: Annotated[Path | None, typer.Option(help="jsonl of more examples, for the data-efficiency curve.")] = None,
+    outside: Annotated[Path | None, _file("jsonl of inputs unlike the examples.")] = None,
+    longer: Annotated[Path | None, _file("jsonl of longer inputs.")] = None,
+    unrelated: Annotated[Path | None, _file("jsonl of prompts that the patch should leave alone.")] = None,
+    pool: Annotated[Path | None, _file("jsonl of more examples, for the data-efficiency curve.")] = None,
     paraphrase: Annotated[
         list[str] | None, typer.Option(help="Another wording of the instruction; may be repeated.")
     ] = None,
@@ -78,54 +83,53 @@ def evaluate(
     given. Without data it reports on a task of the shipped model.
     """
     from thought_kernels.evaluation.evaluate import evaluate as run_evaluate
+    from thought_kernels.evaluation.pages.page import check_page
     from thought_kernels.patches.patch import ThoughtPatch
 
-    if model_name is not None and model not in (options.DEFAULT_MODEL, model_name):
+    if None not in (model_name, model) and model_name != model:
         raise typer.BadParameter(f"MODEL must be given once, got {model_name} and {model}")
     wanted = sections if sections == "all" else options.listed([sections])
     chosen_sections(wanted)
+    check_page()
     options.check_folder(output)
-    given: dict[str, Any] = options.pairs({
-        "held_out": held_out, "outside": outside, "longer": longer, "unrelated": unrelated, "pool": pool,
-        "paraphrases": paraphrase, "others": other,
-    })  # fmt: skip
-    subject: Any = None
-    if patch is not None:
-        subject = ThoughtPatch.from_pretrained(patch)
-    elif any(part is not None for part in (instruction, demonstrations, system)):
+    chosen = _recipe(recipe)
+    made = None if patch is None else ThoughtPatch.from_pretrained(patch)
+    subject: Any = made
+    if made is None and any(part is not None for part in (instruction, demonstrations, system)):
         subject = options.read_instruction(instruction, demonstrations, system)
-    fitted: Any = examples
-    if task is not None or (subject is None and examples is None and held_out is None):
-        task = task or _TASK
-        arguments = _task(task, seed, inputs)
-        told, rows = arguments.pop("patch_or_instruction"), arguments.pop("examples")
-        subject = told if subject is None else subject
-        fitted = rows if examples is None else examples
-        given = arguments | given
-    if subject is None:
-        raise typer.BadParameter("give --patch, --instruction or --task")
-    if "held_out" not in given:
-        raise typer.BadParameter("give --held-out FILE.jsonl, the inputs to measure on, or --task")
-    if patch is not None and instruction is not None:
-        given["instruction"] = instruction
-
-    found, tokenizer = options.load_model(model_name or model, dtype, device, offline)
-    grader = scoring.read_scorer(
-        scorer, instruction or _told(subject), device, offline, dtype=dtype, prompt_file=judge_prompt
-    )
+    if task is None and subject is None and examples is None and held_out is None:
+        task = _TASK
+    data: dict[str, Any] = options.pairs({
+        "patch_or_instruction": subject, "examples": examples, "held_out": held_out, "outside": outside,
+        "longer": longer, "unrelated": unrelated, "pool": pool, "paraphrases": paraphrase, "others": other,
+        "instruction": None if made is None else instruction,
+    })  # fmt: skip
+    if task is not None:
+        data = task_arguments(task, seed=seed, inputs=inputs) | data
+    _check_data(data)
+    told = instruction or _told(data["patch_or_instruction"])
+    grader = scoring.read_scorer(scorer, told, device, offline, dtype=dtype, prompt_file=judge_prompt)
+    place = options.patch_model(model_name or model, {} if made is None else made.provenance)
+    options.check_layers(place, None if chosen is None else chosen.layers, offline)
+    found, tokenizer = options.load_model(place, dtype, device, offline)
     with options.progress("evaluate") as progress:
         evaluation = run_evaluate(
-            found, tokenizer, subject, fitted, scorer=grader,
-            sections=wanted, output=output, recipe=_recipe(recipe), inputs=inputs, sweep_inputs=sweep_inputs,
-            lora_steps=lora_steps, seed=seed, **options.prompting(separator, format, without),
-            batch_size=batch_size, max_new_tokens=max_new_tokens or (64 if task is None else _TASK_TOKENS),
-            progress=progress,
-            **given,
+            found, tokenizer, scorer=grader, sections=wanted, output=output, recipe=chosen, inputs=inputs,
+            sweep_inputs=sweep_inputs, lora_steps=lora_steps, seed=seed,
+            **options.prompting(separator, format, without), batch_size=batch_size,
+            max_new_tokens=max_new_tokens or (64 if task is None else _TASK_TOKENS), progress=progress, **data,
         )  # fmt: skip
     show(evaluation)
     options.out.print(f"report in {output / 'evaluation.html'}", markup=False, soft_wrap=True)
     if any(section.status == "failed" for section in evaluation.sections.values()):
         raise typer.Exit(1)
+
+
+def _check_data(data: dict[str, Any]) -> None:
+    if "patch_or_instruction" not in data:
+        raise typer.BadParameter("give --patch, --instruction or --task")
+    if "held_out" not in data:
+        raise typer.BadParameter("give --held-out FILE.jsonl, the inputs to measure on, or --task")
 
 
 def show(evaluation: Any) -> None:
@@ -145,22 +149,19 @@ def show(evaluation: Any) -> None:
     options.out.print(f"{evaluation.seconds:.0f} s", style="dim")
 
 
-def _task(name: str, seed: int, inputs: int) -> dict[str, Any]:
-    from thought_kernels.demo.evaluation import task_arguments
-
-    return task_arguments(name, seed=seed, inputs=inputs)
-
-
-def _recipe(text: str | None) -> dict[str, Any] | None:
+def _recipe(text: str | None) -> Recipe | None:
     if text is None:
         return None
     try:
-        recipe = json.loads(text)
+        options_given = json.loads(text)
     except json.JSONDecodeError as error:
         raise typer.BadParameter(f"--recipe must be JSON, got {text!r}; {error}") from None
-    if not isinstance(recipe, dict):
+    if not isinstance(options_given, dict):
         raise typer.BadParameter(f"--recipe must be a JSON object, got {text!r}")
-    return recipe
+    try:
+        return Recipe.from_dict(options_given)
+    except (ValueError, TypeError) as error:
+        raise typer.BadParameter(f"--recipe must have options that transmute takes, got {text!r}; {error}") from error
 
 
 def _told(subject: Any) -> str:

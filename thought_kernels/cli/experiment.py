@@ -12,13 +12,13 @@ from rich.table import Table
 from rich.text import Text
 
 from thought_kernels.cli import composition, knowledge, options, scoring
-from thought_kernels.cli.transmute import read_layers
 from thought_kernels.demo.tasks import TASKS, held_out, inputs
 from thought_kernels.evaluation.experiments.curves import Sample
 from thought_kernels.evaluation.experiments.experiments import run_experiment
 from thought_kernels.evaluation.experiments.pairs import Pair, Split, read_pairs, split_pairs, usable
-from thought_kernels.evaluation.experiments.published import LINES, PUBLISHED
+from thought_kernels.evaluation.experiments.published import LINES, PUBLISHED, check_lines
 from thought_kernels.evaluation.experiments.results import ExperimentReport
+from thought_kernels.evaluation.pictures.canvas import check_pictures
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -98,14 +98,22 @@ def task_split(task_name: str, *, steps: int, inputs_count: int, seed: int) -> S
 def _run(name: str, given: dict[str, Any]) -> None:
     from thought_kernels.evaluation.pictures.curves import draw_experiment
 
+    check_pictures("experiment")
     output = given["output"] if given["output"] is not None else Path(f"experiment-{name}")
     options.check_folder(output)
     steps, count, seed = given["steps"], given["inputs"], given["seed"]
+    lines = options.listed([given["lines"]])
+    check_lines(lines)
+    layers = None if given["layers"] is None else options.read_layers(given["layers"])
+    recipe = PUBLISHED[name].recipe(given["c1"], given["c2"], layers)
+    match = scoring.chosen_match(given["match"], given["model"])
     source, told = given.get("data"), given.get("instruction") or PUBLISHED[name].instruction
     pairs: list[Pair] = []
     if source is not None:
         most = 2 * (steps + 2 * count)  # enough to draw from; datasets on the hub have millions
         pairs = read_pairs(source, source=given["source"], target=given["target"], split=given["split"], limit=most)
+    scorer = scoring.read_scorer(match, told, given["device"], given["offline"])
+    options.check_layers(given["model"], recipe.layers, given["offline"])
     found, tokenizer = options.load_model(given["model"], given["dtype"], given["device"], given["offline"])
     if source is None:
         data = task_split(_TASKS[name], steps=steps, inputs_count=count, seed=seed)
@@ -113,13 +121,10 @@ def _run(name: str, given: dict[str, Any]) -> None:
         if not Path(source).is_file():
             pairs = usable(found, tokenizer, told, pairs)
         data = split_pairs(pairs, steps=steps, inputs=count, seed=seed)
-    match = scoring.chosen_match(given["match"], given["model"])
     answers = [pair.answer for part in data for pair in part]
-    scorer = scoring.read_scorer(match, told, given["device"], given["offline"])
     report = run_experiment(
         found, tokenizer, name, data, output, instruction=told, c1=given["c1"], c2=given["c2"],
-        layers=None if given["layers"] is None else read_layers(given["layers"]),
-        lines=options.listed([given["lines"]]), match=scorer, batch_size=given["batch_size"],
+        layers=layers, lines=lines, match=scorer, batch_size=given["batch_size"],
         max_new_tokens=given["max_new_tokens"] or scoring.answer_room(tokenizer, answers, match),
         progress=options.err.is_terminal,
     )  # fmt: skip

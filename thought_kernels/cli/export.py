@@ -15,8 +15,8 @@ FORMATS = ("peft",)
 
 def export(
     patch: Annotated[Path, typer.Argument(help="A folder written by transmute.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the export.")],
-    model: options.Model = options.DEFAULT_MODEL,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the export; replaces one that is there.")],
+    model: options.PatchModel = None,
     format_name: Annotated[
         str, typer.Option("--format", "-f", help="peft: a LoRA folder, for peft, transformers and vLLM.")
     ] = "peft",
@@ -35,7 +35,10 @@ def export(
         typer.Option("--example", "-e", help="A user text to measure the loss on; may be repeated."),
     ] = None,
     examples: Annotated[
-        Path | None, typer.Option(help="jsonl of such texts (default, where something is lost: the instruction).")
+        Path | None,
+        typer.Option(
+            exists=True, dir_okay=False, help="jsonl of such texts (default, where something is lost: the instruction)."
+        ),
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer measured on.")] = 64,
     dtype: options.Dtype = "auto",
@@ -47,6 +50,7 @@ def export(
     The loss is measured on prompts like those that the patch was fitted to be given.
     """
     from thought_kernels.evaluation.measures.export_loss import loss_prompts
+    from thought_kernels.patches.export import CONFIG_FILE
     from thought_kernels.patches.patch import ThoughtPatch
     from thought_kernels.prompts.examples import load_examples
 
@@ -57,7 +61,8 @@ def export(
     questions = list(example or [])
     if examples is not None:
         questions += [found.messages[-1]["content"] for found in load_examples(examples)]
-    found, tokenizer = options.load_model(model, dtype, device, offline)
+    replaced = (output / CONFIG_FILE).exists()
+    found, tokenizer = options.load_model(options.patch_model(model, loaded.provenance), dtype, device, offline)
     if questions or rank is not None or fold:  # a loss may have to be measured: not after the folder is there
         loss_prompts(found, tokenizer, loaded, questions or [_stand_in(loaded)])
     written = loaded.export_peft(output, found, rank=rank, fold=fold, pad=pad, progress=options.err.is_terminal)
@@ -76,7 +81,7 @@ def export(
         table.add_row("loss", _loss(found, tokenizer, loaded, written.entries, questions, max_new_tokens))
     table.add_row("vLLM", written.vllm)
     options.out.print(table, soft_wrap=True)
-    options.out.print(f"saved to {output}", markup=False, soft_wrap=True)
+    options.saved(output, "adapter", replaced=replaced)
 
 
 def _folds(residuals: list[float | None]) -> str:

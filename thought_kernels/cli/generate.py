@@ -20,7 +20,7 @@ def generate(
     instruction: Annotated[
         str | None, typer.Option("--instruction", "-i", help="For --compare; the patch's own if not given.")
     ] = None,
-    model: options.Model = options.DEFAULT_MODEL,
+    model: options.PatchModel = None,
     format: options.Format = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 64,
     dtype: options.Dtype = "auto",
@@ -31,12 +31,12 @@ def generate(
     from thought_kernels.evaluation.measures.trial import bare_texts, prompted_texts
     from thought_kernels.patches.patch import ThoughtPatch
 
-    loaded = None if patch is None else ThoughtPatch.from_pretrained(patch)
+    loaded = None if patch is None else scale * ThoughtPatch.from_pretrained(patch)
     provenance = {} if loaded is None else loaded.provenance
     told = instruction if instruction is not None else provenance.get("instruction")
     if compare and not told:
         raise typer.BadParameter("--compare needs a patch that knows its instruction, or --instruction")
-    found, tokenizer = options.load_model(model, dtype, device, offline)
+    found, tokenizer = options.load_model(options.patch_model(model, provenance), dtype, device, offline)
     written: dict[str, Any] = {
         "format": provenance.get("format") if format is None else options.unescaped(format),
         "max_new_tokens": max_new_tokens,
@@ -52,7 +52,7 @@ def generate(
     if compare and told:
         answers["bare"], answers["prompted"] = answer(other), answer(told)
     if loaded is not None:
-        with (scale * loaded).applied(found):
+        with loaded.applied(found):
             answers["patched"] = answer(other)  # a patch is made for the prompt that it was compared with
     elif not compare:
         answers["bare"] = answer(None)

@@ -15,6 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from thought_kernels.cli import options
+from thought_kernels.evaluation.pictures.canvas import check_pictures
 from thought_kernels.spectral.inspect import MatrixRow, StoredMatrix, inspect_model, stored_matrices
 
 _COLUMNS = [field.name for field in fields(MatrixRow)]
@@ -48,6 +49,7 @@ def inspect(
     for option, path in (("--csv", csv_file), ("--plot", plot)):
         options.check_file(option, path)
     if plot is not None:
+        check_pictures("inspect")
         from matplotlib.backend_bases import FigureCanvasBase
 
         endings = FigureCanvasBase.get_supported_filetypes()
@@ -77,6 +79,9 @@ def _place(model: str, offline: bool) -> Path:
     path = Path(model).expanduser()
     if path.exists() or path.is_absolute() or model.startswith(".") or model.count("/") > 1:
         return path
+    if path.suffix == ".safetensors":  # no hub id ends so
+        return path
+    options.announce(model, offline)
     try:
         from huggingface_hub import snapshot_download
 

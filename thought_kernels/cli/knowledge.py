@@ -26,7 +26,10 @@ def knowledge(
     ] = None,
     demonstrations: options.Demonstrations = None,
     questions: Annotated[
-        Path | None, typer.Option(help="jsonl of questions and answers; half are fitted on, half asked.")
+        Path | None,
+        typer.Option(
+            exists=True, dir_okay=False, help="jsonl of questions and answers; half are fitted on, half asked."
+        ),
     ] = None,
     seed: Annotated[int, typer.Option(help="Of that split.")] = 0,
     match: scoring.Match = None,
@@ -51,8 +54,8 @@ def knowledge(
     split = split_pairs(pairs, steps=len(pairs), inputs=count, seed=seed)
     ask = split.fresh + split.validation
     fit = split.fit
-    found, tokenizer = options.load_model(model, dtype, device, offline)
     scorer = scoring.read_scorer(match or "contains", "Answer the question.", device, offline)
+    found, tokenizer = options.load_model(model, dtype, device, offline)
     with options.err.status(f"{len(fit)} questions fitted, {len(ask)} asked"):
         report = run_knowledge(
             found, tokenizer, told, fit, ask, match=scorer, max_new_tokens=max_new_tokens, batch_size=batch_size

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
@@ -15,15 +15,37 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.text import Text
 
 from thought_kernels.demo import CHECKPOINT
+from thought_kernels.prompts.chat import read_format
 from thought_kernels.prompts.examples import load_examples
 
 out = Console(highlight=False, soft_wrap=False)
 err = Console(stderr=True, highlight=False)
 
+
+def unescaped(text: str) -> str:
+    r"""A separator or format as the shell passes it, with \n and \t meant as newline and tab."""
+    return text.replace(r"\n", "\n").replace(r"\t", "\t")
+
+
+def _checked_format(text: str | None) -> str | None:
+    if text is not None:
+        read_format(unescaped(text))
+    return text
+
+
 Model = Annotated[
     str,
     typer.Option(
         "--model", "-m", help="A folder, hub id or .gguf file (default the shipped checkpoint)", show_default=False
+    ),
+]
+PatchModel = Annotated[
+    str | None,
+    typer.Option(
+        "--model",
+        "-m",
+        help="A folder, hub id or .gguf file (default the one the patch was made for, or the shipped checkpoint)",
+        show_default=False,
     ),
 ]
 Dtype = Annotated[str, typer.Option(help="auto (as stored), float64, float32, bfloat16 or float16.")]
@@ -37,7 +59,11 @@ RequiredInstruction = Annotated[
 System = Annotated[str | None, typer.Option(help="A system message as the instruction, in place of --instruction.")]
 Demonstrations = Annotated[
     Path | None,
-    typer.Option(help="File of few-shot turns, each with prompt and completion; the instruction, or after it."),
+    typer.Option(
+        exists=True,
+        dir_okay=False,
+        help="File of few-shot turns, each with prompt and completion; the instruction, or after it.",
+    ),
 ]
 Separator = Annotated[str, typer.Option(help=r"Between instruction and example; \n and \t are understood.")]
 Without = Annotated[
@@ -49,6 +75,7 @@ Format = Annotated[
     typer.Option(
         help=r"Of a turn, in place of a chat template: '{prompt} -> {completion}\n'; \n and \t are understood.",
         show_default=False,
+        callback=_checked_format,
     ),
 ]
 
@@ -78,14 +105,70 @@ def load_model(model: str, dtype: str = "auto", device: str = "cpu", offline: bo
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
+    announce(model, offline)
     with err.status(f"loading {model}"):
         return load(model, dtype=dtype, device=device, offline=offline)
+
+
+def announce(model: str, offline: bool) -> None:
+    """Says that the hub is asked for a model, where it is: a mistyped folder would be waited for without a word."""
+    if offline or os.path.exists(os.path.expanduser(model)):
+        return
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        known = isinstance(try_to_load_from_cache(model, "config.json"), str)
+    except HFValidationError:  # no hub id either, which load says at once
+        return
+    if not known:
+        err.print(f"{model} is no folder here; asking the hub for it, which may take a while", soft_wrap=True)
+
+
+def patch_model(given: str | None, provenance: Mapping[str, Any]) -> str:
+    """The model that a patch is put into: the named one, else the one that it was made for, else the shipped one."""
+    made_for = provenance.get("model")
+    if given is not None or not made_for:
+        return given or DEFAULT_MODEL
+    place = Path(made_for)
+    if place.parts[-3:] == CHECKPOINT.parts[-3:]:  # the shipped one, wherever it was installed then
+        return DEFAULT_MODEL
+    if place.is_absolute() and not place.exists():
+        raise typer.BadParameter(f"give --model: the patch was made for {made_for}, which is not here")
+    err.print(f"the patch was made for {made_for}, which is used", soft_wrap=True)
+    return str(made_for)
+
+
+def check_layers(model: str, layers: Iterable[int] | None, offline: bool) -> None:
+    """Raises ValueError for blocks that the model has not, before its weights are read."""
+    from thought_kernels.fitting.recipe import Recipe
+    from thought_kernels.models.load import block_count
+
+    if layers is not None and (blocks := block_count(model, offline=offline)) is not None:
+        Recipe(layers=layers).check_blocks(blocks)
+
+
+def read_layers(text: str) -> list[int]:
+    """ "0,3,5-7" to [0, 3, 5, 6, 7]."""
+    found: list[int] = []
+    for part in text.split(","):
+        first, dash, last = (piece.strip() for piece in part.partition("-"))
+        if not first.isdecimal() or (dash and not (last.isdecimal() and int(first) <= int(last))):
+            raise typer.BadParameter(f"--layers must be block indices such as 10-19 or 0,3,5-7, got {text!r}")
+        found += range(int(first), int(last or first) + 1)
+    return found
+
+
+def saved(output: Path, what: str, *, replaced: bool) -> None:
+    """Says where something was saved, and that it took the place of another."""
+    out.print(f"saved to {output}" + f", in place of the {what} there" * replaced, markup=False, soft_wrap=True)
 
 
 def load_tokenizer(model: str, offline: bool = False) -> Any:
     """The tokenizer alone."""
     from thought_kernels.models.load import load_tokenizer as load
 
+    announce(model, offline)
     return load(model, offline=offline)
 
 
@@ -101,11 +184,6 @@ def progress(name: str) -> Iterator[Callable[[int, int, str], None]]:
     with Progress(*columns, console=err, transient=True) as bar:
         task = bar.add_task(name, total=None)
         yield lambda done, total, what: bar.update(task, completed=done, total=total, description=what)
-
-
-def unescaped(text: str) -> str:
-    r"""A separator or format as the shell passes it, with \n and \t meant as newline and tab."""
-    return text.replace(r"\n", "\n").replace(r"\t", "\t")
 
 
 def prompting(separator: str | None, format: str | None, without: str | None = None) -> dict[str, Any]:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from thought_kernels.cli import options
+from thought_kernels.fitting.recipe import Recipe, paper_recipe
 from thought_kernels.fitting.transmute import transmute as run_transmute
+from thought_kernels.patches.storage import RECORD_FILE
 
 _DEFAULTS = {name: parameter.default for name, parameter in inspect.signature(run_transmute).parameters.items()}
 
@@ -22,7 +24,7 @@ def _help(name: str, text: str, none: str = "all") -> str:
 
 
 def transmute(
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the patch.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the patch; replaces one that is there.")],
     instruction: options.RequiredInstruction = None,
     examples: Annotated[
         Path | None,
@@ -92,15 +94,18 @@ def transmute(
     if not all(text.strip() for text in example or ()):
         raise typer.BadParameter("--example must be a text, got an empty one")
     options.check_folder(output)
-    given = options.pairs({
-        "layers": None if layers is None else read_layers(layers), "sites": site and tuple(options.listed(site)),
-        "pairing": pairing, "estimator": estimator, "normalization": normalization,
-        "scale": None if scale is None else read_scale(scale), "ridge": ridge, "tokens": tokens,
-        "header_weight": header_weight, "batch_size": batch_size, "memory_budget": memory_budget,
-        "max_new_tokens": max_new_tokens, "completions": completions, "seed": seed,
+    chosen = replace(_recipe(recipe, options.pairs({"c1": c1, "c2": c2, "steps": steps})), **options.pairs({
+        "layers": None if layers is None else options.read_layers(layers),
+        "sites": site and tuple(options.listed(site)), "pairing": pairing, "estimator": estimator,
+        "normalization": normalization, "scale": None if scale is None else read_scale(scale), "ridge": ridge,
+        "tokens": tokens, "header_weight": header_weight, "completions": completions,
+    }))  # fmt: skip
+    portions = options.pairs({
+        "batch_size": batch_size, "memory_budget": memory_budget, "max_new_tokens": max_new_tokens, "seed": seed,
     })  # fmt: skip
-    settings = {**_recipe(recipe, options.pairs({"c1": c1, "c2": c2, "steps": steps})), **given}
     loaded = [*(load_examples(examples) if examples is not None else []), *(example or [])]
+    options.check_layers(model, chosen.layers, offline)
+    replaced = (output / RECORD_FILE).exists()
     found, tokenizer = options.load_model(model, dtype, device, offline)
     patch = run_transmute(
         found,
@@ -109,35 +114,22 @@ def transmute(
         loaded,
         **options.prompting(separator, format, without),
         progress=options.err.is_terminal,
-        **settings,
+        **portions,
+        **chosen,
     )
     patch.save_pretrained(output)
     options.out.print(str(patch), markup=False, soft_wrap=True)
-    options.out.print(f"saved to {output}", markup=False, soft_wrap=True)
+    options.saved(output, "patch", replaced=replaced)
 
 
-def _recipe(name: str, constants: dict[str, Any]) -> Mapping[str, Any]:
+def _recipe(name: str, constants: dict[str, Any]) -> Recipe:
     if name == "paper":
-        from thought_kernels.fitting.recipe import paper_recipe
-
         return paper_recipe(**constants)
     if name != "default":
         raise typer.BadParameter(f"--recipe must be default or paper, got {name!r}")
     if constants:
         raise typer.BadParameter(f"--{next(iter(constants))} belongs to --recipe paper")
-    return {}
-
-
-def read_layers(text: str) -> list[int]:
-    """ "0,3,5-7" to [0, 3, 5, 6, 7]."""
-    found: list[int] = []
-    for part in text.split(","):
-        first, dash, last = (piece.strip() for piece in part.partition("-"))
-        ends = first, last if dash else first
-        if not all(end.isdecimal() for end in ends) or int(ends[0]) > int(ends[1]):
-            raise typer.BadParameter(f"--layers must be block indices such as 10-19 or 0,3,5-7, got {text!r}")
-        found += range(int(ends[0]), int(ends[1]) + 1)
-    return found
+    return Recipe()
 
 
 def read_scale(text: str) -> float | dict[str, float]:

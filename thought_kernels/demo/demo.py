@@ -166,7 +166,7 @@ def run_demo(
 
     Source: "Transmuting prompts into weights", §4.2, Figure 1 and Table 1, for the curves.
     """
-    tasks = _tasks(instructions)
+    tasks = read_tasks(instructions)
     for name, value in (("examples", examples), ("inputs", inputs), ("steps", steps), ("batch_size", batch_size)):
         if value < 1:
             raise ValueError(f"run_demo: {name} must be at least 1, got {value}")
@@ -231,7 +231,8 @@ def _measure(
     )  # fmt: skip
 
 
-def _tasks(names: Sequence[str] | None) -> list[Task]:
+def read_tasks(names: Sequence[str] | None) -> list[Task]:
+    """Tasks by their names, None for all; raises as run_demo does."""
     unknown = [name for name in names or () if name not in TASKS]
     if unknown or (names is not None and not names):
         raise ValueError(f"run_demo: instructions must be among {', '.join(TASKS)}, got {list(names or ())}")

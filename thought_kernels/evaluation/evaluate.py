@@ -14,6 +14,7 @@ from thought_kernels.evaluation.figures.headings import HEADINGS, chosen_section
 from thought_kernels.evaluation.figures.section import Section
 from thought_kernels.evaluation.figures.verdict import verdict
 from thought_kernels.evaluation.measures.memory import MemoryPeak
+from thought_kernels.evaluation.pages.page import check_page
 from thought_kernels.evaluation.report import Evaluation, output_folder
 from thought_kernels.evaluation.resume import Progress, fingerprint
 from thought_kernels.evaluation.sections.sections import SECTIONS
@@ -102,13 +103,16 @@ def evaluate(
 
     Raises:
         ValueError: data that cannot be used (empty, a single input, longer than the context, prompts that do not
-            align), an unknown section, scorer or recipe option, or an output that is no folder.
+            align), an unknown section, scorer or recipe option, an output that is no folder, or one without the
+                packages that a page is made with.
         TypeError: arguments of another type.
 
     Source: the recovered effect and the list of controls are ours; the setting is "Transmuting prompts into weights",
         §4.
     """
     started, names = time.monotonic(), chosen_sections(sections)
+    if output is not None:
+        check_page()
     data = Data(
         examples=examples, held_out=held_out, answers=answers, outside=outside, longer=longer, paraphrases=paraphrases,
         others=others, unrelated=unrelated, pool=pool,

@@ -8,6 +8,7 @@ from pathlib import Path
 from thought_kernels.evaluation.figures.report import Report
 from thought_kernels.evaluation.pages.page import render
 from thought_kernels.evaluation.records.files import write_json, write_text
+from thought_kernels.ops.checks import as_path
 
 
 class Evaluation(Report):
@@ -35,7 +36,7 @@ class Evaluation(Report):
 
 def output_folder(directory: str | os.PathLike[str]) -> Path:
     """The folder, made if it is not there."""
-    folder = Path(directory)
+    folder = as_path("evaluate", "output", directory)
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"evaluate: output must be a folder, got the file {str(folder)!r}")
     try:

@@ -101,6 +101,15 @@ class Recipe(Mapping[str, Any]):
             raise ValueError(f"Recipe: options must be among {', '.join(known)}, got {', '.join(unknown)}")
         return Recipe(**options)
 
+    def check_blocks(self, blocks: int) -> None:
+        """Raises ValueError where layers names blocks that a model of so many has not."""
+        layers = () if self.layers is None else tuple(self.layers)
+        if layers and layers[-1] >= blocks:
+            raise ValueError(
+                f"transmute: layers must be distinct 0-based block indices below {blocks}, got {list(layers)}; "
+                "give layers= (--layers) that this model has"
+            )
+
     def for_model(self, decoder: Decoder) -> ResolvedRecipe:
         """This recipe for a model: its blocks and sites named, a scale for each site.
 
@@ -108,12 +117,8 @@ class Recipe(Mapping[str, Any]):
             ValueError: blocks that the model has not, or sites that they have not.
         """
         blocks = len(decoder.blocks)
+        self.check_blocks(blocks)
         layers = tuple(range(blocks) if self.layers is None else self.layers)
-        if layers[-1] >= blocks:
-            raise ValueError(
-                f"transmute: layers must be distinct 0-based block indices below {blocks}, got {list(layers)}; "
-                "give layers= (--layers) that this model has"
-            )
         sites = _sites_of(self.sites, decoder, layers)
         scale = self.scale if isinstance(self.scale, Mapping) else dict.fromkeys(sites, self.scale)
         return ResolvedRecipe(**{**self, "layers": layers, "sites": sites, "scale": scale})

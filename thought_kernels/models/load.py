@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from thought_kernels.models import FAMILIES, unsupported
+from thought_kernels.ops.checks import as_path
 
 DTYPES: dict[str, str | torch.dtype] = {
     "auto": "auto",
@@ -96,6 +97,11 @@ def context_length(model: str | os.PathLike[str], *, offline: bool = False) -> i
     return getattr(_config(_source(model, offline)).get_text_config(), "max_position_embeddings", None)
 
 
+def block_count(model: str | os.PathLike[str], *, offline: bool = False) -> int | None:
+    """How many blocks a folder's, hub id's or GGUF file's text model has, None where its config does not say."""
+    return getattr(_config(_source(model, offline)).get_text_config(), "num_hidden_layers", None)
+
+
 def usable_device(function: str, device: torch.device | str) -> torch.device:
     """The device, after a number has been written to it and read back.
 
@@ -114,6 +120,7 @@ def usable_device(function: str, device: torch.device | str) -> torch.device:
 
 
 def _source(model: str | os.PathLike[str], offline: bool) -> _Source:
+    as_path("load", "model", model)
     name = os.path.expanduser(os.fspath(model))
     path = Path(name)
     if path.is_file():
@@ -130,7 +137,7 @@ def _source(model: str | os.PathLike[str], offline: bool) -> _Source:
             f"load: model must be a folder with config.json or with one GGUF file, got {name!r}, which has {held}"
         )
     # A hub id is "name" or "owner/name"; anything else can only have been meant as a folder.
-    looks_like_path = path.is_absolute() or name.startswith(".") or name.endswith("/") or name.count("/") > 1
+    looks_like_path = path.is_absolute() or name.startswith(".") or name.endswith(("/", ".gguf")) or name.count("/") > 1
     if looks_like_path or path.exists() or not name:
         raise ValueError(f"load: model must be a folder, a .gguf file or a hub id, got {name!r}, where nothing is")
     return _Source(name, None, local=offline)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 import operator
+import os
 from collections.abc import Iterable
 from numbers import Real
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -117,6 +119,13 @@ def as_integer(function: str, name: str, value: Any, *, least: int | None = None
     if least is not None and integer < least:
         raise ValueError(message(function, name, f"be at least {least}", integer))
     return integer
+
+
+def as_path(function: str, name: str, value: Any) -> Path:
+    """A path, given as a text or as one."""
+    if not isinstance(value, (str, os.PathLike)):
+        raise TypeError(message(function, name, "be a path", type(value).__name__))
+    return Path(value)
 
 
 def check_choice(function: str, name: str, value: object, known: Iterable[str]) -> None:

@@ -133,6 +133,7 @@ class ThoughtPatch(PatchData):
 
         Raises:
             ValueError: a file that is missing, truncated, altered, of another version, or holds NaN; it names the file.
+            TypeError: a directory that is no path.
         """
         entries, provenance = storage.load(directory)
         try:
@@ -221,6 +222,8 @@ class ThoughtPatch(PatchData):
             )
             cells = "  ".join(f"{'–' if number is None else format(number, '.3g'):>9}" for number in numbers)
             yield f"  {layer:>5}  {site:<9}  {rank:>5}  {cells}"
+        if any(entry.fit and entry.fit.condition == math.inf for entry in self.entries.values()):
+            yield "  condition inf: Z is singular, the examples have fewer independent rows than the site has inputs"
 
 
 def _joined(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> dict[str, Any]:

@@ -21,6 +21,7 @@ import safetensors
 import safetensors.torch
 from torch import Tensor
 
+from thought_kernels.ops.checks import as_path
 from thought_kernels.patches.site import DTYPES, SITES, Fit, SitePatch, is_finite
 
 FORMAT = "thought_kernels patch, version 1"
@@ -95,16 +96,9 @@ def replace_files(folder: Path, contents: Mapping[str, bytes]) -> None:
             temporary.unlink(missing_ok=True)
 
 
-def as_path(function: str, directory: str | os.PathLike[str]) -> Path:
-    """The directory as a Path; raises TypeError for what names none."""
-    if not isinstance(directory, (str, os.PathLike)):
-        raise TypeError(f"{function}: directory must be a path, got {type(directory).__name__}")
-    return Path(directory)
-
-
 def as_folder(function: str, directory: str | os.PathLike[str]) -> Path:
     """The directory as a Path, which need not exist; raises as as_path, and ValueError for a file."""
-    folder = as_path(function, directory)
+    folder = as_path(function, "directory", directory)
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{function}: directory must be a folder, got the file {folder}")
     return folder
@@ -122,7 +116,7 @@ def load(directory: str | os.PathLike[str]) -> tuple[dict[tuple[int, str], SiteP
     Raises:
         ValueError: a file that is missing, truncated, altered, of another version or holds NaN; it names the file.
     """
-    folder = as_path("from_pretrained", directory)
+    folder = as_path("from_pretrained", "directory", directory)
     record_path, tensor_path = folder / RECORD_FILE, folder / TENSOR_FILE
     record = _read_record(record_path)
     payload = _read(tensor_path)

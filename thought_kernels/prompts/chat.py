@@ -129,7 +129,7 @@ class TemplateWriter:
         return bool(visible) and not self._tokenizer.decode([token], skip_special_tokens=True)
 
 
-class _Turn(NamedTuple):
+class Turn(NamedTuple):
     """What a format writes before, between and after a turn's prompt and completion."""
 
     before: str
@@ -146,7 +146,7 @@ class FormatWriter:
 
     def __init__(self, tokenizer: Any, format: str, separator: str) -> None:
         self._tokenizer, self._separator = tokenizer, separator
-        self._turn = _read_format(format)
+        self._turn = read_format(format)
         self._first = _leading_special_ids(tokenizer)
 
     def text(self, chat: Example) -> str:
@@ -192,7 +192,8 @@ class FormatWriter:
         return ([] if self._turn.after or eos is None else [eos], self._turn.after)
 
 
-def _read_format(format: str) -> _Turn:
+def read_format(format: str) -> Turn:
+    """What a format writes around a prompt and its completion; raises as writer_of does."""
     if not isinstance(format, str):
         raise TypeError(f"align: format must be a str, got {type(format).__name__}")
     check_text(format, "align: format")
@@ -219,7 +220,7 @@ def _read_format(format: str) -> _Turn:
         texts[-1] += text
         if field is not None:
             texts.append("")
-    turn = _Turn(*texts)
+    turn = Turn(*texts)
     if turn.after and not turn.after.strip(" "):
         raise ValueError(
             f"align: format must have nothing, or more than spaces, after {{completion}}, {needed}, got {format!r}; "

@@ -32,7 +32,7 @@ from thought_kernels.evaluation.experiments.curves import (
     paper_steps,
 )
 from thought_kernels.evaluation.experiments.pairs import Pair, Split, check_context
-from thought_kernels.evaluation.experiments.published import LINES, PUBLISHED
+from thought_kernels.evaluation.experiments.published import LINES, PUBLISHED, check_lines
 from thought_kernels.evaluation.experiments.results import ExperimentReport, Line, write_results
 from thought_kernels.evaluation.measures.scorers import as_scorer
 from thought_kernels.evaluation.measures.trial import Trial, prompted_texts
@@ -86,28 +86,28 @@ def run_experiment(
         An ExperimentReport.
 
     Raises:
-        ValueError: an unknown name or line, a pair longer than the model's context, or a folder with results of other
-            settings.
+        ValueError: an unknown name or line, constants or blocks that the paper's recipe cannot have, a pair longer than
+            the model's context, or a folder with results of other settings.
 
     Source: "Transmuting prompts into weights", §4.1 to §4.3, Figures 1 and 2, Tables 1 to 3.
     """
     if name not in PUBLISHED:
         raise ValueError(f"experiment: name must be one of {', '.join(PUBLISHED)}, got {name!r}")
-    unknown = [line for line in lines if line not in LINES]
-    if unknown or not lines:
-        raise ValueError(f"experiment: lines must be among {', '.join(LINES)}, got {list(lines)}")
+    check_lines(lines)
     published = PUBLISHED[name]
     told = published.instruction if instruction is None else instruction
     decoder = describe(model)
     model, blocks = decoder.model, len(decoder.blocks)  # a compiled one would be compiled anew for each patch
     chosen = sorted(paper_layers(blocks) if layers is None else layers)
+    if set(lines) - {"default"}:  # nothing is measured for numbers or blocks that the recipe would refuse
+        published.recipe(c1, c2, chosen).for_model(decoder)
+    c1, c2 = published.constants(c1, c2)
     check_context(model, tokenizer, told, [*data.fit, *data.validation, *data.fresh])
     settings = {
-        "experiment": name, "instruction": told, "c1": published.c1 if c1 is None else c1,
-        "c2": published.c2 if c2 is None else c2, "divisor": PAPER_DIVISOR, "layers": chosen, "blocks": blocks,
-        "steps": len(data.fit), "validation": len(data.validation), "inputs": len(data.fresh),
-        "data": data_hash(data), "match": as_scorer(match).name, "max_new_tokens": max_new_tokens,
-        "model": _model_name(model), "weights": fingerprint(model),
+        "experiment": name, "instruction": told, "c1": c1, "c2": c2, "divisor": PAPER_DIVISOR,
+        "layers": chosen, "blocks": blocks, "steps": len(data.fit), "validation": len(data.validation),
+        "inputs": len(data.fresh), "data": data_hash(data), "match": as_scorer(match).name,
+        "max_new_tokens": max_new_tokens, "model": _model_name(model), "weights": fingerprint(model),
         "default_recipe": default_recipe(), "version": __version__,
     }  # fmt: skip
     journal = Journal(output / "journal.jsonl", settings)

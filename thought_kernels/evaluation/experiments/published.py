@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from thought_kernels.fitting.recipe import Recipe, paper_recipe
+
 LINES = ("paper", "tuned", "default")
+
+
+def check_lines(lines: Sequence[str]) -> None:
+    """Raises ValueError for no line, or an unknown one."""
+    if not lines or not set(lines) <= set(LINES):
+        raise ValueError(f"experiment: lines must be among {', '.join(LINES)}, got {list(lines)}")
 
 
 @dataclass(frozen=True)
@@ -23,6 +32,15 @@ class Published:
     c2: float
     source: str
     sampled: tuple[int, ...]
+
+    def constants(self, c1: float | None, c2: float | None) -> tuple[float, float]:
+        """c1 and c2, the published ones in place of None."""
+        return self.c1 if c1 is None else c1, self.c2 if c2 is None else c2
+
+    def recipe(self, c1: float | None = None, c2: float | None = None, layers: Iterable[int] | None = None) -> Recipe:
+        """Algorithm 1 with these constants and blocks, None for the published ones and for all; raises as it does."""
+        matrices, vectors = self.constants(c1, c2)
+        return paper_recipe(c1=matrices, c2=vectors, layers=layers)
 
 
 PUBLISHED = {

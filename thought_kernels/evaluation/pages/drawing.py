@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from importlib.util import find_spec
 from typing import Any, Literal
 
 from thought_kernels.evaluation.figures.section import Figure
@@ -12,6 +13,16 @@ from thought_kernels.evaluation.figures.section import Figure
 GREY, BLUE, ORANGE, GREEN, RED, INK = "#a9adb3", "#0072b2", "#e69f00", "#009e73", "#c0392b", "#30343a"
 COLOURS = {"bare": GREY, "prompted": INK, "patched": BLUE}
 FLOOR = -0.25  # recovered effects below this are drawn at the edge, since ‑40 and ‑4 say the same
+
+
+def need_installed(function: str, purpose: str, *packages: str) -> None:
+    """Raises ValueError where packages are missing: before anything is computed, not when it is to be drawn."""
+    missing = [name for name in packages if find_spec(name) is None]
+    if missing:
+        raise ValueError(
+            f"{function}: {' and '.join(missing)} must be installed to {purpose}, got none; "
+            "pip install 'thought_kernels[demo]'"
+        )
 
 
 def dot(axes: Any, row: float, figure: Figure, colour: str) -> None:

@@ -11,6 +11,7 @@ from thought_kernels.evaluation.figures.headings import HEADINGS
 from thought_kernels.evaluation.figures.report import Report
 from thought_kernels.evaluation.figures.section import Figure, Section
 from thought_kernels.evaluation.figures.verdict import RULES, summary
+from thought_kernels.evaluation.pages.drawing import need_installed
 from thought_kernels.evaluation.pages.plots import plot
 
 TEMPLATE = Path(__file__).with_name("template.html.jinja")
@@ -33,8 +34,14 @@ PLOTTED_ONLY = {
 }
 
 
+def check_page() -> None:
+    """Raises ValueError where a page cannot be made here."""
+    need_installed("evaluate", "write the report's page", "jinja2", "matplotlib")
+
+
 def render(report: Report) -> str:
     """The page's HTML text."""
+    check_page()
     import jinja2
 
     environment = jinja2.Environment(

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from thought_kernels.evaluation.pages.drawing import INK, lattice
+from thought_kernels.evaluation.pages.drawing import INK, lattice, need_installed
 from thought_kernels.evaluation.records.files import replace_file
 
 _STYLE = {
@@ -16,6 +16,11 @@ _STYLE = {
     "axes.titleweight": "bold", "axes.titlesize": 11, "legend.frameon": False, "figure.facecolor": "white",
     "grid.color": "#e3e6ea",
 }  # fmt: skip
+
+
+def check_pictures(function: str) -> None:
+    """Raises ValueError where a picture cannot be drawn here; `function` opens the sentence."""
+    need_installed(function, "draw a picture", "matplotlib")
 
 
 @contextlib.contextmanager
