@@ -10,11 +10,19 @@ from typing import Any
 
 import pytest
 import torch
-from models import tiny_gemma3
+from models import tiny_gemma3, tiny_tokenizer
 from tolerances import FORWARD
 from torch import Tensor
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    StaticCache,
+)
 
+import thought_kernels as tk
 from thought_kernels.demo import CHECKPOINT
 from thought_kernels.models import attention_interface
 
@@ -189,11 +197,43 @@ def test_what_would_be_silently_wrong_is_refused() -> None:
         with pytest.raises(ValueError, match=sentence):
             model(ids, **options)
     cache = model(ids).past_key_values
-    with pytest.raises(ValueError, match="key must have query's 1 tokens, got 7"):
-        model(ids[:, :1], past_key_values=cache)
+    with pytest.raises(ValueError, match="cache must be empty where prefixes are given, got 6 keys"):
+        model(ids[:, :1], past_key_values=cache, with_prefix=prefix)
+    with pytest.raises(ValueError, match="attention_mask must be all ones where keys are cached, got padding"):
+        model(ids[:, :1], past_key_values=cache, attention_mask=torch.tensor([[1, 1, 1, 1, 1, 0, 1]]))
+    with pytest.raises(ValueError, match="cache must end with the last of 6 tokens, got room for 20"):
+        model(ids, past_key_values=StaticCache(model.config, max_cache_len=20))
     model.requires_grad_(True)
     with pytest.raises(ValueError, match="query must not require a gradient"):
         model(ids)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_generate_reads_its_cache(kind: str) -> None:
+    """Windows of 5 and 6 fill on the way, and steps of several tokens read the cache too."""
+    model, ids = build(kind), token_ids(2, 7)
+    options = {"max_new_tokens": 9, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+    expected, whole = model.generate(ids, **options), model(ids).logits
+    model.set_attn_implementation(attention_interface.register())
+    actual = model.generate(ids, **options)
+    assert torch.equal(actual.sequences, expected.sequences)
+    for got, wanted in zip(actual.logits, expected.logits, strict=True):
+        assert relative_error(got, wanted) <= FORWARD
+    cache = model(ids[:, :3]).past_key_values
+    assert relative_error(model(ids[:, 3:], past_key_values=cache).logits, whole[:, 3:]) <= FORWARD
+
+
+def test_a_model_that_has_it_is_fitted_as_any_other() -> None:
+    tokenizer = tiny_tokenizer()
+    model = tiny_gemma3(5, vocab_size=len(tokenizer))
+    options: dict[str, Any] = {"examples": ["8 76", "abc d", {"prompt": "9", "completion": "1"}], "max_new_tokens": 4}
+    expected = tk.transmute(model, tokenizer, "Sum now", **options)
+    name = attention_interface.register()
+    model.set_attn_implementation(name)
+    patch = tk.transmute(model, tokenizer, "Sum now", **options)
+    assert model.config._attn_implementation == name
+    for key, entry in patch.entries.items():
+        assert torch.equal(entry.dense(), expected.entries[key].dense())
 
 
 def test_dropout_and_other_masks_are_refused() -> None:

@@ -170,3 +170,9 @@ def test_greedy_and_drawn_rows_share_a_batch() -> None:
     found = continue_prompts(model, prompts, lambda _: False, max_new_tokens=NEW, batch_size=8, seeds=seeds)
     assert [found[0], found[2]] == [alone(model, prompts[0]), alone(model, prompts[2])]
     assert found[1] != found[0]
+
+
+def test_a_token_without_an_embedding_is_refused() -> None:
+    model = MODELS["llama"]()
+    with pytest.raises(ValueError, match=rf"^complete: prompts\[1\] must be of tokens .* ids below {VOCABULARY}, got"):
+        complete(model, [[5], [5, VOCABULARY]], ending=Ending((1,), "", TOKENIZER), max_new_tokens=2, batch_size=2)

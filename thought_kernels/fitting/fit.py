@@ -23,6 +23,10 @@ from thought_kernels.prompts.prompt import EncodedExample
 log = logging.getLogger(__name__)
 
 
+class ScaleWarning(UserWarning):
+    """A patch leaves more than all of the difference; no news to who scales or sums it afterwards."""
+
+
 def fit(
     decoder: Decoder,
     recipe: ResolvedRecipe,
@@ -83,7 +87,8 @@ def _warn_if_worse(patch: ThoughtPatch, recipe: ResolvedRecipe) -> None:
     warn(
         f"transmute: patch should leave less than all of the difference, got {left[layer, site]:.3g} times it at block "
         f"{layer}, site {site!r}, with estimator {recipe.estimator!r} and scale {recipe.scale[site]:g}; lower the "
-        "scale, or take estimator='ridge', which is made for 1"
+        "scale, or take estimator='ridge', which is made for 1",
+        ScaleWarning,
     )
 
 

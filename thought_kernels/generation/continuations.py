@@ -45,10 +45,11 @@ def continue_prompts(
             all, for the likeliest token each time.
 
     Raises:
-        ValueError: if a prompt leaves no room for a token in the model's context.
+        ValueError: if a prompt leaves no room for a token in the model's context, or has a token without an embedding.
     """
     if not prompts:
         return []
+    _check_known(model, prompts)
     rooms = [min(max_new_tokens, room) for room in rooms_behind(model, prompts)]
     draws = [None if seed is None else torch.Generator().manual_seed(seed) for seed in seeds] or [None] * len(prompts)
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
@@ -62,6 +63,17 @@ def continue_prompts(
             for index, answer in zip(rows, _continue(model, prefix, shared, begun, ended), strict=True):
                 written[index] = answer
     return written
+
+
+def _check_known(model: Any, prompts: Ids) -> None:
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    for index, prompt in enumerate(prompts):
+        unknown = next((token for token in prompt if not 0 <= token < vocabulary), None)
+        if unknown is not None:
+            raise ValueError(
+                f"complete: prompts[{index}] must be of tokens that the model has an embedding for, ids below "
+                f"{vocabulary}, got {unknown}; take the model's own tokenizer"
+            )
 
 
 def _batches(

@@ -12,12 +12,14 @@
 
 transformers hands unknown keyword arguments of a forward to the attention function of every layer, so nothing is
 stored between calls. A prefix stands right before a row's token 0; positions are the caller's, as the rotary embedding
-must know them. Kernels compute causal masks, windows and right padding from numbers: no mask is ever built.
+must know them. Kernels compute causal masks, windows and right padding from numbers: no mask is ever built. A cache of
+earlier keys is read as a prefix of each row's own, so that generate() works, of prompts of one length; the package's
+own generation and fitting take transformers' eager attention meanwhile (undisturbed.py).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -91,7 +93,7 @@ def attend(
     scaling: float | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
-    shared_prefixes: Sequence[Sequence[Prefix]] = (),
+    shared_prefixes: Sequence[Sequence[Prefix] | Mapping[int, Prefix]] = (),
     prefix_index: Tensor | None = None,
     with_prefix: Sequence[Prefix] | None = None,
     without_prefix: Sequence[Prefix] | None = None,
@@ -120,10 +122,19 @@ def attend(
         (attention output ``[B, T, Hq, D]``, None): attention weights are never formed.
 
     Raises:
-        ValueError: cached keys, a non-causal layer, dropout, gradients, or what paired_attention refuses.
+        ValueError: cached keys beside prefixes, a non-causal layer, dropout, gradients, or what paired_attention
+            refuses.
     """
-    _refuse(module, query, key, dropout, others)
+    _refuse(module, query, dropout, others)
     layer: int = module.layer_idx  # type: ignore[assignment]
+    cached = key.shape[2] - query.shape[2]
+    if cached:
+        if with_prefix is not None or shared_prefixes:
+            raise ValueError(
+                f"attend: cache must be empty where prefixes are given, got {cached} keys; use_cache=False"
+            )
+        shared_prefixes = [{layer: (k, v)} for k, v in zip(key[:, :, :cached], value[:, :, :cached], strict=True)]
+        prefix_index, key, value = torch.arange(len(query)), key[:, :, cached:], value[:, :, cached:]
     if collect is not None:
         collect[layer] = (key[0], value[0])
     limits: dict[str, Any] = {
@@ -150,6 +161,8 @@ def padding_mask(
     batch_size: int,
     q_length: int,
     kv_length: int,
+    q_offset: int = 0,
+    kv_offset: int = 0,
     mask_function: Callable[..., Any],
     attention_mask: Tensor | None = None,
     local_size: int | None = None,
@@ -160,7 +173,8 @@ def padding_mask(
 
     Args:
         batch_size: rows.
-        q_length, kv_length: equal where no keys are cached.
+        q_length, kv_length: how many queries and keys; equal where no keys are cached.
+        q_offset, kv_offset: the first query's and the first key's place in the sequence.
         mask_function: (batch, head, query, key) -> visible, which must be causal, within a window of local_size or
             without limit.
         attention_mask: ``[B, T]``, zero at padding on the right, or None.
@@ -169,24 +183,37 @@ def padding_mask(
         others: settings of other implementations.
 
     Returns:
-        attention_mask.
+        attention_mask, None where keys are cached.
 
     Raises:
-        ValueError: another pattern (bidirectional, chunked or packed attention) or padding on the left.
+        ValueError: another pattern (bidirectional, chunked or packed attention), padding on the left or among cached
+            keys, or a cache of a fixed size.
     """
+    end = int(q_offset) + q_length
+    if int(kv_offset) + kv_length != end:
+        raise ValueError(
+            f"padding_mask: cache must end with the last of {end} tokens, got room for {int(kv_offset) + kv_length}; "
+            "use a cache that grows"
+        )
     row, i, j = (torch.arange(count, device=device) for count in (batch_size, q_length, kv_length))
-    row, i = row[:, None, None], i[:, None]
-    if q_length == kv_length:
-        expected = (j <= i) & (True if local_size is None else i - j < local_size)
-        pattern = torch.as_tensor(mask_function(row, torch.zeros_like(row), i, j), device=device)
-        if not bool((pattern == expected).all()):
-            raise ValueError(
-                f"padding_mask: model must attend causally, within a window or without limit, got another pattern "
-                f"over {q_length} tokens; use another attention implementation for it"
-            )
-    if attention_mask is not None and (attention_mask[:, 1:].int() > attention_mask[:, :-1].int()).any():
-        raise ValueError("padding_mask: attention_mask must be zero on the right only, got padding on the left")
-    return attention_mask
+    row, i, j = row[:, None, None], i[:, None] + int(q_offset), j + int(kv_offset)
+    expected = (j <= i) & (True if local_size is None else i - j < local_size)
+    pattern = torch.as_tensor(mask_function(row, torch.zeros_like(row), i, j), device=device)
+    if not bool((pattern == expected).all()):
+        raise ValueError(
+            f"padding_mask: model must attend causally, within a window or without limit, got another pattern over "
+            f"{q_length} tokens; use another attention implementation for it"
+        )
+    if attention_mask is None or q_length == kv_length:
+        if attention_mask is not None and (attention_mask[:, 1:].int() > attention_mask[:, :-1].int()).any():
+            raise ValueError("padding_mask: attention_mask must be zero on the right only, got padding on the left")
+        return attention_mask
+    if not bool(attention_mask.all()):
+        raise ValueError(
+            "padding_mask: attention_mask must be all ones where keys are cached, got padding; take prompts of one "
+            "length"
+        )
+    return None
 
 
 def _lengths(attention_mask: Tensor | None, query: Tensor) -> Tensor | None:
@@ -198,12 +225,7 @@ def _lengths(attention_mask: Tensor | None, query: Tensor) -> Tensor | None:
     return attention_mask.long().sum(-1)
 
 
-def _refuse(module: nn.Module, query: Tensor, key: Tensor, dropout: float, others: dict[str, Any]) -> None:
-    if key.shape[2] != query.shape[2]:
-        raise ValueError(
-            f"attend: key must have query's {query.shape[2]} tokens, got {key.shape[2]}; "
-            "pass use_cache=False and keep what rows share in a prefix"
-        )
+def _refuse(module: nn.Module, query: Tensor, dropout: float, others: dict[str, Any]) -> None:
     if not getattr(module, "is_causal", True):
         raise ValueError(f"attend: module must be causal, got {type(module).__name__} with is_causal=False")
     if dropout:

@@ -8,9 +8,9 @@ import warnings
 _INSIDE = {"thought_kernels", "torch", "contextlib"}  # torch's decorators stand between the package's own frames
 
 
-def warn(sentence: str) -> None:
+def warn(sentence: str, category: type[Warning] = UserWarning) -> None:
     """Warns at the innermost line that is neither the package's nor torch's."""
     frame, level = sys._getframe(1), 2
     while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in _INSIDE:
         frame, level = frame.f_back, level + 1
-    warnings.warn(sentence, stacklevel=level)
+    warnings.warn(sentence, category, stacklevel=level)

@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import os
 import random
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from thought_kernels.models import describe
+from thought_kernels.ops.caller import warn
 from thought_kernels.prompts.prompt import Instruction, encode
 
 # Column names that are recognised without being told, in this order.
@@ -123,7 +123,7 @@ def usable(model: Any, tokenizer: Any, instruction: Instruction, pairs: Iterable
         else:
             kept.append(pair)
     if refused:
-        warnings.warn(f"experiment: {len(refused)} pairs left out; {refused[0]}", stacklevel=2)
+        warn(f"experiment: {len(refused)} pairs left out; {refused[0]}")
     return kept
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 from thought_kernels.evaluation.measures.trial import Trial
+from thought_kernels.fitting.fit import ScaleWarning
 from thought_kernels.fitting.recipe import paper_recipe
 from thought_kernels.fitting.transmute import transmute
 from thought_kernels.models import describe
@@ -42,7 +44,9 @@ def paper_patch(
     """
     blocks = paper_layers(len(describe(model).blocks)) if layers is None else list(layers)
     recipe = paper_recipe(c1=c1, c2=c2, steps=PAPER_DIVISOR, layers=blocks)
-    return transmute(model, tokenizer, instruction, examples, **{"batch_size": 128, **options, **recipe})
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ScaleWarning)  # it is scaled, or one of several pieces
+        return transmute(model, tokenizer, instruction, examples, **{"batch_size": 128, **options, **recipe})
 
 
 def sweep_c1(

@@ -7,6 +7,7 @@ examples, the data that the patch itself was fitted on; no label and no held-out
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -25,6 +26,7 @@ from thought_kernels.evaluation.rivals.steering import (
 )
 from thought_kernels.evaluation.sections.side_effects import Bystander
 from thought_kernels.evaluation.sections.subject import Intervention, Subject
+from thought_kernels.fitting.fit import ScaleWarning
 from thought_kernels.fitting.recipe import Recipe, paper_recipe
 from thought_kernels.patches.patch import ThoughtPatch
 
@@ -117,7 +119,9 @@ def _paper(subject: Subject, section: Section) -> tuple[str, Intervention]:
     layers = paper_layers(len(subject.decoder.blocks))
     # Its matrices are linear in c1: one patch is fitted and scaled.
     recipe = paper_recipe(c1=1.0, layers=layers, steps=len(subject.examples))
-    unit = subject.fit(subject.instruction, subject.examples, recipe)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ScaleWarning)
+        unit = subject.fit(subject.instruction, subject.examples, recipe)
     c1, patch = subject.rank((factor * PAPER_C1, factor * PAPER_C1 * unit) for factor in C1_FACTORS)[0]
     return f"Algorithm 1 on blocks {layers[0]} to {layers[-1]}, effective c1 {c1:g}, c2 0", patch
 
