@@ -16,6 +16,7 @@ import platform
 import random
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -115,6 +116,26 @@ def final_figures(model: Gemma3ForCausalLM, tokenizer: PreTrainedTokenizerFast, 
 
 def main() -> None:
     """Parses the command line, trains, and writes the folder."""
+    args = _arguments()
+    torch.manual_seed(args.seed)
+    tokenizer = build_tokenizer()
+    model = Gemma3ForCausalLM.from_pretrained(args.start) if args.start else build_model(tokenizer, args.shape)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = model.to(device).train()
+    start = time.monotonic()
+    steps, loss = _train(model, tokenizer, args, start)
+    model.to("cpu").eval()
+    seconds = time.monotonic() - start
+    save(model, tokenizer, args.output)
+    figures = final_figures(model, tokenizer)
+    _record(args, model, {
+        "steps": steps, "seconds": round(seconds), "final_loss": loss, "device": device.type,
+    }, figures)  # fmt: skip
+    worst = min(v for f in figures.values() for k, v in f.items() if k != "inputs")
+    print(f"worst accuracy on held-out inputs over every wording: {worst:.4f}; {math.ceil(seconds)} s")
+
+
+def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--start", type=Path, help="a folder this script wrote, to go on from")
@@ -129,23 +150,19 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, help="stop earlier so that the run ends within this time")
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--bf16", action="store_true", help="autocast the forward and backward products to bfloat16")
-    args = parser.parse_args()
+    return parser.parse_args()
 
-    torch.manual_seed(args.seed)
+
+def _train(
+    model: Gemma3ForCausalLM, tokenizer: PreTrainedTokenizerFast, args: argparse.Namespace, start: float
+) -> tuple[int, float]:
+    """Steps until their number or the minutes are spent; returns how many, and the last one's loss."""
     rng = random.Random(args.seed)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    tokenizer = build_tokenizer()
-    model = Gemma3ForCausalLM.from_pretrained(args.start) if args.start else build_model(tokenizer, args.shape)
-    model = model.to(device).train()
     body = torch.compile(model.model, dynamic=True) if args.compile else model.model
     pool = {name: [text for text in inputs(task) if not held_out(text)] for name, task in TASKS.items()}
-    decayed = [p for p in model.parameters() if p.dim() == 2]
-    plain = [p for p in model.parameters() if p.dim() != 2]
-    optimizer = torch.optim.AdamW(
-        [{"params": decayed, "weight_decay": args.weight_decay}, {"params": plain, "weight_decay": 0.0}],
-        lr=args.lr, betas=(0.9, 0.98), fused=True,
-    )  # fmt: skip
-    start, steps, progress_share = time.monotonic(), 0, 0.0
+    optimizer = _optimizer(model, args)
+    steps, progress_share = 0, 0.0
+    loss = torch.tensor(math.nan)
     bar = tqdm(total=args.steps, mininterval=20)
     while progress_share < 1.0:
         spent = (time.monotonic() - start) / 60
@@ -154,17 +171,7 @@ def main() -> None:
         rate = args.lr * min(1.0, (steps + 1) / args.warmup) * fall
         for group in optimizer.param_groups:
             group["lr"] = rate
-        ids, labels = (t.to(device) for t in sample_batch(tokenizer, pool, args.batch, rng))
-        wanted = labels[:, 1:]
-        kept = wanted != -100
-        with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
-            hidden = body(ids, attention_mask=ids != tokenizer.pad_token_id).last_hidden_state[:, :-1]
-            logits = model.lm_head(hidden[kept])
-        loss = torch.nn.functional.cross_entropy(logits.float(), wanted[kept])
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
+        loss = _step(model, body, optimizer, *sample_batch(tokenizer, pool, args.batch, rng), args.bf16)
         steps += 1
         bar.update()
         if steps % 50 == 0:
@@ -175,16 +182,45 @@ def main() -> None:
                      for n, t in TASKS.items()}  # fmt: skip
             tqdm.write(f"step {steps} " + " ".join(f"{n}={a:.2f}" for n, a in quick.items()))
     bar.close()
-    model.to("cpu").eval()
-    seconds = time.monotonic() - start
-    save(model, tokenizer, args.output)
-    figures = final_figures(model, tokenizer)
+    return steps, loss.item()
+
+
+def _optimizer(model: Gemma3ForCausalLM, args: argparse.Namespace) -> torch.optim.Optimizer:
+    decayed = [p for p in model.parameters() if p.dim() == 2]
+    plain = [p for p in model.parameters() if p.dim() != 2]
+    return torch.optim.AdamW(
+        [{"params": decayed, "weight_decay": args.weight_decay}, {"params": plain, "weight_decay": 0.0}],
+        lr=args.lr, betas=(0.9, 0.98), fused=True,
+    )  # fmt: skip
+
+
+def _step(
+    model: Gemma3ForCausalLM, body: Any, optimizer: torch.optim.Optimizer, ids: torch.Tensor, labels: torch.Tensor,
+    bf16: bool,
+) -> torch.Tensor:  # fmt: skip
+    """One optimiser step on a batch; returns its loss, on the device."""
+    device = model.device
+    ids, labels = ids.to(device), labels.to(device)
+    wanted = labels[:, 1:]
+    kept = wanted != -100
+    with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+        hidden = body(ids, attention_mask=ids != model.config.pad_token_id).last_hidden_state[:, :-1]
+        logits = model.lm_head(hidden[kept])
+    loss = torch.nn.functional.cross_entropy(logits.float(), wanted[kept])
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    return loss.detach()
+
+
+def _record(
+    args: argparse.Namespace, model: Gemma3ForCausalLM, run: dict[str, Any], figures: dict[str, dict[str, float]]
+) -> None:
+    """Writes training.json, replacing it in one step."""
     record = {
         "settings": {name: value for name, value in vars(args).items() if name not in ("output", "start")},
-        "steps": steps,
-        "seconds": round(seconds),
-        "final_loss": loss.item(),
-        "device": device.type,
+        **run,
         "threads": torch.get_num_threads(),
         "processor": platform.machine(),
         "torch": torch.__version__,
@@ -199,8 +235,6 @@ def main() -> None:
     temporary = args.output / "training.json.tmp"
     temporary.write_text(json.dumps(record, indent=1) + "\n")
     os.replace(temporary, args.output / "training.json")
-    worst = min(v for f in figures.values() for k, v in f.items() if k != "inputs")
-    print(f"worst accuracy on held-out inputs over every wording: {worst:.4f}; {math.ceil(seconds)} s")
 
 
 def save(model: Gemma3ForCausalLM, tokenizer: PreTrainedTokenizerFast, output: Path) -> None:

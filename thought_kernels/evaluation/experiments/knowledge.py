@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from thought_kernels.evaluation.experiments.composition import finite
+from thought_kernels.evaluation.experiments.curves import own_examples
 from thought_kernels.evaluation.experiments.pairs import Pair, check_context
-from thought_kernels.evaluation.measures.trial import Trial
+from thought_kernels.evaluation.measures.trial import Score, Trial
 from thought_kernels.fitting.recipe import Recipe
 from thought_kernels.fitting.transmute import transmute
 from thought_kernels.models import describe
@@ -123,34 +124,36 @@ def run_knowledge(
     model = describe(model).model  # a compiled one would be compiled anew for each patch
     check_context(model, tokenizer, facts, [*fit, *ask])
     options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "batch_size": batch_size}
-
-    def trial_of(pairs: Sequence[Pair], *, divergences: bool) -> Trial:
-        return Trial(
+    asked, seen = (
+        Trial(
             model, tokenizer, facts, [pair.question for pair in pairs], [pair.answer for pair in pairs], match=match,
-            divergences=divergences, **options,
-        )  # fmt: skip
-
-    asked, seen = trial_of(ask, divergences=True), trial_of(fit, divergences=False)
+            divergences=pairs is ask, **options,
+        )
+        for pairs in (ask, fit)
+    )  # fmt: skip
     patch = transmute(
-        model, tokenizer, facts,
-        [{"prompt": p.question, "completion": text or None} for p, text in zip(fit, seen.prompted_texts, strict=True)],
-        **options, **(recipe or Recipe()),
+        model, tokenizer, facts, own_examples([pair.question for pair in fit], seen.prompted_texts), **options,
+        **(recipe or Recipe()),
     )  # fmt: skip
     with patch.applied(model):
         score = asked.score(model)
         seen_accuracy, _ = seen.answer(model)
     able = [index for index, grade in enumerate(asked.prompted_grades) if grade > 0.5]
-    said = {"bare": asked.base_texts, "prompted": asked.prompted_texts, "patched": score.texts}
-    graded = {"bare": asked.base_grades, "prompted": asked.prompted_grades, "patched": score.grades}
-    rows = [
-        {"question": pair.question, "answer": pair.answer}
-        | {name: texts[index] for name, texts in said.items()}
-        | {f"{name}_grade": grades[index] for name, grades in graded.items()}
-        for index, pair in enumerate(ask)
-    ]
     return KnowledgeReport(
         facts=facts, fitted=len(fit), asked=len(ask), base=asked.base, prompted=asked.prompted, patched=score.accuracy,
         answerable=len(able),
         patched_answerable=sum(score.grades[index] for index in able) / len(able) if able else None,
-        recovered=finite(score.effect.recovered), seen=seen_accuracy, rows=rows,
+        recovered=finite(score.effect.recovered), seen=seen_accuracy, rows=_rows(ask, asked, score),
     )  # fmt: skip
+
+
+def _rows(pairs: Sequence[Pair], trial: Trial, score: Score) -> list[dict[str, Any]]:
+    """Each question with its right answer, and what the bare, the prompted and the patched model say to it."""
+    said = {"bare": trial.base_texts, "prompted": trial.prompted_texts, "patched": score.texts}
+    graded = {"bare": trial.base_grades, "prompted": trial.prompted_grades, "patched": score.grades}
+    return [
+        {"question": pair.question, "answer": pair.answer}
+        | {name: texts[index] for name, texts in said.items()}
+        | {f"{name}_grade": grades[index] for name, grades in graded.items()}
+        for index, pair in enumerate(pairs)
+    ]

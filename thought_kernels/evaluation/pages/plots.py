@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 from thought_kernels.evaluation.figures.section import Figure, Section
+from thought_kernels.evaluation.pages.diagnosis_plot import draw_diagnosis
 from thought_kernels.evaluation.pages.drawing import (
     BLUE,
     COLOURS,
@@ -264,76 +265,8 @@ def _patch(section: Section, canvas: Any) -> bool:
     return True
 
 
-def _diagnosis(section: Section, canvas: Any) -> bool:
-    sites = [name for name in section.subjects("transport") if section.series(name, "transport")]
-    if not sites:
-        return False
-    others = section.subjects("caused")
-    canvas.set_size_inches(9.6, 3.1 + (0.9 + 0.34 * len(others) if others else 0))
-    top, *rest = canvas.subfigures(2, 1, height_ratios=(3.1, 0.9 + 0.34 * len(others))) if others else (canvas,)
-    spectra, spaces, features = top.subplots(1, 3)
-    colours = dict(zip(sites, (BLUE, ORANGE, GREEN), strict=False))
-    for site, colour in colours.items():
-        blocks = [name for name in section.subjects("singular value") if name.startswith(f"{site}, ")]
-        for index, name in enumerate(blocks):
-            values = [figure for figure in section.series(name, "singular value") if figure.value > 0]
-            spectra.plot(
-                [figure.x for figure in values], [figure.value for figure in values], color=colour, linewidth=1.2,
-                alpha=0.65, label=site if index == 0 else None,
-            )  # fmt: skip
-        for quantity, style in (("written", "-"), ("read", "--")):
-            series = [section.series(name, quantity) for name in blocks]
-            means = [sum(figure.value for figure in column) / len(column) for column in zip(*series, strict=True)]
-            shares = [figure.x for figure in series[0]]
-            spaces.plot([0, *shares], [0, *means], style, color=colour)
-        for quantity, style in (("|ΔD|", "-"), ("transport", "--")):
-            figures = section.series(site, quantity)
-            features.plot(
-                [figure.x for figure in figures], [figure.value for figure in figures], style, color=colour,
-                marker="o", markersize=4,
-            )  # fmt: skip
-    for axes, names in ((spaces, ("written", "read")), (features, ("|ΔD|", "transport"))):
-        for name, style in zip(names, ("-", "--"), strict=True):
-            axes.plot([], [], style, color=INK, label=name)
-    spectra.set_xscale("log", base=2)
-    spectra.xaxis.set_major_formatter("{x:g}")
-    spectra.set_yscale("log")
-    spectra.set_xlabel("number")
-    spectra.set_title("singular values of Δ")
-    spaces.plot([0, 1], [0, 1], color=GREY, linewidth=1, linestyle=(0, (2, 3)))
-    spaces.set_xlabel("W's strongest directions, share of all")
-    spaces.set_title("share of Δ in them")
-    percent(spaces.xaxis)
-    percent(spaces.yaxis)
-    block_axis(features)
-    features.set_ylim(0, 1.35 * features.get_ylim()[1])  # the legend stands above the lines
-    features.set_title("change of W's features, mean")
-    lattice(spectra, spaces, features)
-    for axes, place in ((spectra, "lower left"), (spaces, "lower right"), (features, "upper left")):
-        legend(axes, place)
-    if others:
-        predicted, measured = rest[0].subplots(1, 2)
-        for axes, quantities in (
-            (predicted, {"caused": ORANGE}), (measured, {"accuracy, patch off": INK, "accuracy, patch on": BLUE})
-        ):  # fmt: skip
-            for quantity, colour in quantities.items():
-                for row, name in enumerate(others):
-                    found = section.get(name, quantity)
-                    if found is not None and not math.isnan(found.value):
-                        dot(axes, row, found, colour)
-                axes.plot([], [], "o", color=colour, label=quantity.removeprefix("accuracy, "))
-            name_rows(axes, others if axes is predicted else [""] * len(others))
-        predicted.set_xlim(0, None)
-        predicted.set_title("disturbance, predicted")
-        measured.set_xlim(-0.02, 1.03)
-        percent(measured.xaxis)
-        measured.set_title("accuracy, measured")
-        measured.legend(loc="upper left", bbox_to_anchor=(1, 1))
-    return True
-
-
 PLOTS: dict[str, Callable[[Section, Any], bool]] = {
     "patch": _patch, "effect": _effect, "controls": _dots, "baselines": _dots, "side_effects": _side_effects,
     "scale": _scale, "data": _data, "generalisation": _generalisation, "replay": _replay,
-    "diagnosis": _diagnosis,
+    "diagnosis": draw_diagnosis,
 }  # fmt: skip
