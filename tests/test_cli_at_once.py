@@ -96,6 +96,7 @@ def test_it_is_refused_before_a_model_is_looked_for(
 ) -> None:
     output = [] if arguments[0] in ("generate", "demo") else ["-o", tmp_path / "new"]
     result = run(*arguments, *output)
+    assert "asking the hub" not in result.stderr
     assert result.exit_code == code and sentence in shown(result).replace(": File", ": file"), result.output
     assert "Traceback" not in result.output and not (tmp_path / "new").exists()
 

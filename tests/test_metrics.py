@@ -15,11 +15,12 @@ from torch import Tensor
 
 import thought_kernels as tk
 from thought_kernels.evaluation.measures.answers import contains, exact, final_value, value_tokens
-from thought_kernels.evaluation.measures.metrics import completion_logprobs, divergence, effect
+from thought_kernels.evaluation.measures.metrics import effect
 from thought_kernels.evaluation.measures.trial import Trial, bare_texts, prompted_texts
 from thought_kernels.evaluation.rivals.lora import _losses
 from thought_kernels.generation import logprobs as reading
 from thought_kernels.generation.completions import Ending, complete
+from thought_kernels.generation.logprobs import completion_logprobs, divergence
 
 TOKENIZER = tiny_tokenizer()
 END = TOKENIZER.convert_tokens_to_ids("<end_of_turn>")

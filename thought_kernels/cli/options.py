@@ -112,14 +112,16 @@ def load_model(model: str, dtype: str = "auto", device: str = "cpu", offline: bo
 
 def announce(model: str, offline: bool) -> None:
     """Says that the hub is asked for a model, where it is: a mistyped folder would be waited for without a word."""
-    if offline or os.path.exists(os.path.expanduser(model)):
+    from thought_kernels.models.load import is_on_hub
+
+    if not is_on_hub(model, offline=offline):
         return
     from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
 
     try:
         known = isinstance(try_to_load_from_cache(model, "config.json"), str)
-    except HFValidationError:  # no hub id either, which load says at once
+    except HFValidationError:  # no hub id either, which is said at once
         return
     if not known:
         err.print(f"{model} is no folder here; asking the hub for it, which may take a while", soft_wrap=True)

@@ -8,7 +8,7 @@ from typing import Any
 
 from thought_kernels.evaluation.measures.scorers import as_scorer
 from thought_kernels.evaluation.rivals.refit import recipe_of
-from thought_kernels.evaluation.sections.side_effects import ORDINARY_PROMPTS
+from thought_kernels.evaluation.sections.bystanders import ORDINARY_PROMPTS
 from thought_kernels.evaluation.sections.subject import Inputs, Other, Outside, Subject, Tolerant
 from thought_kernels.fitting.recipe import Recipe
 from thought_kernels.models import describe

@@ -92,6 +92,11 @@ def load_tokenizer(model: str | os.PathLike[str], *, offline: bool = False) -> A
     return _tokenizer(_source(model, offline), _transformers())
 
 
+def is_on_hub(model: str | os.PathLike[str], *, offline: bool = False) -> bool:
+    """Whether the hub is asked for a model, and not a folder, a file or the local cache alone; raises as load does."""
+    return not _source(model, offline).local
+
+
 def context_length(model: str | os.PathLike[str], *, offline: bool = False) -> int | None:
     """How many positions a folder's, hub id's or GGUF file's text model has, None where its config does not say."""
     return getattr(_config(_source(model, offline)).get_text_config(), "max_position_embeddings", None)

@@ -21,11 +21,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from thought_kernels.evaluation.measures.metrics import completion_logprobs, divergence
 from thought_kernels.evaluation.measures.overlap import Key, activation_moments, predictions
 from thought_kernels.evaluation.measures.trial import Trial, prompted_texts
 from thought_kernels.fitting.recipe import Recipe
 from thought_kernels.fitting.transmute import transmute
+from thought_kernels.generation.logprobs import completion_logprobs, divergence
 from thought_kernels.models import describe
 from thought_kernels.models.undisturbed import undisturbed
 from thought_kernels.patches.patch import ThoughtPatch

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from thought_kernels.evaluation.measures.metrics import Effect, completion_logprobs, divergence, effect
+from thought_kernels.evaluation.measures.metrics import Effect, effect
 from thought_kernels.evaluation.measures.trial import bare_prompts
 from thought_kernels.generation.completions import Ending, complete
+from thought_kernels.generation.logprobs import completion_logprobs, divergence
 from thought_kernels.patches.patch import ThoughtPatch
 
 

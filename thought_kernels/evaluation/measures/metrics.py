@@ -7,10 +7,6 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from thought_kernels.generation.logprobs import completion_logprobs, divergence
-
-__all__ = ["Effect", "completion_logprobs", "divergence", "effect"]
-
 
 @dataclass(frozen=True)
 class Effect:

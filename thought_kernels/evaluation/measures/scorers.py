@@ -13,7 +13,7 @@ from importlib import import_module
 from typing import Any, Protocol
 
 from thought_kernels.evaluation.measures.answers import MATCHES
-from thought_kernels.evaluation.measures.metrics import completion_logprobs
+from thought_kernels.generation.logprobs import completion_logprobs
 
 JUDGE_PROMPT = """\
 You are grading the answer of a language model.

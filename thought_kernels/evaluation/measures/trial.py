@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from thought_kernels.evaluation.measures.answers import MATCHES, value_tokens
-from thought_kernels.evaluation.measures.metrics import Effect, completion_logprobs, divergence, effect
+from thought_kernels.evaluation.measures.metrics import Effect, effect
 from thought_kernels.evaluation.measures.scorers import as_scorer
 from thought_kernels.generation.completions import Ending, complete, ending_of, within_context
+from thought_kernels.generation.logprobs import completion_logprobs, divergence
 from thought_kernels.pairing.spill import buffers
 from thought_kernels.prompts.chat import writer_of
 from thought_kernels.prompts.prompt import EncodedExample, Example, Instruction, encode, load_examples

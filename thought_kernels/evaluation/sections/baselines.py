@@ -24,7 +24,7 @@ from thought_kernels.evaluation.rivals.steering import (
     function_vector,
     mean_differences,
 )
-from thought_kernels.evaluation.sections.side_effects import Bystander
+from thought_kernels.evaluation.sections.bystanders import Bystander
 from thought_kernels.evaluation.sections.subject import Intervention, Subject
 from thought_kernels.fitting.fit import ScaleWarning
 from thought_kernels.fitting.recipe import Recipe, paper_recipe

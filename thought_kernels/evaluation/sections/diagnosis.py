@@ -6,7 +6,7 @@ from statistics import fmean
 
 from thought_kernels.evaluation.figures.section import Section
 from thought_kernels.evaluation.measures.overlap import rank_correlation
-from thought_kernels.evaluation.sections.side_effects import told_other
+from thought_kernels.evaluation.sections.bystanders import told_other
 from thought_kernels.evaluation.sections.subject import Subject
 from thought_kernels.patches.patch import ThoughtPatch
 from thought_kernels.spectral.diagnose import diagnose, interference

@@ -133,7 +133,7 @@ class Subject:
     max_new_tokens: int
     known: dict[str, list[int]] = field(default_factory=dict)
     other_patches: dict[str, ThoughtPatch] = field(default_factory=dict)
-    told: dict[str, tuple[Interval, Interval, int]] = field(default_factory=dict)  # see side_effects.told_other
+    told: dict[str, tuple[Interval, Interval, int]] = field(default_factory=dict)  # see bystanders.told_other
 
     @cached_property
     def decoder(self) -> Decoder:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from thought_kernels.evaluation.figures.section import Section
-from thought_kernels.evaluation.sections.side_effects import Bystander
+from thought_kernels.evaluation.sections.bystanders import Bystander
 from thought_kernels.evaluation.sections.subject import Subject
 
 SCALES = (0.0, 0.25, 0.5, 0.75, 0.9, 1.0, 1.1, 1.25, 1.5, 2.0)
