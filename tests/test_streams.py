@@ -167,7 +167,7 @@ class Passes(TorchDispatchMode):
 def test_rows_go_from_attention_into_the_sums_untouched(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """One read of δ and one of a to look for NaN, and nothing else: no copy, no cast, no transposition. (Where a batch
     has as many rows as the activation is wide; fewer are copied once, without the padding, and kept.)"""
-    monkeypatch.setattr(library, "traced", lambda _: False)  # the mode would hide what an operator does inside
+    monkeypatch.setattr(library, "dispatched", lambda *_: False)  # the mode would hide what an operator does inside
     assert tk.available_backends("paired_attention", "cpu")["cpp"] is None, "the kernels' calls are told by their names"
     task = run_of(model_of(3).to(dtype), encoded(), ("attention",))
     looked = ["aten::aminmax", "aten::aminmax"]
