@@ -101,8 +101,13 @@ def transmute(
 
     Raises:
         ValueError: an unknown or unfit option, a prompt that does not align, an example longer than the model's
-            context, or NaN or an infinity in the model's activations: the message names block and example.
+            context or with a token that it has no embedding for, examples that all begin with the instruction, or NaN
+            or an infinity in the model's activations: the message names block and example.
         TypeError: a model without an adapter, or arguments of another type.
+
+    Warns:
+        UserWarning: completions that were cut, some examples that begin with the instruction, or a patch that leaves
+            more of the difference than there was (ScaleWarning).
 
     Source: "Transmuting prompts into weights", Algorithm 1, eq. 5-8 and A.2; the attention site, the sequential pairing
         and the header's rows are ours.
@@ -125,10 +130,7 @@ def transmute(
         for number, example in enumerate(loaded)
     ]
     _check_header(resolved.header_weight, encoded)
-    context, vocabulary = getattr(decoder.config, "max_position_embeddings", None), len(decoder.embed_tokens.weight)
-    for row in encoded:
-        subject = f"transmute: examples[{row.number}]"
-        check_fits(subject, row, tokenizer=tokenizer, context=context, vocabulary=vocabulary)
+    _check_fits(decoder, tokenizer, encoded)
     _check_untold(instruction, separator, loaded)
     generated = sum(example.completion is None for example in loaded)
     if generated:
@@ -139,11 +141,8 @@ def transmute(
             completions=resolved.completions, seed=seed,
         )  # fmt: skip
     described = {
-        "instruction": _told(instruction),
-        "without": None if without is None else _told(without),
-        "separator": separator,
-        "format": format,
-        **_model(decoder),
+        "instruction": _told(instruction), "without": None if without is None else _told(without),
+        "separator": separator, "format": format, **_model(decoder),
         "examples": len(loaded), "generated_completions": generated * resolved.completions,
         "completions": resolved.completions, "max_new_tokens": max_new_tokens, "seed": seed,
     }  # fmt: skip
@@ -181,6 +180,13 @@ def _check_header(weight: float, encoded: list[EncodedExample]) -> None:
             f"transmute: header_weight must be 0 where nothing stands before the instruction, got {weight} with "
             f"examples[{headless[0]}]; there are no rows of a header to join"
         )
+
+
+def _check_fits(decoder: Decoder, tokenizer: Any, encoded: list[EncodedExample]) -> None:
+    context, vocabulary = getattr(decoder.config, "max_position_embeddings", None), len(decoder.embed_tokens.weight)
+    for row in encoded:
+        subject = f"transmute: examples[{row.number}]"
+        check_fits(subject, row, tokenizer=tokenizer, context=context, vocabulary=vocabulary)
 
 
 def _check_untold(instruction: Instruction, separator: str, examples: list[Example]) -> None:
