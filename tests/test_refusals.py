@@ -40,6 +40,17 @@ def test_a_token_without_an_embedding_is_refused(
         tk.transmute(model_of(), tokenizer, instruction, [{"prompt": "1", "completion": "2"}, example], **options)
 
 
+def test_evaluate_refuses_what_the_model_cannot_read_or_write() -> None:
+    tokenizer, examples = tiny_tokenizer(), [EXAMPLE, EXAMPLE | {"prompt": "9"}]
+    tokenizer.add_tokens("<new>")
+    with pytest.raises(
+        ValueError, match=r"^evaluate: held_out\[1\] must be of tokens .* got '<new>' .* in the example"
+    ):
+        tk.evaluate(model_of(), tokenizer, "Sum now", examples, held_out=["1", "2 <new>"])
+    with pytest.raises(ValueError, match="^evaluate: model must have a language-model head, got Gemma3TextModel; load"):
+        tk.evaluate(model_of().model, TOKENIZER, "Sum now", examples, held_out=["1", "2"])
+
+
 TOLD = [{"role": "user", "content": "ab"}, {"role": "assistant", "content": "ba"}]
 
 

@@ -16,6 +16,7 @@ from thought_kernels.models.decoder import Decoder
 from thought_kernels.ops.checks import as_integer
 from thought_kernels.patches.apply import targets
 from thought_kernels.patches.patch import ThoughtPatch
+from thought_kernels.prompts.fits import check_fits
 from thought_kernels.prompts.prompt import Example, Instruction, load_examples
 
 
@@ -195,8 +196,13 @@ def _outside(given: Any, most: int) -> Outside | None:
 
 
 def _check_fits(subject: Subject, *, also_unrelated: bool) -> None:
-    """All inputs and examples align, and fit the model's context with room for an answer."""
-    limit = getattr(subject.decoder.config, "max_position_embeddings", None)
+    """All inputs and examples align, and the model can read them, with room for an answer."""
+    decoder = subject.decoder
+    if decoder.lm_head is None:
+        raise ValueError(
+            f"evaluate: model must have a language-model head, got {type(decoder.model).__name__}; load it with "
+            "AutoModelForCausalLM"
+        )
     told, outside = subject.instruction, subject.outside
     given: list[tuple[str, Instruction, Sequence[Example]]] = [
         ("examples", told, subject.examples),
@@ -212,8 +218,4 @@ def _check_fits(subject: Subject, *, also_unrelated: bool) -> None:
     for name, instruction, rows in given:
         for index, example in enumerate(rows):
             row = subject.encode(example, instruction)
-            if limit is not None and row.length > limit:
-                raise ValueError(
-                    f"evaluate: {name}[{index}] must fit the model's context of {limit} tokens, got {row.length} with "
-                    "the instruction; shorten it or drop it"
-                )
+            check_fits(f"evaluate: {name}[{index}]", row, subject.tokenizer, decoder.context, decoder.vocabulary)

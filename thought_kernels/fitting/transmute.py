@@ -130,7 +130,8 @@ def transmute(
         for number, example in enumerate(loaded)
     ]
     _check_header(resolved.header_weight, encoded)
-    _check_fits(decoder, tokenizer, encoded)
+    for row in encoded:
+        check_fits(f"transmute: examples[{row.number}]", row, tokenizer, decoder.context, decoder.vocabulary)
     _check_untold(instruction, separator, loaded)
     generated = sum(example.completion is None for example in loaded)
     if generated:
@@ -180,13 +181,6 @@ def _check_header(weight: float, encoded: list[EncodedExample]) -> None:
             f"transmute: header_weight must be 0 where nothing stands before the instruction, got {weight} with "
             f"examples[{headless[0]}]; there are no rows of a header to join"
         )
-
-
-def _check_fits(decoder: Decoder, tokenizer: Any, encoded: list[EncodedExample]) -> None:
-    context, vocabulary = getattr(decoder.config, "max_position_embeddings", None), len(decoder.embed_tokens.weight)
-    for row in encoded:
-        subject = f"transmute: examples[{row.number}]"
-        check_fits(subject, row, tokenizer=tokenizer, context=context, vocabulary=vocabulary)
 
 
 def _check_untold(instruction: Instruction, separator: str, examples: list[Example]) -> None:

@@ -52,6 +52,16 @@ class Decoder:
         return self.config.hidden_size
 
     @property
+    def context(self) -> int | None:
+        """Tokens of the longest prompt, None where the configuration names no end."""
+        return getattr(self.config, "max_position_embeddings", None)
+
+    @property
+    def vocabulary(self) -> int:
+        """How many tokens have an embedding."""
+        return len(self.embed_tokens.weight)
+
+    @property
     def dtype(self) -> torch.dtype:
         """Dtype of the residual stream."""
         return self.embed_tokens.weight.dtype

@@ -86,10 +86,9 @@ def replay(model: Any, with_ids: Tensor, span: tuple[int, int]) -> ReplayReport:
         raise TypeError(f"replay: with_ids must be token ids, got {type(with_ids).__name__}") from None
     if ids.dim() != 1 or ids.dtype not in (torch.int32, torch.int64):
         raise ValueError(f"replay: with_ids must be one row of token ids, got {list(ids.shape)} {ids.dtype}")
-    vocabulary = decoder.embed_tokens.weight.shape[0]
-    if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < vocabulary:
+    if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < decoder.vocabulary:
         raise ValueError(
-            f"replay: with_ids must be between 0 and {vocabulary - 1}, got {int(ids.min())} to {int(ids.max())}"
+            f"replay: with_ids must be between 0 and {decoder.vocabulary - 1}, got {int(ids.min())} to {int(ids.max())}"
         )
     bounds = span if isinstance(span, (tuple, list)) else ()
     if len(bounds) != 2 or not all(isinstance(b, Integral) and not isinstance(b, bool) for b in bounds):

@@ -8,7 +8,7 @@ from thought_kernels.prompts.chat import text_tokenizer
 from thought_kernels.prompts.prompt import EncodedExample
 
 
-def check_fits(subject: str, row: EncodedExample, *, tokenizer: Any, context: int | None, vocabulary: int) -> None:
+def check_fits(subject: str, row: EncodedExample, tokenizer: Any, context: int | None, vocabulary: int) -> None:
     """Raises ValueError, with a sentence that `subject` opens, unless a model can read both of a row's prompts.
 
     Args:
