@@ -143,6 +143,11 @@ def paper_recipe(
     `steps` is the constant that the paper divides by (300), not the number of examples, so that the effective c1,
     c1 · examples / steps, grows with the examples. An example without a completion gets one, the likeliest.
 
+    A step is read as an example, as Algorithm 1 has it; §4.2 speaks of "demonstration tokens (i.e. steps)" instead, and
+    the algorithm's test, s > steps, takes one example more than it names. The paper's a is A(x), the attention's output
+    with its skip; where a norm stands before the MLP, W multiplies the normed u instead, and a is u here. Norms of the
+    two differ, and with them what one c1 does: the paper's constants are a place to start from.
+
     Args:
         c1: scale of the matrices. The paper took 0.015 for addition and multiplication, 0.03 for translation.
         c2: scale of the vectors: 0 for addition and multiplication, 0.2 for translation.
