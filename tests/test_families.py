@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, Gemma3nTextConfig, Gemma4TextConf
 
 import thought_kernels as tk
 from thought_kernels.models import FAMILIES, describe
-from thought_kernels.pairing.replay import run_patched
+from thought_kernels.pairing.replay import REPLAYED, run_patched
 
 TOKENIZER = tiny_tokenizer()
 EXAMPLE = {"prompt": "8 7", "completion": "x=2"}
@@ -57,8 +57,9 @@ def test_forward_equals_transformers(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_replay_is_exact_in_float64(name: str) -> None:
-    report = tk.replay(tiny(name, 1, torch.float64), token_ids(1, 23)[0], (3, 9))
+@pytest.mark.parametrize("site", REPLAYED)
+def test_replay_is_exact_in_float64(name: str, site: str) -> None:
+    report = tk.replay(tiny(name, 1, torch.float64), token_ids(1, 23)[0], (3, 9), site=site)
     assert report.block_error.max() <= 1e-9 and report.logit_error <= 1e-9
     assert report.control_error >= max(1e-3, 1e6 * report.logit_error)
 

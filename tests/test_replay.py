@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from models import tiny_gemma3, tiny_multimodal_gemma3
@@ -22,17 +24,33 @@ def ids(seed: int, length: int = 29) -> torch.Tensor:
 @pytest.mark.parametrize("span", SPANS)
 @pytest.mark.parametrize("window", [1, 3, 7, 64])
 @pytest.mark.parametrize("heads", [(4, 2), (3, 1), (2, 2)])
-def test_replay_is_exact_in_float64(span: tuple[int, int], window: int, heads: tuple[int, int]) -> None:
+@pytest.mark.parametrize("site", module.REPLAYED)
+def test_replay_is_exact_in_float64(span: tuple[int, int], window: int, heads: tuple[int, int], site: str) -> None:
     seed = window + heads[0]
     model = tiny_gemma3(
         seed, torch.float64, sliding_window=window, num_attention_heads=heads[0], num_key_value_heads=heads[1]
     )
-    report = tk.replay(model, ids(seed), span)
+    report = tk.replay(model, ids(seed), span, site=site)
     assert report.block_error.shape == (3,)
     assert report.block_error.max() <= 1e-9
     assert report.logit_error <= 1e-9
     assert report.control_error >= 1e6 * report.logit_error
     assert report.control_error > 1e-3
+
+
+@pytest.mark.parametrize("left_out", ["matrix", "vector"])
+def test_the_paper_s_site_needs_its_matrix_and_its_vector(left_out: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The control of the test above: with one of the two alone the replay errs as much as it can be seen to."""
+    made = module.token_patches
+
+    def spoilt(*arguments: object) -> object:
+        patches, outputs, last = made(*arguments)
+        name = {"matrix": "delta", "vector": "vector"}[left_out]
+        return [replace(patch, **{name: torch.zeros_like(getattr(patch, name))}) for patch in patches], outputs, last
+
+    monkeypatch.setattr(module, "token_patches", spoilt)
+    report = tk.replay(tiny_gemma3(0, torch.float64), ids(1), (3, 12), site="mlp")
+    assert report.logit_error > 1e-3
 
 
 def test_replay_serves_the_text_blocks_of_a_multimodal_model() -> None:
@@ -72,6 +90,11 @@ def test_a_token_without_activation_has_no_patch() -> None:
 def test_bad_spans_are_refused(span: tuple[int, int]) -> None:
     with pytest.raises(ValueError, match=r"replay: span must satisfy"):
         tk.replay(tiny_gemma3(0), ids(0), span)
+
+
+def test_a_site_that_is_not_replayed_is_refused() -> None:
+    with pytest.raises(ValueError, match="^replay: site must be one of attention, mlp, got 'down'"):
+        tk.replay(tiny_gemma3(0), ids(0), (1, 3), site="down")
 
 
 def test_ids_must_be_one_row() -> None:
