@@ -213,6 +213,23 @@ def test_affine_with_one_activation_leaves_everything_to_the_vector(dtype: torch
     assert_near(entry.vector.double(), r.weights @ r.delta / r.weights.sum(), 1e-6 if dtype == torch.float32 else EXACT)
 
 
+def test_spherical_rows_are_told_and_their_scale_makes_mean_least_squares() -> None:
+    generator = torch.Generator().manual_seed(0)
+    basis, _ = torch.linalg.qr(torch.randn(8, 8, generator=generator, dtype=torch.float64))
+    delta, weights = torch.randn(8, 8, generator=generator, dtype=torch.float64), torch.full((8,), 0.5).double()
+    spherical = Rows(delta, 3 * basis, weights).sums()  # Z = 4.5 1
+    fit = solve(spherical, "mean").fit
+    assert fit.anisotropy <= 1e-7 and fit.spherical_scale == pytest.approx(1 / 4.5)
+    assert_near(solve(spherical, "mean", scale=fit.spherical_scale).matrix, solve(spherical, "exact").matrix)
+    other = rows(5, 8)
+    gram = other.sums().gram
+    fit, mean = solve(other.sums(), "mean").fit, gram.trace() / 8
+    wanted = (gram - mean * torch.eye(8, dtype=torch.float64)).norm() / gram.norm()
+    assert fit.anisotropy == pytest.approx(float(wanted)) and fit.spherical_scale == pytest.approx(float(1 / mean))
+    nothing = solve(Rows(delta, 0 * basis, weights).sums(), "mean").fit
+    assert nothing.anisotropy is None and nothing.spherical_scale is None
+
+
 def test_fold_residual_is_the_error_of_the_folded_vector() -> None:
     r = rows(20, 4, offset=1.5)
     entry = solve(r.sums(), "affine")

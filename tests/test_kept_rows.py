@@ -51,6 +51,8 @@ def assert_same(found: SitePatch, wanted: SitePatch) -> None:
         assert (ours is None) == (theirs is None)
         assert ours is None or largest(ours - theirs) <= SOLVED * largest(theirs)
     assert found.fit.rows == wanted.fit.rows
+    assert found.fit.anisotropy == pytest.approx(wanted.fit.anisotropy, abs=1e-7)
+    assert found.fit.spherical_scale == pytest.approx(wanted.fit.spherical_scale)
     assert found.fit.residual == pytest.approx(wanted.fit.residual, rel=1e-9, abs=1e-9)
     assert found.fit.condition == pytest.approx(wanted.fit.condition, rel=1e-9)
     assert (found.fit.fold_residual is None) == (wanted.fit.fold_residual is None)

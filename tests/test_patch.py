@@ -177,7 +177,8 @@ def test_print_shows_each_block_and_site() -> None:
         for layer in "02"
         for site, rank in (("attention", "3"), ("mlp", "3"), ("down", "3"), ("residual", "–"))
     ]
-    assert lines[-2].split()[-2:] == ["0.25", "inf"]
+    assert lines[-3].split()[-2:] == ["0.25", "inf"]
+    assert lines[-1].startswith("  condition inf: Z is singular")
     assert "–" in str(random_patch() * 2)
 
 

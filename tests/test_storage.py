@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -230,6 +231,17 @@ def test_a_tensor_file_that_is_none_is_refused_even_under_its_checksum(saved: An
     folder = write(tmp_path, {TENSOR_FILE: b"junk", RECORD_FILE: json.dumps(document).encode()})
     with pytest.raises(ValueError, match=f"{TENSOR_FILE} must be a safetensors file"):
         ThoughtPatch.from_pretrained(folder)
+
+
+def test_patches_from_before_spherical_rows_were_told_still_load(saved: Any, tmp_path: Path) -> None:
+    def older(record: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
+        for entry in record["entries"]:
+            del entry["fit"]["anisotropy"], entry["fit"]["spherical_scale"]
+
+    patch, files = saved
+    loaded = ThoughtPatch.from_pretrained(write(tmp_path, forge(files, older)))
+    for key, entry in patch.entries.items():
+        assert loaded.entries[key].fit == replace(entry.fit, anisotropy=None, spherical_scale=None)
 
 
 def test_a_missing_folder_is_refused(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Tensor
 
-from thought_kernels.estimation.kept_rows import KeptRows, positive_factor, solve_rows
+from thought_kernels.estimation.kept_rows import KeptRows, positive_factor, solve_rows, sphericity
 from thought_kernels.estimation.sums import Sums
 from thought_kernels.ops.checks import check_choice, check_number
 from thought_kernels.patches.site import Fit, SitePatch, is_finite
@@ -47,8 +47,8 @@ def solve(
         sums: float32 or float64 sums of one site, or its rows; sums without ``gram`` are those of the residual site.
         estimator: one of ``ESTIMATORS``.
         scale: λ, finite. ``exact``, ``ridge`` and ``affine`` are made for 1. ``mean`` and ``second_order`` need it
-            tuned: see the fit's residual, above 1 where the patch is worse than none. ``second_order`` sums two terms
-            of a series that converges only for λ below 1 over Z's largest eigenvalue.
+            tuned: see the fit's residual, above 1 where the patch is worse than none, and its spherical_scale.
+            ``second_order`` sums two terms of a series that converges only for λ below 1 over Z's largest eigenvalue.
         ridge: ε > 0, in units of Z's mean eigenvalue; read by ``ridge`` and ``affine`` only.
         normalization: the ν of the sums, ``"none"``, ``"norm"`` or ``"squared_norm"``.
 
@@ -115,10 +115,11 @@ def _solve_matrix(sums: Sums, estimator: str, scale: float, ridge: float, normal
         vector = (scale * delta_sum - matrix @ activation_sum) / total
         error += float(2 * vector.dot(matrix @ activation_sum - delta_sum) + total * vector.dot(vector))
     fit = Fit(
-        rows=int(rows),
-        residual=_relative(error, energy),
-        condition=math.inf if singular else condition_number(metric, rtol=rtol),
-        fold_residual=_fold_residual(gram, activation_sum, total) if normalization == "none" else None,
+        int(rows),
+        _relative(error, energy),
+        math.inf if singular else condition_number(metric, rtol=rtol),
+        _fold_residual(gram, activation_sum, total) if normalization == "none" else None,
+        *sphericity(gram, gram.shape[0]),
     )
     mean = (activation_sum / total).to(dtype)
     return SitePatch(matrix.to(dtype), None, vector if vector is None else vector.to(dtype), mean, fit)

@@ -83,6 +83,7 @@ def solve_rows(rows: KeptRows, estimator: str, *, scale: float, ridge: float, no
     fold_residual = _fold_residual(inputs, mean, total) if normalization == "none" else None
     rtol, offset, delta_mean = d_in * torch.finfo(rows.dtype).eps, None, None
     products = _products(inputs, rows.dtype)
+    spherical = sphericity(products, d_in)
     if estimator == "affine":
         norm, delta_mean = float(products.trace()), root @ targets / total
         offset = torch.outer(root, delta_mean)
@@ -108,7 +109,7 @@ def solve_rows(rows: KeptRows, estimator: str, *, scale: float, ridge: float, no
         vector=vector,
         activation_mean=mean.to(rows.dtype),
         # Z has no more rank than there are rows.
-        fit=Fit(rows.count, error / energy if energy > 0 else 0.0, math.inf, fold_residual),
+        fit=Fit(rows.count, error / energy if energy > 0 else 0.0, math.inf, fold_residual, *spherical),
     )
 
 
@@ -141,6 +142,17 @@ def _solved(
     )
     # targets − K (K + s 1)⁻¹ targets = s (K + s 1)⁻¹ targets
     return left, right, shift * torch.linalg.solve_triangular(factor, left, upper=False, left=False).T
+
+
+def sphericity(gram: Tensor, width: int) -> tuple[float | None, float | None]:
+    """(‖Z − (tr Z/d) 1‖_F / ‖Z‖_F, d / tr Z) from Z [d, d], or K [N, N] of the same rows of width d; None for Z = 0.
+
+    Source: "Transmuting prompts into weights", A.1, case 4, and Lemma B.7.
+    """
+    trace, squares = float(gram.trace()), _squares(gram)
+    if trace <= 0:
+        return None, None
+    return math.sqrt(max(0.0, 1 - trace**2 / (width * squares))), width / trace
 
 
 def _products(inputs: Tensor, dtype: torch.dtype) -> Tensor:

@@ -84,10 +84,12 @@ def _warn_if_worse(patch: ThoughtPatch, recipe: ResolvedRecipe) -> None:
     if not left or max(left.values()) <= 1:
         return
     layer, site = max(left, key=lambda key: left[key])
+    fit = patch.entries[layer, site].fit
+    offer = f" (spherical rows would want {fit.spherical_scale:.3g} there)" if fit and fit.spherical_scale else ""
     warn(
         f"transmute: patch should leave less than all of the difference, got {left[layer, site]:.3g} times it at block "
         f"{layer}, site {site!r}, with estimator {recipe.estimator!r} and scale {recipe.scale[site]:g}; lower the "
-        "scale, or take estimator='ridge', which is made for 1",
+        f"scale{offer}, or take estimator='ridge', which is made for 1",
         ScaleWarning,
     )
 

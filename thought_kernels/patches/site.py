@@ -25,12 +25,16 @@ class Fit:
         residual: Σ (w/ν) ‖Δ a + v − δ‖² / Σ (w/ν) ‖δ‖² of the patch as solved, scale included.
         condition: condition number of the Gram matrix Z (centred for ``affine``); inf if it is numerically singular.
         fold_residual: relative squared error of replacing a vector v by the matrix v āᵀ/‖ā‖² on the fitted rows.
+        anisotropy: ‖Z − (tr Z/d) 1‖_F / ‖Z‖_F, from 0 for spherical rows, whose Z is a multiple of the identity, to 1.
+        spherical_scale: d / tr Z, the λ with which ``mean`` is the least-squares matrix of spherical rows, 1/(σ² n).
     """
 
     rows: int
     residual: float | None = None
     condition: float | None = None
     fold_residual: float | None = None
+    anisotropy: float | None = None
+    spherical_scale: float | None = None
 
 
 @dataclass(frozen=True)

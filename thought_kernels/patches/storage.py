@@ -192,6 +192,7 @@ def _is_entry(entry: Any) -> bool:
         return False
     layer, fit = entry["layer"], entry["fit"]
     names = {field.name for field in fields(Fit)}
+    old = names - {"anisotropy", "spherical_scale"}  # what patches had before those were recorded
     return (
         isinstance(layer, int)
         and not isinstance(layer, bool)
@@ -201,7 +202,9 @@ def _is_entry(entry: Any) -> bool:
         and all(isinstance(name, str) and name in TENSOR_NAMES for name in entry["tensors"])
         and len(set(entry["tensors"])) == len(entry["tensors"])
         and ("left" in entry["tensors"]) == ("right" in entry["tensors"])
-        and (fit is None or (isinstance(fit, dict) and fit.keys() == names and all(map(_is_number, fit.values()))))
+        and (
+            fit is None or (isinstance(fit, dict) and old <= fit.keys() <= names and all(map(_is_number, fit.values())))
+        )
     )
 
 
