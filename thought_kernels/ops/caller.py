@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import warnings
 
-_INSIDE = {"thought_kernels", "torch", "contextlib"}  # torch's decorators stand between the package's own frames
+_INSIDE = {"thought_kernels", "torch", "contextlib", "functools"}  # whose decorators stand between its own frames
 
 
 def warn(sentence: str, category: type[Warning] = UserWarning) -> None:
