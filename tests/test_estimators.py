@@ -91,6 +91,28 @@ def test_ridge_is_regularised_least_squares(normalization: str) -> None:
     assert_near(solve(r.sums(), "ridge", ridge=0.03, normalization=normalization).matrix, expected)
 
 
+@pytest.mark.parametrize("estimator", ["ridge", "affine"])
+def test_a_ridge_may_be_diagonal(estimator: str) -> None:
+    """Least squares with ε_j tr(Z)/d on the square of Δ's column j, on (centred) rows."""
+    r, ridge = rows(5, 8, offset=0.3), torch.linspace(0.01, 2, 8, dtype=torch.float64)
+    root = r.weights.sqrt()[:, None]
+    means = [r.weights @ x / r.weights.sum() if estimator == "affine" else 0 for x in (r.activation, r.delta)]
+    inputs, targets = (root * (x - mean) for x, mean in zip((r.activation, r.delta), means, strict=True))
+    penalty = (ridge * inputs.square().sum() / 8).sqrt().diag()
+    expected = torch.linalg.lstsq(
+        torch.cat([inputs, penalty]), torch.cat([targets, torch.zeros(8, 8, dtype=torch.float64)])
+    ).solution.T
+    assert_near(solve(r.sums(), estimator, ridge=ridge).matrix, expected)
+    assert_near(
+        solve(r.sums(), estimator, ridge=torch.full((8,), 0.3)).matrix,
+        solve(r.sums(), estimator, ridge=0.3).matrix,
+        1e-7,
+    )
+    for wrong in (ridge[:7], ridge[None], -ridge, ridge * math.inf, torch.ones(8, dtype=torch.int64)):
+        with pytest.raises(ValueError, match="^solve: ridge must"):
+            solve(r.sums(), estimator, ridge=wrong)
+
+
 @pytest.mark.parametrize("n", [3, 30])
 def test_affine_is_regularised_least_squares_with_an_intercept(n: int) -> None:
     r = rows(n, 6, offset=2.0)

@@ -76,6 +76,18 @@ def test_rows_and_their_sums_give_one_patch(count: int, estimator: str, normaliz
     assert_same(found, accumulator.solve(estimator, **options).entries[KEY])
 
 
+@pytest.mark.parametrize("estimator", ["ridge", "affine"])
+@pytest.mark.parametrize("count", [5, 29])
+def test_a_diagonal_ridge_gives_one_patch_too(count: int, estimator: str) -> None:
+    accumulator, ridge = filled(rows(0, count)), torch.linspace(0.01, 2, D_IN, dtype=torch.float64)
+    found = accumulator.solve(estimator, ridge=ridge)
+    assert kept(accumulator) and accumulator.sums(*KEY) is not None and not kept(accumulator)
+    assert_same(found.entries[KEY], accumulator.solve(estimator, ridge=ridge).entries[KEY])
+    assert found.provenance["ridge"] == ridge.tolist()
+    with pytest.raises(ValueError, match=rf"ridge must have one number for each of {D_IN} inputs, got 1 \(block"):
+        accumulator.solve(estimator, ridge=ridge[:1])
+
+
 def test_a_patch_of_few_rows_is_kept_as_factors() -> None:
     few, many = (filled(rows(0, count)).solve("ridge").entries[KEY] for count in (5, 29))
     assert few.rank == 4  # of 5 rows one has weight 0

@@ -226,7 +226,7 @@ class ThoughtAccumulator:
         estimator: str,
         *,
         scale: float | Mapping[str, float] = 1.0,
-        ridge: float = estimators.DEFAULT_RIDGE,
+        ridge: float | Tensor = estimators.DEFAULT_RIDGE,
         layers: Iterable[int] | None = None,
         sites: Iterable[str] | None = None,
         provenance: Mapping[str, Any] | None = None,
@@ -236,7 +236,8 @@ class ThoughtAccumulator:
         Args:
             estimator: ``"mean"``, ``"exact"``, ``"ridge"``, ``"second_order"`` or ``"affine"``.
             scale: λ, one number or one per site.
-            ridge: ε > 0 in units of Z's mean eigenvalue, for ``ridge`` and ``affine``.
+            ridge: ε > 0 in units of Z's mean eigenvalue, for ``ridge`` and ``affine``; one number, or one for each
+                input of the sites that are solved, ``[d_in]``.
             layers: 0-based block indices to solve, None for all that hold sums.
             sites: the sites to solve, None for all that hold sums.
             provenance: what the patch should remember beside the options of this call, such as the instruction and
@@ -270,11 +271,12 @@ class ThoughtAccumulator:
                 )
             except ValueError as error:
                 raise ValueError(f"{error} (block {layer}, site {site!r})") from error
+        recorded = ridge.tolist() if isinstance(ridge, Tensor) else ridge
         described = {
             "estimator": estimator,
             "normalization": self.normalization,
             "scale": dict(scale) if isinstance(scale, Mapping) else scale,
-            "ridge": ridge if estimator in ("ridge", "affine") else None,
+            "ridge": recorded if estimator in ("ridge", "affine") else None,
             "version": __version__,
             "date": datetime.now(UTC).isoformat(timespec="seconds"),
         }

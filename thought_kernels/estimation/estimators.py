@@ -26,7 +26,7 @@ def solve(
     estimator: str,
     *,
     scale: float = 1.0,
-    ridge: float = DEFAULT_RIDGE,
+    ridge: float | Tensor = DEFAULT_RIDGE,
     normalization: str = "none",
 ) -> SitePatch:
     """Estimates the patch of one site, Δ (and v) with Δ a + v ≈ δ over the accumulated rows.
@@ -49,7 +49,8 @@ def solve(
         scale: λ, finite. ``exact``, ``ridge`` and ``affine`` are made for 1. ``mean`` and ``second_order`` need it
             tuned: see the fit's residual, above 1 where the patch is worse than none, and its spherical_scale.
             ``second_order`` sums two terms of a series that converges only for λ below 1 over Z's largest eigenvalue.
-        ridge: ε > 0, in units of Z's mean eigenvalue; read by ``ridge`` and ``affine`` only.
+        ridge: ε > 0, in units of Z's mean eigenvalue, one number or one for each input, ``[d_in]``, diag(ε) then taking
+            the place of ε 1; read by ``ridge`` and ``affine`` only.
         normalization: the ν of the sums, ``"none"``, ``"norm"`` or ``"squared_norm"``.
 
     Returns:
@@ -65,6 +66,10 @@ def solve(
     """
     check_number("solve", "scale", scale)
     check_options("solve", estimator, ridge, normalization)
+    if isinstance(ridge, Tensor):
+        if len(ridge) != sums.widths[1]:
+            raise ValueError(f"solve: ridge must have one number for each of {sums.widths[1]} inputs, got {len(ridge)}")
+        ridge = ridge.to(sums.device, torch.float64)
     if isinstance(sums, KeptRows):
         _check_weight(float(sums.joined()[2].sum()))
         return solve_rows(sums, estimator, scale=scale, ridge=ridge, normalization=normalization)
@@ -88,7 +93,7 @@ def _solve_vector(sums: Sums, estimator: str, scale: float) -> SitePatch:
     return SitePatch(vector=vector.to(sums.delta_sum.dtype), fit=Fit(int(rows), _relative(error, energy)))
 
 
-def _solve_matrix(sums: Sums, estimator: str, scale: float, ridge: float, normalization: str) -> SitePatch:
+def _solve_matrix(sums: Sums, estimator: str, scale: float, ridge: float | Tensor, normalization: str) -> SitePatch:
     """The patch of a site with a matrix."""
     assert sums.cross is not None and sums.gram is not None and sums.activation_sum is not None
     total, _, energy, rows = sums.moments.tolist()
@@ -137,10 +142,13 @@ def _centred(
     return target, metric
 
 
-def check_options(function: str, estimator: str, ridge: float, normalization: str) -> None:
+def check_options(function: str, estimator: str, ridge: float | Tensor, normalization: str) -> None:
     """Raises ValueError or TypeError, in a function's name, if ``solve`` would refuse these, whatever the sums."""
     check_choice(function, "estimator", estimator, ESTIMATORS)
-    if estimator in ("ridge", "affine"):
+    if isinstance(ridge, Tensor):
+        if ridge.ndim != 1 or not ridge.is_floating_point() or not bool((ridge > 0).all()) or not is_finite(ridge):
+            raise ValueError(f"{function}: ridge must be a number or a row of finite positive ones, got {ridge}")
+    elif estimator in ("ridge", "affine"):
         check_number(function, "ridge", ridge, positive=True)
     if estimator == "affine" and normalization != "none":
         raise ValueError(
@@ -160,15 +168,15 @@ def exact(cross: Tensor, gram: Tensor, *, rtol: float) -> Tensor:
     return (cross @ basis / eigenvalues[kept]) @ basis.T
 
 
-def ridge_solve(cross: Tensor, gram: Tensor, epsilon: float) -> Tensor:
-    """C (Z + ε tr(Z)/d 1)⁻¹ by Cholesky factorisation; zero where Z is zero.
+def ridge_solve(cross: Tensor, gram: Tensor, epsilon: float | Tensor) -> Tensor:
+    """C (Z + tr(Z)/d diag(ε))⁻¹ by Cholesky factorisation; zero where Z is zero.
 
     Raises:
-        ValueError: Z + ε tr(Z)/d 1 is not positive definite to rounding.
+        ValueError: Z + tr(Z)/d diag(ε) is not positive definite to rounding.
 
-    Source: "Transmuting prompts into weights", A.2.
+    Source: "Transmuting prompts into weights", A.2, whose ε is diagonal.
     """
-    shift = epsilon * float(gram.trace()) / gram.shape[0]
+    shift = epsilon * (float(gram.trace()) / gram.shape[0])
     if not gram.any():
         return torch.zeros_like(cross)
     return torch.cholesky_solve(cross.T, positive_factor(gram, shift, epsilon)).T

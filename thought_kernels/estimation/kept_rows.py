@@ -53,7 +53,7 @@ class KeptRows:
         return delta, activation, weights
 
 
-def solve_rows(rows: KeptRows, estimator: str, *, scale: float, ridge: float, normalization: str) -> SitePatch:
+def solve_rows(rows: KeptRows, estimator: str, *, scale: float, ridge: float | Tensor, normalization: str) -> SitePatch:
     """The patch that ``estimators.solve`` finds from these rows' sums, from N x N products in their place.
 
     With A, D the rows a √(w/ν), δ √(w/ν) in float64, centred for ``affine``, K = A Aᵀ and s = ε tr(K)/d_in::
@@ -114,7 +114,12 @@ def solve_rows(rows: KeptRows, estimator: str, *, scale: float, ridge: float, no
 
 
 def _solved(
-    estimator: str, targets: Tensor, inputs: Tensor, products: Tensor, scale: float, options: tuple[float, float]
+    estimator: str,
+    targets: Tensor,
+    inputs: Tensor,
+    products: Tensor,
+    scale: float,
+    options: tuple[float | Tensor, float],
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """(U [d_out, k], V [d_in, k], targets missed at λ = 1 [N, d_out]) with Δ = λ U Vᵀ; options are ε and the cutoff.
 
@@ -132,7 +137,19 @@ def _solved(
         return targets.T @ whitened, inputs.T @ whitened, targets - basis @ (basis.T @ targets)
     if not products.any():
         return targets.T[:, :0], inputs.T[:, :0], targets
-    shift = epsilon * float(products.trace()) / inputs.shape[1]
+    shift = float(products.trace()) / inputs.shape[1]
+    if isinstance(epsilon, Tensor):  # A diag(ε)^(-1/2) in A's place has 1 for ε, and gives Δ diag(ε)^(1/2)
+        root = epsilon.sqrt()
+        inputs = inputs / root
+        left, right, missed = _ridged(targets, inputs, inputs @ inputs.T, shift, float(epsilon.min()))
+        return (left / root, None, missed) if right is None else (left, right / root[:, None], missed)
+    return _ridged(targets, inputs, products, shift * epsilon, epsilon)
+
+
+def _ridged(
+    targets: Tensor, inputs: Tensor, products: Tensor, shift: float, epsilon: float
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """As _solved, for Δ = Dᵀ (K + s 1)⁻¹ A."""
     factor = positive_factor(products, shift, epsilon)
     if not factors_are_smaller(len(inputs), targets.shape[1], inputs.shape[1]):  # then Δ itself costs less than they do
         left = torch.cholesky_solve(targets, factor)
@@ -161,8 +178,8 @@ def _products(inputs: Tensor, dtype: torch.dtype) -> Tensor:
     return (rounded @ rounded.T).double()
 
 
-def positive_factor(gram: Tensor, shift: float, epsilon: float) -> Tensor:
-    """The Cholesky factor of a Gram matrix plus s 1, with s = ε times its mean eigenvalue.
+def positive_factor(gram: Tensor, shift: float | Tensor, epsilon: float | Tensor) -> Tensor:
+    """The Cholesky factor of a Gram matrix plus diag(s), with s = ε times its mean eigenvalue.
 
     Raises:
         ValueError: the sum is not positive definite to rounding.
@@ -170,9 +187,10 @@ def positive_factor(gram: Tensor, shift: float, epsilon: float) -> Tensor:
     shifted = gram.clone()
     shifted.diagonal().add_(shift)
     factor, info = torch.linalg.cholesky_ex(shifted)
-    if int(info) or shift <= 0:
+    if int(info) or not bool(torch.as_tensor(shift > 0).all()):
+        least = float(torch.as_tensor(epsilon).min())
         raise ValueError(
-            f"solve: ridge must make Z positive definite, got {epsilon:g}; "
+            f"solve: ridge must make Z positive definite, got {least:g}; "
             "rounding in the sums outweighs it: raise it, accumulate in float64, or use estimator 'exact'"
         )
     return factor
