@@ -1,6 +1,6 @@
 # Set-up is done once, in .venv, and again when pyproject.toml, setup.py or csrc/ change.
-#   make demo | demo-gemma | test | test-all | test-real | lint | types | cuda-check | wheel | bench | experiments |
-#     figures | clean
+#   make demo | demo-gemma | test | test-all | test-real | lint | types | cuda-check | docs | wheel | bench |
+#     experiments | figures | clean
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -24,14 +24,16 @@ TRITON_2.15 := ==3.9.0
 TORCH_MINOR := $(shell echo '$(TORCH_SPEC)' | sed -n 's/^torch==\([0-9]*\.[0-9]*\).*/\1/p')
 TRITON_SPEC ?= triton$(TRITON_$(TORCH_MINOR))
 
+DOCS_SPEC := $(shell sed -n 's/^docs = \["\(.*\)"\]/\1/p' pyproject.toml)
+
 PYTEST_FLAGS ?= --durations=5
 
 CSRC := $(shell find csrc -type f)
 CXX_SOURCES := $(filter %.cpp %.h %.cu %.cuh,$(CSRC))
 CODE := thought_kernels tests benchmarks examples setup.py .ci
 
-.PHONY: setup demo demo-gemma test test-slow test-all test-real lint format types cuda-check wheel bench experiments \
-	figures clean
+.PHONY: setup demo demo-gemma test test-slow test-all test-real lint format types cuda-check docs wheel bench \
+	experiments figures clean
 .DELETE_ON_ERROR:
 
 demo: setup
@@ -73,6 +75,14 @@ cuda-check: setup
 	elif [ "$(CUDA_CHECK_OPTIONAL)" = 1 ]; then echo "cuda-check: skipped, there is no nvcc on PATH"; \
 	else echo "cuda-check: nvcc must be on PATH, got none; install the CUDA toolkit or pass CUDA_CHECK_OPTIONAL=1" >&2; \
 	exit 1; fi
+
+# The pages of docs/ as a site in build/site; fails where a link leads nowhere. DOCS_OPTIONAL=1 passes where mkdocs
+# cannot be had.
+docs: setup
+	@if $(PY) -c 'import mkdocs' 2>/dev/null || $(PIP) install --quiet --retries 2 '$(DOCS_SPEC)'; then \
+	$(PY) -m mkdocs build --strict --quiet; \
+	elif [ "$(DOCS_OPTIONAL)" = 1 ]; then echo "docs: skipped, mkdocs cannot be installed"; \
+	else echo "docs: mkdocs must be installed, got none; let pip have it or pass DOCS_OPTIONAL=1" >&2; exit 1; fi
 
 wheel: setup
 	rm -rf dist build/lib* build/bdist*

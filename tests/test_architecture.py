@@ -113,7 +113,7 @@ PARTS = [path for path in sorted(PACKAGE.rglob("*.py")) if path != PACKAGE / "__
 @pytest.mark.parametrize("path", PARTS, ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_imports_point_one_way(path: Path) -> None:
     owner = part(path)
-    assert owner in MAY_IMPORT, f"{owner} is not a part of the layout; add it to MAY_IMPORT and to the README's map"
+    assert owner in MAY_IMPORT, f"{owner} is not a part of the layout; add it to MAY_IMPORT and to docs/map.md"
     wrong = []
     for line, module in imported_modules(path):
         top, *rest = module.split(".")

@@ -222,7 +222,7 @@ def test_tasks() -> None:
 
 @pytest.mark.slow
 def test_the_shipped_model_reaches_its_figures() -> None:
-    """The README's figures inside the examples' range, on four instructions that choices were made on."""
+    """The figures of docs/demo.md inside the examples' range, on four instructions that choices were made on."""
     from thought_kernels.models.load import load
 
     model, tokenizer = load(CHECKPOINT)

@@ -1,4 +1,4 @@
-"""The tables of docs/real_models.md, from the rows of real/run.py and real/given.py."""
+"""The tables of the README and of docs/real_models.md, from the rows of real/run.py and real/given.py."""
 
 from __future__ import annotations
 
@@ -82,6 +82,21 @@ def summary() -> str:
     return markdown(head, sorted(lines, key=lambda line: (order.index(line[0]), line[1:3], -int(line[3]))))
 
 
+def reserved() -> str:
+    """Each kind of task on each model, from 32 inputs, on the half that no choice was made on."""
+    lines = []
+    found = grouped(patches(reserved="True", inputs="32"), "kind", "model")
+    for (kind, model), rows in sorted(found.items(), key=lambda item: (list(KINDS).index(item[0][0]), item[0][1])):
+        worst = min(average(mine, "recovered") for mine in grouped(rows, "task").values())
+        lines.append((
+            KINDS[kind], MODELS[model], str(len(grouped(rows, "task"))),
+            *(shown(rows, name) for name in ("bare", "prompted", "patched")),
+            f"{average(rows, 'recovered'):.3f}", f"{worst:.3f}",
+        ))  # fmt: skip
+    head = ("prompt", "model", "tasks", "accuracy: bare", "prompted", "patched", "recovered", "worst task")
+    return markdown(head, lines)
+
+
 def tasks() -> str:
     """Every task at 32 inputs, means over seeds; a star marks the reserved ones."""
     lines = []
@@ -145,6 +160,7 @@ def given() -> str:
 
 
 REAL: dict[str, Callable[[], str]] = {
+    "real reserved": reserved,
     "real summary": summary,
     "real tasks": tasks,
     "real rival": rival,

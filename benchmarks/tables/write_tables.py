@@ -1,6 +1,6 @@
-"""The tables of the README and of docs/ that show measured numbers, written from the committed results.
+"""The tables and the picture of the README and of docs/, made from the committed results.
 
-python benchmarks/tables/write_tables.py            rewrites the tables where they stand
+python benchmarks/tables/write_tables.py            rewrites the tables where they stand, and the picture
 python benchmarks/tables/write_tables.py --check    exits with 1, and says where, if one differs from its results
 
 A table stands between `<!-- table: NAME -->` and `<!-- end of NAME -->`.
@@ -10,24 +10,24 @@ from __future__ import annotations
 
 import argparse
 import difflib
-import json
 import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from cpu_tables import CPU_TABLES
+from demo_tables import DEMO
 from experiment_tables import EXPERIMENTS
-from markdown_table import markdown
+from real_picture import PICTURE, draw, is_current
 from real_tables import REAL
 
 from thought_kernels.evaluation.records.files import write_text
 
 ROOT = Path(__file__).resolve().parents[2]
-RESULTS = ROOT / "benchmarks" / "results"
 DOCUMENTS = (
     "README.md",
+    "docs/demo.md",
+    "docs/speed.md",
     "docs/recipes.md",
     "docs/theory.md",
     "docs/toy_models.md",
@@ -37,27 +37,8 @@ DOCUMENTS = (
 )
 
 
-def demo() -> str:
-    """Accuracy and recovered effect of the demonstration."""
-    head = ("instruction", "bare", "prompted", "patched", "recovered", "of values", "outside: prompted", "patched")
-    tasks: list[dict[str, Any]] = json.loads((RESULTS / "demo.json").read_text())
-    return markdown(
-        head,
-        [
-            (
-                task["instruction"] + (r" \*" if task["reserved"] else ""),
-                *(f"{task[key]:.3f}" for key in ("base", "prompted", "patched")),
-                f"{task['recovered']:.4f}",
-                f"{task['recovered_values']:.3f}",
-                *(f"{task[key]:.3f}" for key in ("prompted_outside", "patched_outside")),
-            )
-            for task in tasks
-        ],
-    )
-
-
 TABLES: dict[str, Callable[[], str]] = {
-    "demo": demo,
+    **DEMO,
     **CPU_TABLES,
     **EXPERIMENTS,
     **REAL,
@@ -96,6 +77,12 @@ def main() -> None:
         elif new != old:
             write_text(new, path)
             print(name)
+    if not is_current():
+        print(PICTURE.relative_to(ROOT), "differs from the results" if options.check else "")
+        if options.check:
+            differs = True
+        else:
+            draw()
     sys.exit(differs)
 
 
