@@ -79,7 +79,14 @@ def test_missing_completions_are_written_by_the_prompted_model() -> None:
         examples.append(EncodedExample(header, chunk, [*e, *written], len(e)))
     encoded = [encode(TOKENIZER, "Sum now", prompt) for prompt in prompts]
     assert (
-        with_completions(model, encoded, ending=Ending(tuple(stops), "", TOKENIZER), max_new_tokens=5, batch_size=2)
+        with_completions(
+            model,
+            encoded,
+            ending=Ending(tuple(stops), "", TOKENIZER),
+            max_new_tokens=5,
+            batch_size=2,
+            numbers=[[0]] * 3,
+        )
         == examples
     )
 
@@ -88,7 +95,7 @@ def test_missing_completions_are_written_by_the_prompted_model() -> None:
 def test_completions_are_greedy_whatever_the_generation_config_says() -> None:
     model = model_of(4, torch.float32)
     encoded = [encode(TOKENIZER, "Sum now", prompt) for prompt in ("8 76", "abc")]
-    arguments = {"ending": Ending((5,), "", TOKENIZER), "max_new_tokens": 8, "batch_size": 2}
+    arguments = {"ending": Ending((5,), "", TOKENIZER), "max_new_tokens": 8, "batch_size": 2, "numbers": [[0]] * 2}
     greedy = with_completions(model, encoded, **arguments)
     own = model.generation_config
     own.repetition_penalty, own.num_beams = 5.0, 3
@@ -99,7 +106,9 @@ def test_completions_are_greedy_whatever_the_generation_config_says() -> None:
 @pytest.mark.filterwarnings("ignore:transmute. .* completions did not end")
 def test_inputs_alone_are_enough() -> None:
     patch = tk.transmute(model_of(5), TOKENIZER, "Sum now", ["8 76", "abc"], max_new_tokens=4, completions=2)
-    assert patch.provenance["examples"] == 2 and patch.provenance["generated_completions"] == 4
+    assert patch.provenance["examples"] == 2 and patch.provenance["generated_completions"] == 4 + len(
+        patch.provenance["written_inputs"]
+    )
     assert patch.layers == (0, 1, 2) and patch.sites == ("attention", "down")
 
 
@@ -108,13 +117,13 @@ def test_further_completions_are_drawn_by_the_seed_and_given_ones_are_left_alone
     model = model_of(4, torch.float32)
     encoded = [encode(TOKENIZER, "Sum now", example) for example in ("8 76", EXAMPLE, "9")]
     arguments = {"ending": Ending((5,), "", TOKENIZER), "max_new_tokens": 8}
-    rows = with_completions(model, encoded, **arguments, batch_size=2, completions=3, seed=1)
+    rows = with_completions(model, encoded, **arguments, batch_size=2, numbers=[range(3)] * 3, seed=1)
     assert [row.tokens[: len(encoded[0].tokens)] == encoded[0].tokens for row in rows[:3]] == [True] * 3
     assert rows[3] == encoded[1] and len(rows) == 7
-    (greedy, _, _) = with_completions(model, encoded, **arguments, batch_size=2)
+    (greedy, _, _) = with_completions(model, encoded, **arguments, batch_size=2, numbers=[[0]] * 3)
     assert rows[0] == greedy._replace(share=1 / 3) and len({tuple(row.tokens) for row in rows[:3]}) == 3
-    assert with_completions(model, encoded, **arguments, batch_size=8, completions=3, seed=1) == rows
-    assert with_completions(model, encoded, **arguments, batch_size=8, completions=3, seed=2) != rows
+    assert with_completions(model, encoded, **arguments, batch_size=8, numbers=[range(3)] * 3, seed=1) == rows
+    assert with_completions(model, encoded, **arguments, batch_size=8, numbers=[range(3)] * 3, seed=2) != rows
 
 
 @pytest.mark.filterwarnings("ignore:transmute. .* completions did not end")
@@ -122,7 +131,7 @@ def test_the_completions_of_an_example_share_its_weight() -> None:
     model = model_of(4, torch.float32)
     encoded = [encode(TOKENIZER, "Sum now", example) for example in ("8 76", EXAMPLE)]
     arguments = {"ending": Ending((5,), "", TOKENIZER), "max_new_tokens": 4, "batch_size": 2}
-    rows = with_completions(model, encoded, **arguments, completions=3)
+    rows = with_completions(model, encoded, **arguments, numbers=[range(3)] * 2)
     for tokens in ("all", "answer"):
         (group,) = group_examples(rows, 2, tokens, torch.float64)
         assert group.weight == len(encoded)
@@ -148,12 +157,19 @@ def test_the_mean_of_several_equal_completions_is_that_of_one() -> None:
 def test_completions_end_where_the_context_does_behind_either_prefix() -> None:
     rows = [encode(TOKENIZER, "Su", text, without="Multiply") for text in ("8", "8 7")]
     model = model_of(5, max_position_embeddings=rows[1].length + 1)
-    with pytest.warns(UserWarning, match="6 of 6 completions did not end within max_new_tokens=64 tokens or the model"):
-        patch = tk.transmute(model, TOKENIZER, "Su", ["8", "8 7"], without="Multiply", tokens="answer")
-    assert patch.provenance["generated_completions"] == 6
+    with pytest.warns(UserWarning, match="4 of 4 completions did not end within max_new_tokens=64 tokens or the model"):
+        patch = tk.transmute(
+            model, TOKENIZER, "Su", ["8", "8 7"], without="Multiply", tokens="answer", written_inputs=0
+        )
+    assert patch.provenance["generated_completions"] == 4
     with pytest.warns(UserWarning, match="did not end"):
         made = with_completions(
-            model, rows, ending=Ending((), "", TOKENIZER), max_new_tokens=64, batch_size=2, completions=2
+            model,
+            rows,
+            ending=Ending((), "", TOKENIZER),
+            max_new_tokens=64,
+            batch_size=2,
+            numbers=[range(2)] * 2,
         )
     assert [row.length for row in made] == [rows[1].length + 1] * 4
 

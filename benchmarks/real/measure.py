@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import re
 import time
 import warnings
@@ -18,10 +17,11 @@ from torch import Tensor
 import thought_kernels as tk
 from thought_kernels.evaluation.measures.trial import Score, Trial
 from thought_kernels.evaluation.rivals.lora import injected, optimised
-from thought_kernels.generation.completions import ending_of, with_completions
+from thought_kernels.fitting import encoding
 from thought_kernels.generation.logprobs import completion_logprobs
+from thought_kernels.models import describe
 from thought_kernels.patches.patch import ThoughtPatch
-from thought_kernels.prompts.prompt import encode, load_examples
+from thought_kernels.prompts.examples import load_examples
 
 MAX_NEW_TOKENS = {"word": 12, "instruction": 32, "system": 32, "arithmetic": 32}
 BATCH_SIZE = 32
@@ -87,17 +87,22 @@ class Measurement:
         self.held_out = self._trial(task.held_out)
 
     def fit(self, inputs: int, recipe: dict[str, Any]) -> tuple[ThoughtPatch, Row]:
-        """The patch of the first inputs by a recipe; what the writing of their completions takes is timed apart."""
+        """The patch of the first inputs by a recipe; the writing of inputs and completions is timed apart."""
         questions = [question for question, _ in self._task.inputs[:inputs]]
-        writing = Stopwatch(with_completions)
+        inputs_written, completions_written = Stopwatch(encoding.more_inputs), Stopwatch(encoding.completed)
         started = time.perf_counter()
-        with mock.patch("thought_kernels.fitting.transmute.with_completions", writing), warnings.catch_warnings():
+        with (
+            mock.patch("thought_kernels.fitting.transmute.more_inputs", inputs_written),
+            mock.patch("thought_kernels.fitting.transmute.completed", completions_written),
+            warnings.catch_warnings(),
+        ):
             warnings.filterwarnings("ignore", "transmute: .* completions did not end")  # and were cut, as held-out ones
             patch = tk.transmute(
                 self._model, self._tokenizer, self._task.instruction, questions,
                 max_new_tokens=self._max_new_tokens, **self._options, **recipe,
             )  # fmt: skip
-        seconds = {"seconds": time.perf_counter() - started - writing.seconds, "generation": writing.seconds}
+        generation = inputs_written.seconds + completions_written.seconds
+        seconds = {"seconds": time.perf_counter() - started - generation, "generation": generation}
         return patch, {name: round(value, 2) for name, value in seconds.items()}
 
     def patched(self, inputs: int, recipe: dict[str, Any]) -> Row:
@@ -126,16 +131,16 @@ class Measurement:
 
     def _rows(self, inputs: int) -> TrainingRows:
         """The rows that transmute fits on by default."""
-        defaults = {name: one.default for name, one in inspect.signature(tk.transmute).parameters.items()}
+        recipe, decoder = tk.Recipe(), describe(self._model)
+        prompt = encoding.Prompt(self._task.instruction, None, "\n", self._options.get("format"))
+        writing = encoding.Writing(recipe.completions, self._max_new_tokens, BATCH_SIZE, seed=0)
         examples = load_examples([question for question, _ in self._task.inputs[:inputs]])
-        encoded = [encode(self._tokenizer, self._task.instruction, one, **self._options) for one in examples]
-        ending = ending_of(self._model, self._tokenizer, examples[0], **self._options)
+        rows = [prompt.encode(self._tokenizer, example, number) for number, example in enumerate(examples)]
+        texts = encoding.more_inputs(decoder, self._tokenizer, examples, recipe.written_inputs, writing)
+        rows, _ = encoding.with_inputs(decoder, self._tokenizer, prompt, examples, rows, texts)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "transmute: .* completions did not end")
-            written = with_completions(
-                self._model, encoded, ending=ending, max_new_tokens=self._max_new_tokens, batch_size=BATCH_SIZE,
-                completions=defaults["completions"], seed=defaults["seed"],
-            )  # fmt: skip
+            written = encoding.completed(decoder, self._tokenizer, prompt, examples, rows, writing)
         questions = [row.tokens[: row.answer_start] for row in written]
         answers = [row.tokens[row.answer_start :] for row in written]
         prompts = [[*row.with_prefix, *question] for row, question in zip(written, questions, strict=True)]

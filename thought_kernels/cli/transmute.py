@@ -74,6 +74,9 @@ def transmute(
     max_new_tokens: Annotated[
         int | None, typer.Option(help=_help("max_new_tokens", "Longest generated completion."))
     ] = None,
+    written_inputs: Annotated[
+        int | None, typer.Option(help=_help("written_inputs", "Inputs that the model writes beside the examples."))
+    ] = None,
     completions: Annotated[
         int | None, typer.Option(help=_help("completions", "Answers written for an example without one."))
     ] = None,
@@ -98,7 +101,8 @@ def transmute(
         "layers": None if layers is None else options.read_layers(layers),
         "sites": site and tuple(options.listed(site)), "pairing": pairing, "estimator": estimator,
         "normalization": normalization, "scale": None if scale is None else read_scale(scale), "ridge": ridge,
-        "tokens": tokens, "header_weight": header_weight, "completions": completions,
+        "tokens": tokens, "header_weight": header_weight, "written_inputs": written_inputs,
+        "completions": completions,
     }))  # fmt: skip
     portions = options.pairs({
         "batch_size": batch_size, "memory_budget": memory_budget, "max_new_tokens": max_new_tokens, "seed": seed,

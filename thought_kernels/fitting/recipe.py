@@ -34,6 +34,7 @@ class Recipe(Mapping[str, Any]):
         ridge: ε, in units of Z's mean eigenvalue.
         tokens: "all" or "answer".
         header_weight: total weight of the header's rows.
+        written_inputs: inputs that the model writes beside the examples.
         completions: answers written for an example without one.
 
     Raises:
@@ -50,7 +51,8 @@ class Recipe(Mapping[str, Any]):
     ridge: float = DEFAULT_RIDGE
     tokens: str = "all"
     header_weight: float = 0.0
-    completions: int = 3
+    written_inputs: int = 64
+    completions: int = 2
 
     def __post_init__(self) -> None:
         check_choice("transmute", "pairing", self.pairing, PAIRINGS)
@@ -61,6 +63,7 @@ class Recipe(Mapping[str, Any]):
             "sites": _sites(self.sites),
             "ridge": as_number("transmute", "ridge", self.ridge),
             "header_weight": as_number("transmute", "header_weight", self.header_weight),
+            "written_inputs": as_integer("transmute", "written_inputs", self.written_inputs, least=0),
             "completions": as_integer("transmute", "completions", self.completions, least=1),
         }
         check_options("transmute", self.estimator, read["ridge"], self.normalization)
@@ -171,7 +174,7 @@ def paper_recipe(
     return Recipe(
         layers=_layers("paper_recipe", layers), sites=("mlp", "residual"), pairing="two_pass", estimator="mean",
         normalization="norm", scale={"mlp": c1 / steps, "residual": c2 / steps}, tokens="all", header_weight=0.0,
-        completions=1,
+        written_inputs=0, completions=1,
     )  # fmt: skip
 
 

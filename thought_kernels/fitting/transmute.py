@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
+from thought_kernels.fitting.encoding import Prompt, Writing, check_row, completed, more_inputs, with_inputs
 from thought_kernels.fitting.fit import fit
 from thought_kernels.fitting.recipe import Recipe
-from thought_kernels.generation.completions import ending_of, with_completions
 from thought_kernels.models import in_memory
 from thought_kernels.models.decoder import Decoder
 from thought_kernels.ops.caller import warn
@@ -17,9 +17,8 @@ from thought_kernels.ops.checks import as_integer
 from thought_kernels.pairing.pairings import MEMORY_BUDGET
 from thought_kernels.patches.patch import ThoughtPatch
 from thought_kernels.prompts.examples import Example, load_examples
-from thought_kernels.prompts.fits import check_fits
 from thought_kernels.prompts.instruction import Instruction, begins_with
-from thought_kernels.prompts.prompt import EncodedExample, encode
+from thought_kernels.prompts.prompt import EncodedExample
 
 
 @torch.no_grad()
@@ -43,6 +42,7 @@ def transmute(
     format: str | None = None,
     batch_size: int = 32,
     memory_budget: int = MEMORY_BUDGET,
+    written_inputs: int = Recipe.written_inputs,
     completions: int = Recipe.completions,
     max_new_tokens: int = 64,
     seed: int = 0,
@@ -89,11 +89,14 @@ def transmute(
         memory_budget: bytes of hidden states, 2 GiB unless given. "sequential" keeps 2 · tokens · hidden size numbers
             between blocks, for all examples: first on the model's device and, where that is not the CPU, as many bytes
             again in CPU memory; what is left over lies in a temporary file. The others need none of it.
-        completions: that the prompted model writes for an example without one: the first greedily, the others drawn
-            from its own distribution, since a patch sees more of what an instruction does in several answers. They
-            share the example's weight.
+        written_inputs: how many inputs the bare model writes beside the examples, like them: it is shown a list of
+            their last user texts and goes on with it. A patch sees more of what an instruction does in many inputs.
+            Each has the weight of an example and one completion, drawn from the prompted model's own distribution. None
+            are written where an example brings its completion. They are in the patch's provenance.
+        completions: that the prompted model writes for an example without one: the likeliest, and draws. They share the
+            example's weight.
         max_new_tokens: longest completion that is generated.
-        seed: of the completions that are drawn.
+        seed: of what is drawn, inputs and completions.
         progress: show a progress bar on stderr.
 
     Returns:
@@ -114,7 +117,8 @@ def transmute(
     """
     recipe = Recipe(
         layers=layers, sites=sites, pairing=pairing, estimator=estimator, normalization=normalization, scale=scale,
-        ridge=ridge, tokens=tokens, header_weight=header_weight, completions=completions,
+        ridge=ridge, tokens=tokens, header_weight=header_weight, written_inputs=written_inputs,
+        completions=completions,
     )  # fmt: skip
     batch_size = as_integer("transmute", "batch_size", batch_size, least=1)
     memory_budget = as_integer("transmute", "memory_budget", memory_budget, least=1)
@@ -123,29 +127,23 @@ def transmute(
     decoder = in_memory("transmute", model)
     resolved = recipe.for_model(decoder)
     loaded = load_examples(examples)
-    encoded = [
-        encode(tokenizer, instruction, example, without=without, separator=separator, format=format)._replace(
-            number=number
-        )
-        for number, example in enumerate(loaded)
-    ]
+    prompt = Prompt(instruction, without, separator, format)
+    encoded = [prompt.encode(tokenizer, example, number) for number, example in enumerate(loaded)]
     _check_header(resolved.header_weight, encoded)
     for row in encoded:
-        check_fits(f"transmute: examples[{row.number}]", row, tokenizer, decoder.context, decoder.vocabulary)
+        check_row(decoder, tokenizer, row)
     _check_untold(instruction, separator, loaded)
-    generated = sum(example.completion is None for example in loaded)
-    if generated:
-        _check_head(decoder)
-        ending = ending_of(decoder.model, tokenizer, loaded[0], format=format)
-        encoded = with_completions(
-            decoder.model, encoded, ending=ending, max_new_tokens=max_new_tokens, batch_size=batch_size,
-            completions=resolved.completions, seed=seed,
-        )  # fmt: skip
+    writing = Writing(resolved.completions, max_new_tokens, batch_size, seed)
+    texts = more_inputs(decoder, tokenizer, loaded, resolved.written_inputs, writing)
+    encoded, texts = with_inputs(decoder, tokenizer, prompt, loaded, encoded, texts)
+    generated = sum(example.completion is None for example in loaded) * resolved.completions + len(texts)
+    encoded = completed(decoder, tokenizer, prompt, loaded, encoded, writing)
     described = {
         "instruction": _told(instruction), "without": None if without is None else _told(without),
         "separator": separator, "format": format, **_model(decoder),
-        "examples": len(loaded), "generated_completions": generated * resolved.completions,
-        "completions": resolved.completions, "max_new_tokens": max_new_tokens, "seed": seed,
+        "examples": len(loaded), "written_inputs": texts,
+        "generated_completions": generated, "completions": resolved.completions,
+        "max_new_tokens": max_new_tokens, "seed": seed,
     }  # fmt: skip
     return fit(
         decoder, resolved, encoded, batch_size=batch_size, memory_budget=memory_budget, provenance=described,
@@ -193,11 +191,3 @@ def _check_untold(instruction: Instruction, separator: str, examples: list[Examp
     if len(told) == len(examples):
         raise ValueError(f"transmute: examples must be without the instruction, {found}; {mend}")
     warn(f"transmute: examples should be without the instruction, {found}; {mend}")
-
-
-def _check_head(decoder: Decoder) -> None:
-    if decoder.lm_head is None:
-        raise ValueError(
-            "transmute: model must have a language-model head to write completions, got "
-            f"{type(decoder.model).__name__}; load it with AutoModelForCausalLM, or give every example a completion"
-        )

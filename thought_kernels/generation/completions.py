@@ -87,13 +87,12 @@ def within_context(model: Any, prompts: Sequence[Sequence[int]], answers: Sequen
 
 def with_completions(
     model: Any, encoded: Sequence[EncodedExample], *, ending: Ending, max_new_tokens: int, batch_size: int,
-    completions: int = 1, seed: int = 0,
+    numbers: Sequence[Sequence[int]], seed: int = 0,
 ) -> list[EncodedExample]:  # fmt: skip
     """The same examples, those without a completion once for each that the prompted model writes.
 
-    The first is the likeliest token by token, the others are drawn from the model's own distribution. They share the
-    example's weight. Completions that reach max_new_tokens, or the end of the model's context behind either
-    prefix, stay cut there, with a warning.
+    An example's completions share its weight. Completions that reach max_new_tokens, or the end of the model's context
+    behind either prefix, stay cut there, with a warning.
 
     Args:
         model: a transformers causal language model.
@@ -101,11 +100,11 @@ def with_completions(
         ending: of a completion.
         max_new_tokens: longest completion.
         batch_size: prompts at a time.
-        completions: of each example without one.
+        numbers: of each example's completions: 0 is the likeliest token by token, any other a draw from the model's own
+            distribution.
         seed: of the draws, with the example's place and the completion's number.
     """
-    open_ended = [index for index, example in enumerate(encoded) if example.is_open]
-    wanted = [(index, number) for index in open_ended for number in range(completions)]
+    wanted = [(index, number) for index, one in enumerate(encoded) if one.is_open for number in numbers[index]]
     prompts = [[*encoded[index].with_prefix, *encoded[index].tokens] for index, _ in wanted]
     seeds = [random.Random(f"{seed} {place} {number}").getrandbits(63) if number else None for place, number in wanted]
     answers = continue_prompts(
@@ -113,11 +112,11 @@ def with_completions(
     )
     others = [[*encoded[index].without_prefix, *encoded[index].tokens] for index, _ in wanted]
     answers = within_context(model, others, answers)
-    written: dict[int, list[EncodedExample]] = {index: [] for index in open_ended}
+    written: dict[int, list[EncodedExample]] = {}
     for (index, _), answer in zip(wanted, answers, strict=True):
         asked = encoded[index]
-        row = asked._replace(tokens=[*asked.tokens, *answer], share=asked.share / completions)
-        written[index].append(row)
+        row = asked._replace(tokens=[*asked.tokens, *answer], share=asked.share / len(numbers[index]))
+        written.setdefault(index, []).append(row)
     cut = sum(not ending.reached(answer) for answer in answers)
     if cut:
         warn(

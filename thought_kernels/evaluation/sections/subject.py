@@ -17,9 +17,9 @@ from thought_kernels.evaluation.measures.intervals import Interval, mean_interva
 from thought_kernels.evaluation.measures.scorers import Scorer, ScorerError
 from thought_kernels.evaluation.measures.trial import Score, Trial
 from thought_kernels.evaluation.rivals.refit import Solver, refit
+from thought_kernels.fitting.encoding import Prompt, Writing, completed, with_inputs
 from thought_kernels.fitting.recipe import Recipe
 from thought_kernels.fitting.transmute import transmute
-from thought_kernels.generation.completions import ending_of, with_completions
 from thought_kernels.models import describe
 from thought_kernels.models.decoder import Decoder
 from thought_kernels.patches.patch import ThoughtPatch
@@ -184,11 +184,13 @@ class Subject:
         """The examples as token ids, completed as the patch's were where they had no completion."""
         self.need_examples("controls")
         made = self.patch.provenance
-        ending = ending_of(self.model, self.tokenizer, self.examples[0], format=self.format)
-        return with_completions(
-            self.model, list(map(self.encode, self.examples)), ending=ending, batch_size=self.batch_size,
-            completions=made.get("completions", 1), **self.writing,
+        writing = Writing(made.get("completions", 1), batch_size=self.batch_size, **self.writing)
+        prompt = Prompt(self.instruction, self.without, self.separator, self.format)
+        rows, _ = with_inputs(
+            self.decoder, self.tokenizer, prompt, self.examples, list(map(self.encode, self.examples)),
+            made.get("written_inputs", []),
         )  # fmt: skip
+        return completed(self.decoder, self.tokenizer, prompt, self.examples, rows, writing)
 
     def encode(self, example: Example, instruction: Instruction | None = None) -> EncodedExample:
         """An example as token ids, with the evaluated instruction or another one."""

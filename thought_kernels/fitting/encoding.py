@@ -1,0 +1,111 @@
+"""From examples to the rows of ids that a fit reads: with inputs and completions that the model writes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from thought_kernels.generation.completions import ending_of, with_completions
+from thought_kernels.generation.inputs import written_inputs
+from thought_kernels.models.decoder import Decoder
+from thought_kernels.prompts.examples import Example
+from thought_kernels.prompts.fits import check_fits
+from thought_kernels.prompts.instruction import Instruction, begins_with
+from thought_kernels.prompts.prompt import EncodedExample, encode
+
+
+class Prompt(NamedTuple):
+    """What is told, and how it stands before an example; see transmute."""
+
+    instruction: Instruction
+    without: Instruction | None
+    separator: str
+    format: str | None
+
+    def encode(self, tokenizer: Any, example: Example, number: int) -> EncodedExample:
+        """An example as ids; raises as `encode` does."""
+        row = encode(
+            tokenizer, self.instruction, example, without=self.without, separator=self.separator, format=self.format
+        )
+        return row._replace(number=number)
+
+
+class Writing(NamedTuple):
+    """How the model writes; see transmute."""
+
+    completions: int
+    max_new_tokens: int
+    batch_size: int
+    seed: int
+
+
+def check_row(decoder: Decoder, tokenizer: Any, row: EncodedExample) -> None:
+    """Raises ValueError unless the model can read both of a row's prompts."""
+    check_fits(f"transmute: examples[{row.number}]", row, tokenizer, decoder.context, decoder.vocabulary)
+
+
+def more_inputs(
+    decoder: Decoder, tokenizer: Any, examples: Sequence[Example], count: int, writing: Writing
+) -> list[str]:
+    """User texts like the examples', written by the bare model; none where an example has its own completion.
+
+    Completions that are given say what the patch is to do, and the prompted model's own may be others.
+
+    Raises:
+        ValueError: a model without a language-model head where it is to write inputs or completions.
+    """
+    if decoder.lm_head is None and any(example.completion is None for example in examples):
+        raise ValueError(
+            "transmute: model must have a language-model head to write completions, got "
+            f"{type(decoder.model).__name__}; load it with AutoModelForCausalLM, or give every example a completion"
+        )
+    if not count or any(example.completion is not None for example in examples):
+        return []
+    given = [example.messages[-1]["content"] for example in examples]
+    return written_inputs(
+        decoder.model, tokenizer, given, count=count, batch_size=writing.batch_size, seed=writing.seed
+    )
+
+
+def with_inputs(
+    decoder: Decoder, tokenizer: Any, prompt: Prompt, examples: Sequence[Example], rows: Sequence[EncodedExample],
+    texts: Sequence[str],
+) -> tuple[list[EncodedExample], list[str]]:  # fmt: skip
+    """The examples' rows and one for each further user text, in the examples' chats by turns; and these texts.
+
+    A text that the prompt cannot stand before, or that begins with the instruction, is left out.
+    """
+    found, used = list(rows), []
+    for index, text in enumerate(texts):
+        messages = examples[index % len(examples)].messages
+        example = Example((*messages[:-1], {"role": "user", "content": text}), None)
+        if begins_with(prompt.instruction, prompt.separator, example):
+            continue
+        try:
+            row = prompt.encode(tokenizer, example, len(found))
+            check_row(decoder, tokenizer, row)
+        except ValueError:
+            continue
+        found.append(row)
+        used.append(text)
+    return found, used
+
+
+def completed(
+    decoder: Decoder, tokenizer: Any, prompt: Prompt, examples: Sequence[Example], rows: Sequence[EncodedExample],
+    writing: Writing,
+) -> list[EncodedExample]:  # fmt: skip
+    """The rows, those without a completion with those that the prompted model writes.
+
+    The examples, which come first, have as many as the recipe says, the likeliest and draws. An input that the model
+    wrote has one, drawn: at equal cost another input tells more than another completion, and a draw more than the
+    likeliest.
+    """
+    if not any(row.is_open for row in rows):
+        return list(rows)
+    ending = ending_of(decoder.model, tokenizer, examples[0], format=prompt.format)
+    numbers = [range(writing.completions)] * len(examples) + [range(1, 2)] * (len(rows) - len(examples))
+    return with_completions(
+        decoder.model, rows, ending=ending, max_new_tokens=writing.max_new_tokens, batch_size=writing.batch_size,
+        numbers=numbers, seed=writing.seed,
+    )  # fmt: skip

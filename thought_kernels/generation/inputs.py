@@ -1,0 +1,87 @@
+"""Inputs written by the bare model itself, like those it is shown: a patch sees more of what an instruction does."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Sequence
+from typing import Any
+
+from thought_kernels.generation.completions import Ending
+from thought_kernels.generation.continuations import continue_prompts
+from thought_kernels.prompts.chat import text_tokenizer
+
+# A list shows given inputs up to so many tokens, as many lines as that may be.
+_SHOWN_TOKENS = 512
+# Lines that follow one list. Then the inputs are shuffled: what stands last in a list is followed most.
+_DRAWS = 32
+# Lines drawn for each that is wanted, at most: a small set of inputs, such as the continents, is soon used up.
+_DRAWS_EACH = 2
+
+
+def written_inputs(
+    model: Any, tokenizer: Any, given: Sequence[str], *, count: int, batch_size: int, seed: int
+) -> list[str]:
+    """New inputs: the model is shown a list of the given ones, a line each, and draws the next line.
+
+    No chat template and no instruction: any language model goes on with a list. Lines that are blank, cut, given
+    already or written before are left out.
+
+    Args:
+        model: a transformers causal language model, unpatched.
+        tokenizer: its fast tokenizer.
+        given: texts, one at least.
+        count: how many are wanted.
+        batch_size: lines at a time.
+        seed: of the draws and of the lists' orders.
+
+    Returns:
+        `count` texts, or fewer where the model has no more to say.
+    """
+    tokenizer = text_tokenizer(tokenizer)
+    quoted = any(len(text.splitlines()) > 1 for text in given)
+    lines = [json.dumps(text, ensure_ascii=False) if quoted else text.strip() for text in given]
+    longest = max(len(tokenizer(line, add_special_tokens=False)["input_ids"]) for line in lines)
+    end = tokenizer.eos_token_id
+    ending = Ending(() if end is None else (end,), "\n", tokenizer)
+    draw, seen, found = random.Random(f"{seed} inputs"), {_key(text) for text in given}, []
+    for _ in range(-(-_DRAWS_EACH * count // _DRAWS)):
+        shown = _list(tokenizer, draw.sample(lines, len(lines)), end)
+        answers = continue_prompts(
+            model, [shown] * _DRAWS, ending.reached, max_new_tokens=longest + 1, batch_size=batch_size,
+            seeds=[draw.getrandbits(63) for _ in range(_DRAWS)],
+        )  # fmt: skip
+        whole = [answer for answer in answers if ending.reached(answer)]
+        for text in (_read(line, quoted) for line in ending.texts(whole)):
+            if _key(text) and _key(text) not in seen:
+                seen.add(_key(text))
+                found.append(text)
+        if len(found) >= count:
+            break
+    return found[:count]
+
+
+def _list(tokenizer: Any, lines: Sequence[str], end: int | None) -> list[int]:
+    """The ids of as many lines as _SHOWN_TOKENS holds, the last ones, one at least."""
+    ids: list[int] = []
+    for first in range(len(lines) - 1, -1, -1):
+        longer = tokenizer("\n".join([*lines[first:], ""]))["input_ids"]
+        if ids and len(longer) > _SHOWN_TOKENS:
+            break
+        ids = longer
+    return ids[:-1] if ids[-1] == end else ids  # some tokenizers close every text
+
+
+def _read(line: str, quoted: bool) -> str:
+    """The text of a line; blank where a quoted one cannot be read."""
+    if not quoted:
+        return line.strip()
+    try:
+        text = json.loads(line)
+    except ValueError:
+        return ""
+    return text if isinstance(text, str) else ""
+
+
+def _key(text: str) -> str:
+    return " ".join(text.casefold().split())
