@@ -26,7 +26,7 @@ from measure import Measurement
 pytestmark = pytest.mark.real
 Model = tuple[Any, Any]
 INSTRUCTION = "Answer in French."
-RECIPE = {"completions": 1}  # the default's three take longer and tell these tests no more
+RECIPE = {"written_inputs": 0, "completions": 1}  # what the model writes beside takes long and tells no more here
 
 
 def had(fetch: Any, name: str) -> Path:
@@ -50,7 +50,7 @@ def smol() -> Model:
 def french(smol: Model) -> ThoughtPatch:
     """A patch of few examples, with answers that end early: what it is worth is measured elsewhere."""
     questions = [question for question, _ in tasks.task("french", seed=0).inputs[:8]]
-    return tk.transmute(*smol, INSTRUCTION, questions, max_new_tokens=16)
+    return tk.transmute(*smol, INSTRUCTION, questions, max_new_tokens=16, **RECIPE)
 
 
 def asked(model: Model, question: str = "Where do penguins live?") -> torch.Tensor:
@@ -84,7 +84,7 @@ def test_a_base_model_takes_a_format_and_writes_its_own_completions(gemma: Model
     form = "{prompt} -> {completion}\n"
     of = tasks.task("singular-plural", seed=0)
     shown, words, others = of.instruction, of.inputs[:16], of.held_out[:16]
-    patch = tk.transmute(model, tokenizer, shown, [word for word, _ in words], format=form, max_new_tokens=8)
+    patch = tk.transmute(model, tokenizer, shown, [word for word, _ in words], format=form, max_new_tokens=8, **RECIPE)
     written = [encode(tokenizer, shown, word, format=form) for word, _ in others]
 
     def right() -> int:
