@@ -15,6 +15,7 @@ from thought_kernels.fitting.fit import fit
 from thought_kernels.generation.completions import Ending, with_completions
 from thought_kernels.generation.inputs import written_inputs
 from thought_kernels.models import describe
+from thought_kernels.prompts.everyday import EVERYDAY
 from thought_kernels.prompts.prompt import encode, load_examples
 
 TOKENIZER = tiny_tokenizer()
@@ -124,3 +125,40 @@ def test_a_saved_patch_remembers_them(tmp_path: Path) -> None:
     patch.save_pretrained(tmp_path)
     held = tk.ThoughtPatch.from_pretrained(tmp_path).provenance["written_inputs"]
     assert held == patch.provenance["written_inputs"]
+
+
+def captured(monkeypatch: pytest.MonkeyPatch, instruction: Any, texts: list[str], **options: Any) -> list[Any]:
+    """The rows that a patch without examples would be fitted on, where the model writes `texts`."""
+    rows: list[Any] = []
+    monkeypatch.setattr("thought_kernels.fitting.transmute.more_inputs", lambda *_: texts)
+    monkeypatch.setattr("thought_kernels.fitting.transmute.fit", lambda decoder, recipe, found, **_: rows.extend(found))
+    tk.transmute(MODEL, TOKENIZER, instruction, max_new_tokens=2, completions=1, **options)
+    return rows
+
+
+def test_without_examples_a_patch_is_fitted_on_everyday_requests(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = captured(monkeypatch, TOLD, ["4"])
+    assert len(rows) == len(EVERYDAY) + 1
+    for row, text in zip(rows, [*EVERYDAY, "4"], strict=True):
+        wanted = encode(TOKENIZER, TOLD, text)
+        assert (row.with_prefix, row.tokens[: len(wanted.tokens)]) == (wanted.with_prefix, wanted.tokens)
+
+
+DEMONSTRATIONS = [{"role": role, "content": text} for role, text in zip(("user", "assistant") * 2, "abcd", strict=True)]
+
+
+def test_without_examples_demonstrations_show_what_inputs_look_like(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = captured(monkeypatch, DEMONSTRATIONS, ["e", "f"])
+    for row, text in zip(rows, "ef", strict=True):
+        wanted = encode(TOKENIZER, DEMONSTRATIONS, text)
+        assert row.tokens[: len(wanted.tokens)] == wanted.tokens
+    asked = Scripted(["9\n"])
+    monkeypatch.undo()
+    monkeypatch.setattr("thought_kernels.generation.inputs.continue_prompts", asked)
+    tk.transmute(MODEL, TOKENIZER, DEMONSTRATIONS, max_new_tokens=2)
+    assert sorted(asked.asked[0].removeprefix("<bos>").splitlines()) == ["a", "c"]
+
+
+def test_demonstrations_that_the_model_cannot_go_on_with_ask_for_examples(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match="^transmute: examples must be given where the model writes no inputs like"):
+        captured(monkeypatch, DEMONSTRATIONS, [])

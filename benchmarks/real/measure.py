@@ -140,7 +140,7 @@ class Measurement:
         rows, _ = encoding.with_inputs(decoder, self._tokenizer, prompt, examples, rows, texts)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "transmute: .* completions did not end")
-            written = encoding.completed(decoder, self._tokenizer, prompt, examples, rows, writing)
+            written = encoding.completed(decoder, self._tokenizer, prompt, examples[0], rows, len(examples), writing)
         questions = [row.tokens[: row.answer_start] for row in written]
         answers = [row.tokens[row.answer_start :] for row in written]
         prompts = [[*row.with_prefix, *question] for row, question in zip(written, questions, strict=True)]

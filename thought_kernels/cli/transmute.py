@@ -29,7 +29,8 @@ def transmute(
     examples: Annotated[
         Path | None,
         typer.Option(
-            help="File of texts, prompts and completions, or messages: txt, csv, json, jsonl (required, or --example)."
+            help="File of texts, prompts and completions, or messages: txt, csv, json, jsonl. Without it and "
+            "--example: everyday requests, or what the model writes like the inputs of --demonstrations."
         ),
     ] = None,
     example: Annotated[list[str] | None, typer.Option("--example", "-e", help="A user text; may be repeated.")] = None,
@@ -92,8 +93,11 @@ def transmute(
     from thought_kernels.prompts.examples import load_examples
 
     told = options.read_instruction(instruction, demonstrations, system)
-    if examples is None and not example:
-        raise typer.BadParameter("give --examples FILE, or --example TEXT once or more, or both")
+    if examples is None and not example and model == options.DEFAULT_MODEL:
+        raise typer.BadParameter(
+            "give --examples FILE, or --example TEXT once or more, or both: the shipped model does not know the "
+            "everyday requests that stand in for them elsewhere"
+        )
     if not all(text.strip() for text in example or ()):
         raise typer.BadParameter("--example must be a text, got an empty one")
     options.check_folder(output)
@@ -107,7 +111,7 @@ def transmute(
     portions = options.pairs({
         "batch_size": batch_size, "memory_budget": memory_budget, "max_new_tokens": max_new_tokens, "seed": seed,
     })  # fmt: skip
-    loaded = [*(load_examples(examples) if examples is not None else []), *(example or [])]
+    loaded = [*(load_examples(examples) if examples is not None else []), *(example or [])] or None
     options.check_layers(model, chosen.layers, offline)
     replaced = (output / RECORD_FILE).exists()
     found, tokenizer = options.load_model(model, dtype, device, offline)

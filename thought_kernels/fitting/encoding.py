@@ -92,19 +92,18 @@ def with_inputs(
 
 
 def completed(
-    decoder: Decoder, tokenizer: Any, prompt: Prompt, examples: Sequence[Example], rows: Sequence[EncodedExample],
+    decoder: Decoder, tokenizer: Any, prompt: Prompt, example: Example, rows: Sequence[EncodedExample], given: int,
     writing: Writing,
 ) -> list[EncodedExample]:  # fmt: skip
     """The rows, those without a completion with those that the prompted model writes.
 
-    The examples, which come first, have as many as the recipe says, the likeliest and draws. An input that the model
-    wrote has one, drawn: at equal cost another input tells more than another completion, and a draw more than the
-    likeliest.
+    The `given` examples, which come first, have as many as the recipe says, the likeliest and draws. An input that the
+    model wrote has one, drawn: at equal cost another input tells more than another completion.
     """
     if not any(row.is_open for row in rows):
         return list(rows)
-    ending = ending_of(decoder.model, tokenizer, examples[0], format=prompt.format)
-    numbers = [range(writing.completions)] * len(examples) + [range(1, 2)] * (len(rows) - len(examples))
+    ending = ending_of(decoder.model, tokenizer, example, format=prompt.format)
+    numbers = [range(writing.completions)] * given + [range(1, 2)] * (len(rows) - given)
     return with_completions(
         decoder.model, rows, ending=ending, max_new_tokens=writing.max_new_tokens, batch_size=writing.batch_size,
         numbers=numbers, seed=writing.seed,

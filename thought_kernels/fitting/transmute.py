@@ -9,13 +9,14 @@ import torch
 
 from thought_kernels.fitting.encoding import Prompt, Writing, check_row, completed, more_inputs, with_inputs
 from thought_kernels.fitting.fit import fit
-from thought_kernels.fitting.recipe import Recipe
+from thought_kernels.fitting.recipe import Recipe, ResolvedRecipe
 from thought_kernels.models import in_memory
 from thought_kernels.models.decoder import Decoder
 from thought_kernels.ops.caller import warn
 from thought_kernels.ops.checks import as_integer
 from thought_kernels.pairing.pairings import MEMORY_BUDGET
 from thought_kernels.patches.patch import ThoughtPatch
+from thought_kernels.prompts.everyday import everyday
 from thought_kernels.prompts.examples import Example, load_examples
 from thought_kernels.prompts.instruction import Instruction, begins_with
 from thought_kernels.prompts.prompt import EncodedExample
@@ -26,7 +27,7 @@ def transmute(
     model: Any,
     tokenizer: Any,
     instruction: Instruction,
-    examples: Any,
+    examples: Any = None,
     *,
     without: Instruction | None = None,
     layers: Iterable[int] | None = None,
@@ -65,7 +66,8 @@ def transmute(
         tokenizer: its fast tokenizer.
         instruction: a text, or chat turns (a system message, few-shot demonstrations) that come before the example's.
         examples: user texts, {"prompt", "completion"} dicts, message lists, a path (txt, csv, json, jsonl), or a
-            dataset of these. Where there is no completion the prompted model writes some.
+            dataset of these. Where there is no completion the prompted model writes some. None for everyday requests
+            (prompts/everyday.py); where the instruction is demonstrations, for what the model writes like their inputs.
         without: what the prompt on the other side says in the instruction's place, such as another wording or the
             opposite; None for the same chat without it, with what the template may write then.
         layers: 0-based block indices, None for all. Only blocks up to the last of them are run.
@@ -126,29 +128,42 @@ def transmute(
     seed = as_integer("transmute", "seed", seed)
     decoder = in_memory("transmute", model)
     resolved = recipe.for_model(decoder)
-    loaded = load_examples(examples)
     prompt = Prompt(instruction, without, separator, format)
-    encoded = [prompt.encode(tokenizer, example, number) for number, example in enumerate(loaded)]
-    _check_header(resolved.header_weight, encoded)
-    for row in encoded:
-        check_row(decoder, tokenizer, row)
-    _check_untold(instruction, separator, loaded)
     writing = Writing(resolved.completions, max_new_tokens, batch_size, seed)
-    texts = more_inputs(decoder, tokenizer, loaded, resolved.written_inputs, writing)
-    encoded, texts = with_inputs(decoder, tokenizer, prompt, loaded, encoded, texts)
-    generated = sum(example.completion is None for example in loaded) * resolved.completions + len(texts)
-    encoded = completed(decoder, tokenizer, prompt, loaded, encoded, writing)
+    encoded, written = _rows(decoder, tokenizer, prompt, examples, resolved, writing)
     described = {
         "instruction": _told(instruction), "without": None if without is None else _told(without),
-        "separator": separator, "format": format, **_model(decoder),
-        "examples": len(loaded), "written_inputs": texts,
-        "generated_completions": generated, "completions": resolved.completions,
-        "max_new_tokens": max_new_tokens, "seed": seed,
+        "separator": separator, "format": format, **_model(decoder), **written,
+        "completions": resolved.completions, "max_new_tokens": max_new_tokens, "seed": seed,
     }  # fmt: skip
     return fit(
         decoder, resolved, encoded, batch_size=batch_size, memory_budget=memory_budget, provenance=described,
         progress=progress,
     )  # fmt: skip
+
+
+def _rows(
+    decoder: Decoder, tokenizer: Any, prompt: Prompt, examples: Any, recipe: ResolvedRecipe, writing: Writing
+) -> tuple[list[EncodedExample], dict[str, Any]]:  # fmt: skip
+    """What is fitted, examples and what the model writes beside them, and what a patch remembers of it."""
+    loaded, fitted = everyday(prompt.instruction) if examples is None else (load_examples(examples), True)
+    rows = [prompt.encode(tokenizer, example, number) for number, example in enumerate(loaded if fitted else ())]
+    _check_header(recipe.header_weight, rows)
+    for row in rows:
+        check_row(decoder, tokenizer, row)
+    if fitted:
+        _check_untold(prompt.instruction, prompt.separator, loaded)
+    given = len(rows)
+    texts = more_inputs(decoder, tokenizer, loaded, recipe.written_inputs, writing)
+    rows, texts = with_inputs(decoder, tokenizer, prompt, loaded, rows, texts)
+    if not rows:
+        raise ValueError(
+            "transmute: examples must be given where the model writes no inputs like the demonstrations', got None; "
+            "give some, or raise written_inputs"
+        )
+    generated = sum(row.is_open for row in rows[:given]) * writing.completions + len(texts)
+    rows = completed(decoder, tokenizer, prompt, loaded[0], rows, given, writing)
+    return rows, {"examples": given, "written_inputs": texts, "generated_completions": generated}
 
 
 def _told(instruction: Instruction) -> str | list[dict[str, Any]]:

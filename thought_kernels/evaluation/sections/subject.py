@@ -190,7 +190,7 @@ class Subject:
             self.decoder, self.tokenizer, prompt, self.examples, list(map(self.encode, self.examples)),
             made.get("written_inputs", []),
         )  # fmt: skip
-        return completed(self.decoder, self.tokenizer, prompt, self.examples, rows, writing)
+        return completed(self.decoder, self.tokenizer, prompt, self.examples[0], rows, len(self.examples), writing)
 
     def encode(self, example: Example, instruction: Instruction | None = None) -> EncodedExample:
         """An example as token ids, with the evaluated instruction or another one."""
