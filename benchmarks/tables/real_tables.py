@@ -108,7 +108,7 @@ def tasks() -> str:
             f"{mean(recovered):.3f}", f"{min(recovered):.3f} to {max(recovered):.3f}",
             f"{median(float(row['seconds']) for row in rows):.1f}", shown(rows, "generation"),
         ))  # fmt: skip
-    head = ("task", "model", "bare", "prompted", "patched", "recovered", "over seeds", "seconds", "writing completions")
+    head = ("task", "model", "bare", "prompted", "patched", "recovered", "over seeds", "seconds", "writing")
     return markdown(head, lines)
 
 
