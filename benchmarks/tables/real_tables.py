@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from statistics import mean, median
 
@@ -138,32 +138,11 @@ def recipes() -> str:
     rows = read(method="patch", reserved="False", inputs="32")
     others = {(row["model"], row["task"], row["seed"]) for row in rows if row["recipe"] != "default"}
     rows = [row for row in rows if (row["model"], row["task"], row["seed"]) in others]
-    columns = list(grouped(rows, "model", "task"))
+    columns = sorted({row["recipe"] for row in rows}, key=lambda recipe: (recipe != "default", len(recipe)))
     lines = []
-    for (recipe,), mine in grouped(rows, "recipe").items():
-        found = grouped(mine, "model", "task")
-        cells = (f"{average(found[key], 'recovered'):.3f}" if key in found else "–" for key in columns)
-        lines.append((recipe if recipe == "default" else f"`{recipe}`", *cells))
-    head = ("recipe", *(f"{task}, {MODELS[model].split()[0]}" for model, task in columns))
-    return markdown(head, sorted(lines, key=lambda line: line[0] != "default"))
-
-
-def given() -> str:
-    """transmute from given completions: seconds, and peak memory beside the model's own forward."""
-    with (RESULTS / "real_given.csv").open(newline="") as file:
-        lines = [
-            (MODELS[row["model"]], row["task"], row["inputs"], row["tokens"], f"{float(row['seconds']):.1f}",
-             row["threads"], f"{row['peak_mib']} MiB", f"{row['forward_mib']} MiB")
-            for row in csv.DictReader(file)
-        ]  # fmt: skip
-    return markdown(("model", "task", "inputs", "tokens", "seconds", "threads", "peak", "peak of one forward"), lines)
-
-
-REAL: dict[str, Callable[[], str]] = {
-    "real reserved": reserved,
-    "real summary": summary,
-    "real tasks": tasks,
-    "real rival": rival,
-    "real recipes": recipes,
-    "real given": given,
-}
+    for (model, task), mine in grouped(rows, "model", "task").items():
+        found = grouped(mine, "recipe")
+        cells = (f"{average(found[recipe,], 'recovered'):.3f}" if (recipe,) in found else "–" for recipe in columns)
+        lines.append((f"{task}, {MODELS[model].split()[0]}", *cells))
+    head = ("task", *(recipe if recipe == "default" else f"`{recipe}`" for recipe in columns))
+    return markdown(head, lines)
