@@ -146,3 +146,24 @@ def recipes() -> str:
         lines.append((f"{task}, {MODELS[model].split()[0]}", *cells))
     head = ("task", *(recipe if recipe == "default" else f"`{recipe}`" for recipe in columns))
     return markdown(head, lines)
+
+
+def given() -> str:
+    """transmute from given completions: seconds, and peak memory beside the model's own forward."""
+    with (RESULTS / "real_given.csv").open(newline="") as file:
+        lines = [
+            (MODELS[row["model"]], row["task"], row["inputs"], row["tokens"], f"{float(row['seconds']):.1f}",
+             row["threads"], f"{row['peak_mib']} MiB", f"{row['forward_mib']} MiB")
+            for row in csv.DictReader(file)
+        ]  # fmt: skip
+    return markdown(("model", "task", "inputs", "tokens", "seconds", "threads", "peak", "peak of one forward"), lines)
+
+
+REAL: dict[str, Callable[[], str]] = {
+    "real reserved": reserved,
+    "real summary": summary,
+    "real tasks": tasks,
+    "real rival": rival,
+    "real recipes": recipes,
+    "real given": given,
+}
