@@ -138,7 +138,7 @@ def recipes() -> str:
     rows = read(method="patch", reserved="False", inputs="32")
     others = {(row["model"], row["task"], row["seed"]) for row in rows if row["recipe"] != "default"}
     rows = [row for row in rows if (row["model"], row["task"], row["seed"]) in others]
-    columns = sorted({row["recipe"] for row in rows}, key=lambda recipe: (recipe != "default", len(recipe)))
+    columns = sorted({row["recipe"] for row in rows}, key=lambda recipe: (recipe != "default", len(recipe), recipe))
     lines = []
     for (model, task), mine in grouped(rows, "model", "task").items():
         found = grouped(mine, "recipe")
