@@ -19,7 +19,7 @@ from thought_kernels.prompts.everyday import EVERYDAY
 from thought_kernels.prompts.prompt import encode, load_examples
 
 TOKENIZER = tiny_tokenizer()
-MODEL = tiny_gemma3(1, vocab_size=len(TOKENIZER))
+MODEL = tiny_gemma3(1, vocab_size=len(TOKENIZER), max_position_embeddings=2048)
 GIVEN = ["8 76", "5 1 3", "a dog"]
 TOLD = "Sum."
 
@@ -67,6 +67,14 @@ def test_long_inputs_are_shown_as_far_as_a_list_goes(monkeypatch: pytest.MonkeyP
     assert len(script.asked[-1].removeprefix("<bos>").splitlines()) == 1
 
 
+def test_a_short_context_shows_fewer_inputs_or_has_none_written() -> None:
+    short = tiny_gemma3(1, vocab_size=len(TOKENIZER), max_position_embeddings=24)
+    assert all(
+        len(text) <= 12 for text in written_inputs(short, TOKENIZER, ["1234567890"] * 9, count=3, batch_size=8, seed=0)
+    )
+    assert written_inputs(short, TOKENIZER, ["1234567890123"], count=3, batch_size=8, seed=0) == []
+
+
 def test_a_model_writes_the_same_for_the_same_seed_in_batches_of_any_size() -> None:
     found = write(count=20)
     assert len(found) == len(set(found)) and not set(found) & set(GIVEN)
@@ -108,7 +116,7 @@ def test_they_stand_in_the_examples_chats(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_texts_that_the_prompt_cannot_stand_before_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     plain = fitted(GIVEN, written_inputs=0)
-    monkeypatch.setattr("thought_kernels.fitting.transmute.more_inputs", lambda *_: [" ", f"{TOLD}\n3", "x" * 600])
+    monkeypatch.setattr("thought_kernels.fitting.transmute.more_inputs", lambda *_: [" ", f"{TOLD}\n3", "x" * 2100])
     patch = fitted(GIVEN)
     assert torch.equal(patch.matrix(1, "attention"), plain.matrix(1, "attention"))
     assert patch.provenance["written_inputs"] == []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -42,11 +43,15 @@ def written_inputs(
     quoted = any(len(text.splitlines()) > 1 for text in given)
     lines = [json.dumps(text, ensure_ascii=False) if quoted else text.strip() for text in given]
     longest = max(len(tokenizer(line, add_special_tokens=False)["input_ids"]) for line in lines)
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
+    room = min(_SHOWN_TOKENS, context - longest - 1)
     end = tokenizer.eos_token_id
     ending = Ending(() if end is None else (end,), "\n", tokenizer)
     draw, seen, found = random.Random(f"{seed} inputs"), {_key(text) for text in given}, []
     for _ in range(-(-_DRAWS_EACH * count // _DRAWS)):
-        shown = _list(tokenizer, draw.sample(lines, len(lines)), end)
+        shown = _list(tokenizer, draw.sample(lines, len(lines)), end, room)
+        if len(shown) > context - longest - 1:  # not even one line leaves room for another
+            break
         answers = continue_prompts(
             model, [shown] * _DRAWS, ending.reached, max_new_tokens=longest + 1, batch_size=batch_size,
             seeds=[draw.getrandbits(63) for _ in range(_DRAWS)],
@@ -61,12 +66,12 @@ def written_inputs(
     return found[:count]
 
 
-def _list(tokenizer: Any, lines: Sequence[str], end: int | None) -> list[int]:
-    """The ids of as many lines as _SHOWN_TOKENS holds, the last ones, one at least."""
+def _list(tokenizer: Any, lines: Sequence[str], end: int | None, room: int) -> list[int]:
+    """The ids of as many lines as there is room for, the last ones, one at least."""
     ids: list[int] = []
     for first in range(len(lines) - 1, -1, -1):
         longer = tokenizer("\n".join([*lines[first:], ""]))["input_ids"]
-        if ids and len(longer) > _SHOWN_TOKENS:
+        if ids and len(longer) > room:
             break
         ids = longer
     return ids[:-1] if ids[-1] == end else ids  # some tokenizers close every text
