@@ -19,7 +19,6 @@ PACKAGE = ROOT / "thought_kernels"
 
 # What each room may import from the others; arrows point one way, the first rooms know least. `spectral` reads a
 # model's weights through its description, and takes any object that hands out matrices as a patch.
-TO_PATCHES = ("ops", "models", "prompts", "generation", "patches", "estimation", "pairing")
 MAY_IMPORT = {
     "version": set(),
     "reference": set(),
@@ -31,34 +30,40 @@ MAY_IMPORT = {
     "patches": {"ops", "models"},
     "estimation": {"ops", "patches", "version"},
     "pairing": {"ops", "models", "prompts", "patches", "estimation"},
-    "fitting": {*TO_PATCHES},
+    "fitting": {"ops", "models", "prompts", "generation", "patches", "estimation", "pairing"},
     "spectral": {"ops", "models"},
     "evaluation/records": set(),
     "evaluation/measures": {"models", "prompts", "generation", "patches", "pairing"},
     "evaluation/figures": {"evaluation/measures"},
-    "evaluation/rivals": {*TO_PATCHES, "fitting", "evaluation/measures"},
+    "evaluation/rivals": {
+        "models", "prompts", "generation", "patches", "estimation", "pairing", "fitting", "evaluation/measures",
+    },
     "evaluation/sections": {
-        *TO_PATCHES, "fitting", "spectral", "evaluation/measures", "evaluation/figures", "evaluation/rivals",
+        "models", "prompts", "generation", "patches", "estimation", "pairing", "fitting", "spectral",
+        "evaluation/measures", "evaluation/figures", "evaluation/rivals",
     },
     "evaluation/pages": {"evaluation/figures"},
     "evaluation/experiments": {
-        *TO_PATCHES, "fitting", "version", "evaluation/records", "evaluation/measures", "evaluation/rivals",
+        "ops", "models", "prompts", "generation", "patches", "fitting", "version", "evaluation/records",
+        "evaluation/measures", "evaluation/rivals",
     },
     "evaluation/pictures": {"evaluation/records", "evaluation/rivals", "evaluation/experiments", "evaluation/pages"},
     "evaluation": {
-        *TO_PATCHES, "fitting", "version", "evaluation/records", "evaluation/measures", "evaluation/figures",
-        "evaluation/rivals", "evaluation/sections", "evaluation/pages",
+        "ops", "models", "prompts", "patches", "fitting", "version", "evaluation/records", "evaluation/measures",
+        "evaluation/figures", "evaluation/rivals", "evaluation/sections", "evaluation/pages",
     },
     "demo": {
-        *TO_PATCHES, "fitting", "evaluation/measures", "evaluation/rivals", "evaluation/experiments",
-        "evaluation/pages", "evaluation/pictures",
+        "models", "prompts", "pairing", "fitting", "evaluation/measures", "evaluation/rivals",
+        "evaluation/experiments", "evaluation/pages", "evaluation/pictures",
     },
     "cli": {
-        *TO_PATCHES, "fitting", "spectral", "demo", "version", "evaluation", "evaluation/records",
-        "evaluation/measures", "evaluation/figures", "evaluation/pages", "evaluation/experiments",
-        "evaluation/pictures",
+        "models", "prompts", "patches", "pairing", "fitting", "spectral", "demo", "version", "evaluation",
+        "evaluation/records", "evaluation/measures", "evaluation/figures", "evaluation/pages",
+        "evaluation/experiments", "evaluation/pictures",
     },
 }  # fmt: skip
+# ops/library.py imports these by an operator's stem, when a backend is first chosen; no import statement shows it.
+CHOSEN_AT_RUN_TIME = {"ops": {"reference", "triton"}}
 # Third-party packages that only some parts may import, at whatever depth of the file.
 IMPORTED_ONLY_BY = {
     "transformers": {"models", "demo", "cli"},
@@ -122,6 +127,17 @@ def test_imports_point_one_way(path: Path) -> None:
         elif owner not in IMPORTED_ONLY_BY.get(top, {owner}):
             wrong.append(f"line {line}: {owner} imports {top}")
     assert not wrong, wrong
+
+
+def test_no_allowed_arrow_is_unused() -> None:
+    used: dict[str, set[str]] = {owner: set(CHOSEN_AT_RUN_TIME.get(owner, ())) for owner in MAY_IMPORT}
+    for path in PARTS:
+        for _, module in imported_modules(path):
+            top, *rest = module.split(".")
+            if top == "thought_kernels" and rest:
+                used[part(path)].add(room(rest))
+    unused = {owner: sorted(allowed - used[owner]) for owner, allowed in MAY_IMPORT.items() if allowed - used[owner]}
+    assert not unused, f"MAY_IMPORT and docs/map.md must name arrows that exist, got {unused}; take these out"
 
 
 def test_the_import_rule_sees_every_form_of_import(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -195,6 +211,50 @@ def test_the_circle_rule_sees_late_imports_and_those_for_types(tmp_path: Path, m
     ):
         (room / "c.py").write_text(f"from typing import TYPE_CHECKING\n{line}")
         assert set(circle(files)) == {"room/a.py", "room/b.py", "room/c.py"}
+
+
+def hidden_modules(package: Path) -> set[str]:
+    """The direct children of a package that share a name with something else that its __init__ binds or offers.
+
+    The import system binds a child to its parent's attribute of that name, the __init__ the other thing, and
+    `import package.name as n` gives whichever came last.
+    """
+    children = {path.stem for path in package.glob("*.py")} | {
+        path.parent.name for path in package.glob("*/__init__.py")
+    }
+    names = set()
+    for node in ast.walk(ast.parse((package / "__init__.py").read_text())):
+        if isinstance(node, ast.ImportFrom):
+            whole = f"{PACKAGE.name}.{'.'.join(package.relative_to(PACKAGE).parts)}".rstrip(".")
+            # `from package import child` binds the child itself.
+            names |= {alias.asname or alias.name for alias in node.names if node.module != whole}
+        elif isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            names.add(node.name)
+        elif isinstance(node, (ast.Assign, ast.AnnAssign)) and node.value is not None:  # __all__, and lazy names
+            names |= {inner.value for inner in ast.walk(node.value) if isinstance(inner, ast.Constant)}
+    return children & names
+
+
+PACKAGES = sorted(path.parent for path in PACKAGE.rglob("__init__.py"))
+
+
+@pytest.mark.parametrize("package", PACKAGES, ids=lambda path: str(path.relative_to(PACKAGE.parent)))
+def test_no_module_shares_its_name_with_what_its_package_exports(package: Path) -> None:
+    found = sorted(hidden_modules(package))
+    assert not found, f"modules of {package.name}/ must have names that it does not export, got {found}; rename them"
+
+
+def test_the_name_rule_sees_every_form_of_export(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(f"{__name__}.PACKAGE", tmp_path / "thought_kernels")
+    room = tmp_path / "thought_kernels" / "room"
+    (room / "inner").mkdir(parents=True)
+    for name in ("imported.py", "lazy.py", "defined.py", "plain.py", "inner/__init__.py"):
+        (room / name).touch()
+    (room / "__init__.py").write_text(
+        "from thought_kernels.room.imported import imported\nfrom thought_kernels.room.lazy import x as inner\n"
+        "from thought_kernels.room import plain\n__all__ = ['lazy']\ndef defined():\n    pass\n"
+    )
+    assert hidden_modules(room) == {"imported", "inner", "lazy", "defined"}
 
 
 def stems() -> list[str]:

@@ -33,7 +33,7 @@ from thought_kernels.evaluation.measures.overlap import rank_correlation
 from thought_kernels.evaluation.measures.trial import Trial
 from thought_kernels.evaluation.records.digests import data_hash, fingerprint
 from thought_kernels.models.load import load
-from thought_kernels.spectral.diagnose import interference
+from thought_kernels.spectral.diagnosis import interference
 from thought_kernels.spectral.overlap import Interference
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"

@@ -1,7 +1,7 @@
 """Model families: `describe(model)` turns a transformers model into the one description the rest of the package uses.
 
     families   one short description per family: what modules are called, and what its block does with them
-    build      the Decoder of a model by its family's description
+    from_family  the Decoder of a model by its family's description
     decoder    Decoder: embedding, blocks, final norm, head
     block      Block: the arithmetic between the sites that patches act on (no architecture named)
     norm       RMSNorm and LayerNorm, and their change in difference form
@@ -18,9 +18,9 @@ from typing import Any
 
 from torch import nn
 
-from thought_kernels.models.build import build
 from thought_kernels.models.decoder import Block, Decoder
 from thought_kernels.models.families import FAMILIES, MISSING
+from thought_kernels.models.from_family import build
 
 __all__ = ["FAMILIES", "Block", "Decoder", "describe", "family_names", "in_memory", "unsupported"]
 

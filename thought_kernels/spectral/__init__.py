@@ -10,14 +10,14 @@
     density       the empirical spectral density, stable and effective rank
     tails         power laws of its largest eigenvalues
     inspect       all of it for the matrices of a model's files, one at a time
-    diagnose, site_diagnosis, overlap       what a patch touches in a model, and how two patches interfere
+    diagnosis, site_diagnosis, overlap      what a patch touches in a model, and how two patches interfere
 
 W is [m, n] with features in columns throughout.
 """
 
 from thought_kernels.spectral.clusters import ClusterFit, TightFrame, projective_linearity, tight_frames
 from thought_kernels.spectral.density import SpectralDensity, empirical_spectral_density
-from thought_kernels.spectral.diagnose import Diagnosis, diagnose, interference
+from thought_kernels.spectral.diagnosis import Diagnosis, diagnose, interference
 from thought_kernels.spectral.frames import fractional_dimensionality, frame_operator, gram
 from thought_kernels.spectral.geometry import Component, identify_components, identify_geometry
 from thought_kernels.spectral.inspect import MatrixRow, inspect_matrix, inspect_model, stored_matrices

@@ -9,7 +9,7 @@ from thought_kernels.evaluation.measures.overlap import rank_correlation
 from thought_kernels.evaluation.sections.bystanders import told_other
 from thought_kernels.evaluation.sections.subject import Subject
 from thought_kernels.patches.patch import ThoughtPatch
-from thought_kernels.spectral.diagnose import diagnose, interference
+from thought_kernels.spectral.diagnosis import diagnose, interference
 
 LEADING = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)  # shares of W's dimensions, strongest first
 
