@@ -170,3 +170,11 @@ def test_without_examples_demonstrations_show_what_inputs_look_like(monkeypatch:
 def test_demonstrations_that_the_model_cannot_go_on_with_ask_for_examples(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match="^transmute: examples must be given where the model writes no inputs like"):
         captured(monkeypatch, DEMONSTRATIONS, [])
+
+
+def test_progress_shows_what_is_written_and_what_is_fitted(capsys: pytest.CaptureFixture[str]) -> None:
+    fitted(GIVEN, progress=True)
+    shown = capsys.readouterr().err
+    assert shown.index("inputs: ") < shown.index("completions: ") < shown.index("transmute: ")
+    fitted(GIVEN)
+    assert capsys.readouterr().err == ""

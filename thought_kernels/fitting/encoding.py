@@ -37,6 +37,7 @@ class Writing(NamedTuple):
     max_new_tokens: int
     batch_size: int
     seed: int
+    progress: bool = False
 
 
 def check_row(decoder: Decoder, tokenizer: Any, row: EncodedExample) -> None:
@@ -63,8 +64,9 @@ def more_inputs(
         return []
     given = [example.messages[-1]["content"] for example in examples]
     return written_inputs(
-        decoder.model, tokenizer, given, count=count, batch_size=writing.batch_size, seed=writing.seed
-    )
+        decoder.model, tokenizer, given, count=count, batch_size=writing.batch_size, seed=writing.seed,
+        progress=writing.progress,
+    )  # fmt: skip
 
 
 def with_inputs(
@@ -106,5 +108,5 @@ def completed(
     numbers = [range(writing.completions)] * given + [range(1, 2)] * (len(rows) - given)
     return with_completions(
         decoder.model, rows, ending=ending, max_new_tokens=writing.max_new_tokens, batch_size=writing.batch_size,
-        numbers=numbers, seed=writing.seed,
+        numbers=numbers, seed=writing.seed, progress=writing.progress,
     )  # fmt: skip

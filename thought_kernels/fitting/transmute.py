@@ -99,7 +99,7 @@ def transmute(
             example's weight.
         max_new_tokens: longest completion that is generated.
         seed: of what is drawn, inputs and completions.
-        progress: show a progress bar on stderr.
+        progress: show progress bars on stderr, of the writing and of the fit.
 
     Returns:
         A ThoughtPatch, float32 (float64 for a float64 model), with the settings in its provenance.
@@ -129,7 +129,7 @@ def transmute(
     decoder = in_memory("transmute", model)
     resolved = recipe.for_model(decoder)
     prompt = Prompt(instruction, without, separator, format)
-    writing = Writing(resolved.completions, max_new_tokens, batch_size, seed)
+    writing = Writing(resolved.completions, max_new_tokens, batch_size, seed, progress)
     encoded, written = _rows(decoder, tokenizer, prompt, examples, resolved, writing)
     described = {
         "instruction": _told(instruction), "without": None if without is None else _told(without),

@@ -87,7 +87,7 @@ def within_context(model: Any, prompts: Sequence[Sequence[int]], answers: Sequen
 
 def with_completions(
     model: Any, encoded: Sequence[EncodedExample], *, ending: Ending, max_new_tokens: int, batch_size: int,
-    numbers: Sequence[Sequence[int]], seed: int = 0,
+    numbers: Sequence[Sequence[int]], seed: int = 0, progress: bool = False,
 ) -> list[EncodedExample]:  # fmt: skip
     """The same examples, those without a completion once for each that the prompted model writes.
 
@@ -103,13 +103,15 @@ def with_completions(
         numbers: of each example's completions: 0 is the likeliest token by token, any other a draw from the model's own
             distribution.
         seed: of the draws, with the example's place and the completion's number.
+        progress: show a bar.
     """
     wanted = [(index, number) for index, one in enumerate(encoded) if one.is_open for number in numbers[index]]
     prompts = [[*encoded[index].with_prefix, *encoded[index].tokens] for index, _ in wanted]
     seeds = [random.Random(f"{seed} {place} {number}").getrandbits(63) if number else None for place, number in wanted]
     answers = continue_prompts(
-        model, prompts, ending.reached, max_new_tokens=max_new_tokens, batch_size=batch_size, seeds=seeds
-    )
+        model, prompts, ending.reached, max_new_tokens=max_new_tokens, batch_size=batch_size, seeds=seeds,
+        progress="completions" if progress else None,
+    )  # fmt: skip
     others = [[*encoded[index].without_prefix, *encoded[index].tokens] for index, _ in wanted]
     answers = within_context(model, others, answers)
     written: dict[int, list[EncodedExample]] = {}

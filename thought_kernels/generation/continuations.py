@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from thought_kernels.generation.padding import Ids, may_pad, padded
 from thought_kernels.models.undisturbed import undisturbed
@@ -31,7 +32,14 @@ class Begun(NamedTuple):
 
 @torch.no_grad()
 def continue_prompts(
-    model: Any, prompts: Ids, ended: Ended, *, max_new_tokens: int, batch_size: int, seeds: Sequence[int | None] = ()
+    model: Any,
+    prompts: Ids,
+    ended: Ended,
+    *,
+    max_new_tokens: int,
+    batch_size: int,
+    seeds: Sequence[int | None] = (),
+    progress: str | None = None,
 ) -> list[list[int]]:
     """Continuations of id lists, in order, each up to and with the token that ends it.
 
@@ -43,6 +51,7 @@ def continue_prompts(
         batch_size: prompts at a time.
         seeds: of each prompt's draws from the model's own distribution, whatever batch it is in; None, or no seeds at
             all, for the likeliest token each time.
+        progress: what a progress bar on stderr says is written, None for no bar.
 
     Raises:
         ValueError: if a prompt leaves no room for a token in the model's context, or has a token without an embedding.
@@ -56,12 +65,14 @@ def continue_prompts(
     # A token of each row is left to say what comes first.
     shared = min(common_length(min(map(list, prompts)), max(map(list, prompts))), len(prompts[order[0]]) - 1)
     written: list[list[int]] = [[] for _ in prompts]
-    with undisturbed(model):
+    bar = tqdm(total=len(prompts), desc=progress, disable=progress is None, leave=False)
+    with undisturbed(model), bar:
         prefix = _run_prefix(model, prompts[0][:shared])
         for rows in _batches(model, prompts, order, shared, max_new_tokens, batch_size):
             begun = [Begun(list(prompts[index][shared:]), rooms[index], draws[index]) for index in rows]
             for index, answer in zip(rows, _continue(model, prefix, shared, begun, ended), strict=True):
                 written[index] = answer
+            bar.update(len(rows))
     return written
 
 

@@ -21,8 +21,9 @@ _DRAWS_EACH = 2
 
 
 def written_inputs(
-    model: Any, tokenizer: Any, given: Sequence[str], *, count: int, batch_size: int, seed: int
-) -> list[str]:
+    model: Any, tokenizer: Any, given: Sequence[str], *, count: int, batch_size: int, seed: int,
+    progress: bool = False,
+) -> list[str]:  # fmt: skip
     """New inputs: the model is shown a list of the given ones, a line each, and draws the next line.
 
     No chat template and no instruction: any language model goes on with a list. Lines that are blank, cut, given
@@ -35,6 +36,7 @@ def written_inputs(
         count: how many are wanted.
         batch_size: lines at a time.
         seed: of the draws and of the lists' orders.
+        progress: show a bar.
 
     Returns:
         `count` texts, or fewer where the model has no more to say.
@@ -54,7 +56,7 @@ def written_inputs(
             break
         answers = continue_prompts(
             model, [shown] * _DRAWS, ending.reached, max_new_tokens=longest + 1, batch_size=batch_size,
-            seeds=[draw.getrandbits(63) for _ in range(_DRAWS)],
+            seeds=[draw.getrandbits(63) for _ in range(_DRAWS)], progress="inputs" if progress else None,
         )  # fmt: skip
         whole = [answer for answer in answers if ending.reached(answer)]
         for text in (_read(line, quoted) for line in ending.texts(whole)):
