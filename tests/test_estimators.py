@@ -252,6 +252,33 @@ def test_spherical_rows_are_told_and_their_scale_makes_mean_least_squares() -> N
     assert nothing.anisotropy is None and nothing.spherical_scale is None
 
 
+@pytest.mark.parametrize("normalization", NORMALIZATIONS)
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_no_scale_leaves_less_than_the_best_one(estimator: str, normalization: str) -> None:
+    if estimator == "affine" and normalization != "none":
+        pytest.skip("affine needs ν = 1")
+    r = rows(20, 4, offset=1.5, normalization=normalization)
+
+    def left(scale: float) -> float:
+        entry = solve(r.sums(), estimator, scale=scale, normalization=normalization)
+        return r.residual(entry.matrix, entry.vector)
+
+    best = solve(r.sums(), estimator, scale=3.0, normalization=normalization).fit.best_scale
+    least = left(best)
+    assert least < 1 and least <= min(left((1 + step) * best) for step in (-0.01, 0.01, -0.5, 1.0))
+    assert all(left(share * best) < 1 for share in (1e-3, 0.1, 0.9))
+    assert solve(r.sums(), estimator, scale=0.0).fit.best_scale in (None, pytest.approx(best))
+
+
+def test_the_best_scales_of_spherical_rows_and_of_the_residual_site() -> None:
+    sums = Rows(rows(8, 8).delta, 3 * torch.eye(8).double(), torch.full((8,), 0.5).double()).sums()  # Z = 4.5 1
+    assert solve(sums, "mean", scale=7.0).fit.best_scale == pytest.approx(1 / 4.5)
+    assert solve(sums, "second_order", scale=7.0).fit.best_scale == pytest.approx(0.5 / 4.5)
+    vectors = Sums(None, None, sums.delta_sum, None, sums.moments)
+    assert solve(vectors, "mean", scale=7.0).fit.best_scale == pytest.approx(1 / 4)
+    assert solve(vectors, "ridge", scale=7.0).fit.best_scale == pytest.approx(1)
+
+
 def test_fold_residual_is_the_error_of_the_folded_vector() -> None:
     r = rows(20, 4, offset=1.5)
     entry = solve(r.sums(), "affine")

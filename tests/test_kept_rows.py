@@ -53,12 +53,14 @@ def assert_same(found: SitePatch, wanted: SitePatch) -> None:
     assert found.fit.rows == wanted.fit.rows
     assert found.fit.anisotropy == pytest.approx(wanted.fit.anisotropy, abs=1e-7)
     assert found.fit.spherical_scale == pytest.approx(wanted.fit.spherical_scale)
+    assert found.fit.best_scale == pytest.approx(wanted.fit.best_scale)
     assert found.fit.residual == pytest.approx(wanted.fit.residual, rel=1e-9, abs=1e-9)
     assert found.fit.condition == pytest.approx(wanted.fit.condition, rel=1e-9)
     assert (found.fit.fold_residual is None) == (wanted.fit.fold_residual is None)
     assert found.fit.fold_residual is None or found.fit.fold_residual == pytest.approx(wanted.fit.fold_residual)
 
 
+@pytest.mark.filterwarnings("ignore::thought_kernels.estimation.scales.ScaleWarning")
 @pytest.mark.parametrize("scale", [1.0, -0.3])
 @pytest.mark.parametrize("normalization", ["none", "norm", "squared_norm"])
 @pytest.mark.parametrize("estimator", estimators.ESTIMATORS)
@@ -149,6 +151,7 @@ def test_zero_activations_are_solved_by_zero() -> None:
         assert not entry.dense().any() and entry.fit.residual == pytest.approx(1)
 
 
+@pytest.mark.filterwarnings("ignore::thought_kernels.estimation.scales.ScaleWarning")
 @pytest.mark.parametrize("scale", [1.0, 0.4])
 @pytest.mark.parametrize("kind", ["equal", "zero", "one row"])
 @pytest.mark.parametrize("estimator", estimators.ESTIMATORS)

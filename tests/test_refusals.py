@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import re
 import warnings
 from typing import Any
 
@@ -10,6 +12,7 @@ import torch
 from models import tiny_gemma3, tiny_tokenizer
 
 import thought_kernels as tk
+from thought_kernels.estimation.scales import ScaleWarning
 
 TOKENIZER = tiny_tokenizer()
 EXAMPLE = {"prompt": "8 76", "completion": "x=2 ok"}
@@ -86,14 +89,47 @@ def test_a_model_without_a_head_takes_examples_with_completions_only(pairing: st
     assert torch.equal(patch.matrix(1, "attention"), whole.matrix(1, "attention"))
 
 
+def residuals(patch: Any) -> list[float]:
+    return [entry.fit.residual for entry in patch.entries.values()]
+
+
+@pytest.mark.parametrize("normalization", ["none", "norm"])
+@pytest.mark.parametrize("pairing", ["two_pass", "layerwise", "sequential"])
 @pytest.mark.parametrize("estimator", ["mean", "second_order"])
-def test_a_patch_that_is_worse_than_none_is_warned_of(estimator: str) -> None:
-    with pytest.warns(UserWarning, match=r"^transmute: patch should leave less .* lower the scale \(spherical"):
-        patch = tk.transmute(model_of(), TOKENIZER, "Sum now", [EXAMPLE], estimator=estimator, scale=100)
-    assert max(entry.fit.residual for entry in patch.entries.values() if entry.fit) > 1
+def test_a_patch_that_is_worse_than_none_is_warned_of_with_its_cure(
+    estimator: str, pairing: str, normalization: str
+) -> None:
+    options: dict[str, Any] = {"estimator": estimator, "pairing": pairing, "normalization": normalization}
+    examples = [EXAMPLE, EXAMPLE | {"prompt": "76 8 8"}]
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        patch = tk.transmute(model_of(), TOKENIZER, "Sum now", examples, scale=100, **options)
+    assert max(residuals(patch)) > 1 and len(caught) == 1
+    sentence = "^transmute: patch should .* scale 100; give scale=(.*), which leaves less of these rows, or estimator="
+    told = re.match(sentence, str(caught[0].message))
+    assert told and caught[0].category is ScaleWarning
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        tk.transmute(model_of(), TOKENIZER, "Sum now", [EXAMPLE], estimator=estimator, scale=1e-9)
+        cured = tk.transmute(model_of(), TOKENIZER, "Sum now", examples, scale=ast.literal_eval(told[1]), **options)
+    assert max(residuals(cured)) < 1
+
+
+@pytest.mark.parametrize("rows", [5, 40])
+@pytest.mark.parametrize("estimator", ["mean", "second_order"])
+def test_an_accumulator_warns_too(estimator: str, rows: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    accumulator = tk.ThoughtAccumulator()
+    for layer in range(3):
+        accumulator.update(layer, "mlp", *torch.randn(2, rows, 8, generator=generator) * 10**layer)
+    with pytest.warns(ScaleWarning, match="^solve: patch should leave .* got .* scale 1; give scale=") as caught:
+        patch = accumulator.solve(estimator)
+    assert max(residuals(patch)) > 1 and [warning.filename for warning in caught] == [__file__]
+    told = re.search("give scale=([^,]*), which", str(caught[0].message))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert told and max(residuals(accumulator.solve(estimator, scale=float(told[1])))) < 1
+    with pytest.warns(ScaleWarning, match="give scale=1, which leaves less of these rows$"):
+        accumulator.solve("exact", scale={"mlp": 3.0})
 
 
 def test_warnings_name_the_caller_s_line_so_that_each_is_told_once() -> None:

@@ -236,12 +236,12 @@ def test_a_tensor_file_that_is_none_is_refused_even_under_its_checksum(saved: An
 def test_patches_from_before_spherical_rows_were_told_still_load(saved: Any, tmp_path: Path) -> None:
     def older(record: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
         for entry in record["entries"]:
-            del entry["fit"]["anisotropy"], entry["fit"]["spherical_scale"]
+            del entry["fit"]["anisotropy"], entry["fit"]["spherical_scale"], entry["fit"]["best_scale"]
 
     patch, files = saved
     loaded = ThoughtPatch.from_pretrained(write(tmp_path, forge(files, older)))
     for key, entry in patch.entries.items():
-        assert loaded.entries[key].fit == replace(entry.fit, anisotropy=None, spherical_scale=None)
+        assert loaded.entries[key].fit == replace(entry.fit, anisotropy=None, spherical_scale=None, best_scale=None)
 
 
 def test_a_missing_folder_is_refused(tmp_path: Path) -> None:

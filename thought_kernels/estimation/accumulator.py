@@ -13,6 +13,7 @@ from torch import Tensor
 from thought_kernels.estimation import estimators
 from thought_kernels.estimation.kept_rows import KeptRows
 from thought_kernels.estimation.rows import add_vectors, check_rows, check_shapes, check_weights, checked_place
+from thought_kernels.estimation.scales import warn_if_worse
 from thought_kernels.estimation.state import read_state, state_of
 from thought_kernels.estimation.sums import Sums, copied, zeros
 from thought_kernels.ops.accumulate import NORMALIZATIONS, accumulate
@@ -219,8 +220,6 @@ class ThoughtAccumulator:
         """
         self._sums = dict(read_state(state, self.normalization, self.dtype, self.matrix_sites, self.device))
 
-    @torch.inference_mode(False)
-    @torch.no_grad()
     def solve(
         self,
         estimator: str,
@@ -248,7 +247,28 @@ class ThoughtAccumulator:
 
         Raises:
             ValueError: bad options, no sums at all, or a layer or site without sums.
+
+        Warns:
+            ScaleWarning: a patch that leaves more of the difference than there was, with the scale that would not.
         """
+        patch = self.solve_part(estimator, scale=scale, ridge=ridge, layers=layers, sites=sites, provenance=provenance)
+        scales = scale if isinstance(scale, Mapping) else dict.fromkeys(patch.sites, scale)
+        warn_if_worse("solve", patch, estimator, scales)
+        return patch
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def solve_part(
+        self,
+        estimator: str,
+        *,
+        scale: float | Mapping[str, float],
+        ridge: float | Tensor,
+        layers: Iterable[int] | None = None,
+        sites: Iterable[str] | None = None,
+        provenance: Mapping[str, Any] | None = None,
+    ) -> ThoughtPatch:
+        """As ``solve``, without its warning: for a part that the caller joins to others, or scales."""
         chosen_layers = self._chosen("layers", layers, self.layers)
         chosen_sites = self._chosen("sites", sites, self.sites)
         scales = dict(scale) if isinstance(scale, Mapping) else dict.fromkeys(SITES, scale)

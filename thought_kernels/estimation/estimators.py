@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from thought_kernels.estimation.kept_rows import KeptRows, positive_factor, solve_rows, sphericity
+from thought_kernels.estimation.scales import linear_scale, second_order_scale
 from thought_kernels.estimation.sums import Sums
 from thought_kernels.ops.checks import check_choice, check_number
 from thought_kernels.patches.site import Fit, SitePatch, is_finite
@@ -47,7 +48,7 @@ def solve(
         sums: float32 or float64 sums of one site, or its rows; sums without ``gram`` are those of the residual site.
         estimator: one of ``ESTIMATORS``.
         scale: λ, finite. ``exact``, ``ridge`` and ``affine`` are made for 1. ``mean`` and ``second_order`` need it
-            tuned: see the fit's residual, above 1 where the patch is worse than none, and its spherical_scale.
+            tuned: see the fit's residual, above 1 where the patch is worse than none, and its best_scale.
             ``second_order`` sums two terms of a series that converges only for λ below 1 over Z's largest eigenvalue.
         ridge: ε > 0, in units of Z's mean eigenvalue, one number or one for each input, ``[d_in]``, diag(ε) then taking
             the place of ε 1; read by ``ridge`` and ``affine`` only.
@@ -89,8 +90,9 @@ def _solve_vector(sums: Sums, estimator: str, scale: float) -> SitePatch:
     total, _, energy, rows = sums.moments.tolist()
     delta_sum = sums.delta_sum.double()
     vector = scale * (delta_sum if estimator == "mean" else delta_sum / total)
-    error = energy + float(total * vector.dot(vector) - 2 * vector.dot(delta_sum))
-    return SitePatch(vector=vector.to(sums.delta_sum.dtype), fit=Fit(int(rows), _relative(error, energy)))
+    along, square = float(vector.dot(delta_sum)), float(total * vector.dot(vector))
+    residual, best = _relative(energy + square - 2 * along, energy), linear_scale(scale, along, square)
+    return SitePatch(vector=vector.to(sums.delta_sum.dtype), fit=Fit(int(rows), residual, best_scale=best))
 
 
 def _solve_matrix(sums: Sums, estimator: str, scale: float, ridge: float | Tensor, normalization: str) -> SitePatch:
@@ -115,16 +117,22 @@ def _solve_matrix(sums: Sums, estimator: str, scale: float, ridge: float | Tenso
         matrix = scale * ridge_solve(target, metric, ridge)
     singular = rows < gram.shape[0] + (estimator == "affine")
     vector = None
-    error = energy + float(((matrix @ gram - 2 * cross) * matrix).sum())
+    predicted = matrix @ gram
+    error = energy + float(((predicted - 2 * cross) * matrix).sum())
+    along, square = _inner(matrix, cross), _inner(matrix, predicted)
     if estimator == "affine":
         vector = (scale * delta_sum - matrix @ activation_sum) / total
         error += float(2 * vector.dot(matrix @ activation_sum - delta_sum) + total * vector.dot(vector))
+        along += float(vector.dot(delta_sum))
+        square += float(vector.dot(2 * (matrix @ activation_sum) + total * vector))
+    best = _second_order_scale(cross, gram) if estimator == "second_order" else linear_scale(scale, along, square)
     fit = Fit(
         int(rows),
         _relative(error, energy),
         math.inf if singular else condition_number(metric, rtol=rtol),
         _fold_residual(gram, activation_sum, total) if normalization == "none" else None,
         *sphericity(gram, gram.shape[0]),
+        best,
     )
     mean = (activation_sum / total).to(dtype)
     return SitePatch(matrix.to(dtype), None, vector if vector is None else vector.to(dtype), mean, fit)
@@ -190,6 +198,13 @@ def second_order(cross: Tensor, gram: Tensor, scale: float) -> Tensor:
     return scale * cross - scale**2 * (cross @ gram)
 
 
+def _second_order_scale(cross: Tensor, gram: Tensor) -> float | None:
+    moved = cross @ gram
+    return second_order_scale(
+        (_inner(cross, cross), _inner(cross, moved), _inner(moved, moved), _inner(moved, moved @ gram))
+    )
+
+
 def condition_number(gram: Tensor, *, rtol: float) -> float:
     """λ_max / λ_min of a symmetric matrix, inf where λ_min does not exceed rtol · λ_max.
 
@@ -211,6 +226,10 @@ def condition_number(gram: Tensor, *, rtol: float) -> float:
 def _check_weight(total: float) -> None:
     if total <= 0:
         raise ValueError(f"solve: sums must hold at least one row of positive weight, got Σw = {total:g}")
+
+
+def _inner(a: Tensor, b: Tensor) -> float:
+    return float((a * b).sum())
 
 
 def _relative(error: float, energy: float) -> float:

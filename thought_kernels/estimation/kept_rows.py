@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from thought_kernels.estimation.scales import linear_scale, second_order_scale
 from thought_kernels.patches.site import Fit, SitePatch, factors_are_smaller, is_finite
 
 
@@ -92,12 +93,16 @@ def solve_rows(rows: KeptRows, estimator: str, *, scale: float, ridge: float | T
         if float(products.trace()) <= rtol * norm:
             products.zero_()  # equal activations, once centred, are rounding: the vector fits them
     left, right, missed = _solved(estimator, targets, inputs, products, scale, (ridge, rtol))
+    best = _second_order_scale(products, targets) if estimator == "second_order" else None
     left = scale * left
     vector = None
     if delta_mean is not None and offset is not None:
         moved = left @ (mean if right is None else right.T @ mean)
         vector = (scale * delta_mean - moved).to(rows.dtype)
         targets = targets + offset  # not in place: what was missed may be the same tensor
+    if estimator != "second_order":
+        predicted = targets - missed  # at λ = 1
+        best = linear_scale(1.0, _inner(targets, predicted), _squares(predicted))
     # δ − λ (δ − what was missed)
     error = _squares(missed if scale == 1 else torch.lerp(targets, missed, scale))
     factors = None
@@ -109,7 +114,7 @@ def solve_rows(rows: KeptRows, estimator: str, *, scale: float, ridge: float | T
         vector=vector,
         activation_mean=mean.to(rows.dtype),
         # Z has no more rank than there are rows.
-        fit=Fit(rows.count, error / energy if energy > 0 else 0.0, math.inf, fold_residual, *spherical),
+        fit=Fit(rows.count, error / energy if energy > 0 else 0.0, math.inf, fold_residual, *spherical, best),
     )
 
 
@@ -203,6 +208,17 @@ def _roots(activation: Tensor, w: Tensor, normalization: str) -> Tensor:
     nu = torch.linalg.vector_norm(activation, dim=1, dtype=w.dtype)
     nu = nu.square() if normalization == "squared_norm" else nu
     return torch.where(nu == 0, 0, w / nu).sqrt()
+
+
+def _second_order_scale(products: Tensor, targets: Tensor) -> float | None:
+    """From K and D: with C = Dᵀ A and Z = Aᵀ A, ⟨C, C⟩ = ⟨D, K D⟩ and every further Z is a further K."""
+    once = products @ targets
+    twice = products @ once
+    return second_order_scale((_inner(targets, once), _squares(once), _inner(once, twice), _squares(twice)))
+
+
+def _inner(a: Tensor, b: Tensor) -> float:
+    return float((a * b).sum())
 
 
 def _squares(rows: Tensor) -> float:

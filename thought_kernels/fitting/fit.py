@@ -10,10 +10,10 @@ import torch
 from tqdm import tqdm
 
 from thought_kernels.estimation.accumulator import ThoughtAccumulator
+from thought_kernels.estimation.scales import warn_if_worse
 from thought_kernels.fitting.recipe import ResolvedRecipe
 from thought_kernels.models.decoder import Decoder
 from thought_kernels.models.undisturbed import undisturbed
-from thought_kernels.ops.caller import warn
 from thought_kernels.pairing.batches import group_examples
 from thought_kernels.pairing.pairings import MEMORY_BUDGET, PAIRINGS, Run, passes
 from thought_kernels.patches.patch import ThoughtPatch
@@ -21,10 +21,6 @@ from thought_kernels.patches.site import MATRIX_SITES, SitePatch
 from thought_kernels.prompts.prompt import EncodedExample
 
 log = logging.getLogger(__name__)
-
-
-class ScaleWarning(UserWarning):
-    """A patch leaves more than all of the difference; no news to who scales or sums it afterwards."""
 
 
 def fit(
@@ -74,24 +70,8 @@ def fit(
         )  # fmt: skip
         PAIRINGS[recipe.pairing](run)
     patch = solution.solve(layers, sites)
-    _warn_if_worse(patch, recipe)
+    warn_if_worse("transmute", patch, recipe.estimator, recipe.scale)
     return patch
-
-
-def _warn_if_worse(patch: ThoughtPatch, recipe: ResolvedRecipe) -> None:
-    """Warns of a patch that leaves more at some site than it was to take away."""
-    left = {key: entry.fit.residual for key, entry in patch.entries.items() if entry.fit and entry.fit.residual}
-    if not left or max(left.values()) <= 1:
-        return
-    layer, site = max(left, key=lambda key: left[key])
-    fit = patch.entries[layer, site].fit
-    offer = f" (spherical rows would want {fit.spherical_scale:.3g} there)" if fit and fit.spherical_scale else ""
-    warn(
-        f"transmute: patch should leave less than all of the difference, got {left[layer, site]:.3g} times it at block "
-        f"{layer}, site {site!r}, with estimator {recipe.estimator!r} and scale {recipe.scale[site]:g}; lower the "
-        f"scale{offer}, or take estimator='ridge', which is made for 1",
-        ScaleWarning,
-    )
 
 
 class _Solution:
@@ -107,7 +87,7 @@ class _Solution:
         wanted = [(layer, site) for layer in sorted(layers) for site in sorted(sites)]
         missing = [key for key in wanted if key not in self._solved]
         if missing:
-            part = self.accumulator.solve(
+            part = self.accumulator.solve_part(
                 self._recipe.estimator, scale=self._recipe.scale, ridge=self._recipe.ridge,
                 layers=sorted({layer for layer, _ in missing}), sites=sorted({site for _, site in missing}),
                 provenance=self._described,

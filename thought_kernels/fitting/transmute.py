@@ -80,7 +80,7 @@ def transmute(
         normalization: ν, "none", "norm" (‖a‖) or "squared_norm" (‖a‖²).
         scale: λ, one number or one per site. "exact", "ridge" and "affine" are made for 1. "mean" and "second_order"
             need it tuned: the latter grows without bound once λ passes 2 over Z's largest eigenvalue, and a warning
-            says where a patch is worse than none.
+            says where a patch is worse than none, and with which scale it would not be on the same rows.
         ridge: ε, in units of Z's mean eigenvalue.
         tokens: which tokens of e are summed, "all" or "answer" (the completion with its end-of-turn token).
         header_weight: H's rows join the fit with δ = 0 and this total weight, that of all examples being 1; it keeps

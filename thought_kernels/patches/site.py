@@ -27,6 +27,7 @@ class Fit:
         fold_residual: relative squared error of replacing a vector v by the matrix v āᵀ/‖ā‖² on the fitted rows.
         anisotropy: ‖Z − (tr Z/d) 1‖_F / ‖Z‖_F, from 0 for spherical rows, whose Z is a multiple of the identity, to 1.
         spherical_scale: d / tr Z, the λ with which ``mean`` is the least-squares matrix of spherical rows, 1/(σ² n).
+        best_scale: the λ of this estimator with the least residual on these rows; None where the patch predicts 0.
     """
 
     rows: int
@@ -35,6 +36,7 @@ class Fit:
     fold_residual: float | None = None
     anisotropy: float | None = None
     spherical_scale: float | None = None
+    best_scale: float | None = None
 
 
 @dataclass(frozen=True)
@@ -140,7 +142,7 @@ class SitePatch:
             matrix=None if self.matrix is None else self.matrix * factor,
             factors=None if self.factors is None else (self.factors[0] * factor, self.factors[1]),
             vector=None if self.vector is None else self.vector * factor,
-            fit=None if self.fit is None else replace(self.fit, residual=None),
+            fit=None if self.fit is None else replace(self.fit, residual=None, best_scale=None),
         )
 
     def plus(self, other: SitePatch) -> SitePatch:
@@ -193,7 +195,7 @@ class SitePatch:
 
     def truncated(self, rank: int) -> SitePatch:
         """The best approximation of Δ of the given rank, by singular value decomposition; the vector is kept."""
-        fit = None if self.fit is None else replace(self.fit, residual=None)
+        fit = None if self.fit is None else replace(self.fit, residual=None, best_scale=None)
         stored = self.matrix if self.factors is None else self.factors[0]
         if stored is None or (self.factors is not None and stored.shape[1] <= rank):
             return self

@@ -192,7 +192,7 @@ def _is_entry(entry: Any) -> bool:
         return False
     layer, fit = entry["layer"], entry["fit"]
     names = {field.name for field in fields(Fit)}
-    old = names - {"anisotropy", "spherical_scale"}  # what patches had before those were recorded
+    old = names - {"anisotropy", "spherical_scale", "best_scale"}  # what patches had before those were recorded
     return (
         isinstance(layer, int)
         and not isinstance(layer, bool)

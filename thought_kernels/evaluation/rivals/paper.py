@@ -6,8 +6,8 @@ import warnings
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from thought_kernels.estimation.scales import ScaleWarning
 from thought_kernels.evaluation.measures.trial import Trial
-from thought_kernels.fitting.fit import ScaleWarning
 from thought_kernels.fitting.recipe import paper_recipe
 from thought_kernels.fitting.transmute import transmute
 from thought_kernels.models import describe

@@ -106,7 +106,7 @@ class _Solve:
     def _one(self, layer: int, site: str) -> SitePatch:
         recipe = self._recipe
         if self._solver is None:
-            part = self._sums.solve(
+            part = self._sums.solve_part(
                 recipe.estimator, scale=recipe.scale, ridge=recipe.ridge, layers=[layer], sites=[site]
             )
             return part.entries[layer, site]

@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
+from thought_kernels.estimation.scales import ScaleWarning
 from thought_kernels.evaluation.figures.section import Section
 from thought_kernels.evaluation.rivals.lora import BATCH, RANK, RATES, TrainedLora, train_lora
 from thought_kernels.evaluation.rivals.paper import C1_FACTORS, PAPER_C1, paper_layers
@@ -26,7 +27,6 @@ from thought_kernels.evaluation.rivals.steering import (
 )
 from thought_kernels.evaluation.sections.bystanders import Bystander
 from thought_kernels.evaluation.sections.subject import Intervention, Subject
-from thought_kernels.fitting.fit import ScaleWarning
 from thought_kernels.fitting.recipe import Recipe, paper_recipe
 from thought_kernels.patches.patch import ThoughtPatch
 
