@@ -6,6 +6,7 @@ import copy
 import inspect
 import json
 import math
+import operator
 import pickle
 from dataclasses import replace
 from typing import Any
@@ -33,6 +34,9 @@ EXAMPLE = {"prompt": "8 76", "completion": "x=2 ok"}
         ({"layers": 3}, TypeError, r"layers must be 0-based block indices or None, got 3; give a list or range"),
         ({"layers": "10-19"}, TypeError, "layers must be 0-based block indices or None, got '10-19'; give a list"),
         ({"layers": [1.5]}, TypeError, r"layers must be 0-based block indices or None, got \[1.5\]"),
+        ({"layers": [True]}, TypeError, r"layers must be 0-based block indices or None, got \[True\]"),
+        ({"layers": torch.tensor([True])}, TypeError, "layers must be 0-based block indices or None, got tensor"),
+        ({"layers": b"12"}, TypeError, "layers must be 0-based block indices or None, got b'12'"),
         ({"layers": []}, ValueError, r"layers must be distinct 0-based block indices, one at least, got \[\]"),
         ({"layers": [-1]}, ValueError, r"layers must be distinct 0-based block indices, one at least, got \[-1\]"),
         ({"layers": [2, 2]}, ValueError, r"layers must be distinct 0-based block indices, one at least, got \[2, 2\]"),
@@ -67,6 +71,30 @@ def test_recipes_compare_change_print_and_pass_through_json() -> None:
     assert tk.Recipe.from_dict(json.loads(json.dumps(recipe.to_dict()))) == recipe
     assert pickle.loads(pickle.dumps(recipe)) == copy.deepcopy(recipe) == recipe
     assert recipe["layers"] == (1, 2) and "c1" not in recipe and len(recipe) == len(list(recipe))
+
+
+def test_a_recipe_is_a_value_scales_and_all() -> None:
+    recipe = tk.paper_recipe(layers=[1])
+    same = tk.Recipe.from_dict(json.loads(json.dumps(recipe.to_dict())))
+    assert hash(recipe) == hash(same) == hash(pickle.loads(pickle.dumps(recipe))) and {recipe: 1}[same] == 1
+    assert json.loads(json.dumps(dict(recipe))) == json.loads(json.dumps(recipe.to_dict()))
+    before = dict(recipe.scale)
+    for change in (
+        lambda scale: scale.update(mlp=0), lambda scale: scale.__setitem__("mlp", 0), lambda scale: scale.pop("mlp"),
+        lambda scale: scale.__delitem__("mlp"), lambda scale: scale.setdefault("down", 1),
+        lambda scale: scale.popitem(), lambda scale: scale.clear(), lambda scale: operator.ior(scale, {"mlp": 0}),
+    ):  # fmt: skip
+        with pytest.raises(TypeError, match="^Recipe: scale must stay as it is, got a change; make another recipe"):
+            change(recipe.scale)
+    assert recipe.scale == before == {**recipe.scale}
+    assert hash(recipe.for_model(describe(tiny_gemma3(0)))) == hash(same.for_model(describe(tiny_gemma3(0))))
+
+
+@pytest.mark.parametrize("ridge", [torch.full((8,), 0.25), [0.25] * 8])
+def test_a_ridge_for_each_input_is_the_accumulator_s(ridge: Any) -> None:
+    with pytest.raises(TypeError, match="^transmute: ridge must be one number, got a .*; ThoughtAccumulator") as told:
+        tk.Recipe(ridge=ridge)
+    assert "0.25" not in str(told.value)
 
 
 def test_a_recipe_for_a_model_says_what_none_stood_for() -> None:

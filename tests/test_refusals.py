@@ -80,6 +80,19 @@ def test_words_that_the_instruction_merely_begins_are_no_instruction() -> None:
         tk.transmute(model_of(), TOKENIZER, "Sum", [EXAMPLE | {"prompt": "Summer 8"}])
 
 
+def test_a_patch_with_a_ridge_for_each_input_is_evaluated_with_a_recipe_for_the_other_fits() -> None:
+    tokenizer, accumulator, width = tiny_tokenizer(), tk.ThoughtAccumulator(), 40
+    tokenizer.add_tokens("<new>")
+    accumulator.update(1, "attention", *torch.randn(2, 4, width, generator=torch.Generator().manual_seed(0)))
+    patch = accumulator.solve("ridge", ridge=torch.full((width,), 0.25), provenance={"instruction": "Sum now"})
+    given: dict[str, Any] = {"examples": [EXAMPLE, EXAMPLE | {"prompt": "9"}], "held_out": ["1", "2 <new>"]}
+    with pytest.raises(ValueError, match="^evaluate: patch must have one ridge .* no recipe .*, got 40; ") as told:
+        tk.evaluate(model_of(), tokenizer, patch, **given)
+    assert "0.25" not in str(told.value)
+    with pytest.raises(ValueError, match=r"^evaluate: held_out\[1\] must be of tokens"):  # what is checked later
+        tk.evaluate(model_of(), tokenizer, patch, **given, recipe=tk.Recipe())
+
+
 @pytest.mark.parametrize("pairing", ["sequential", "layerwise"])
 def test_a_model_without_a_head_takes_examples_with_completions_only(pairing: str) -> None:
     model = model_of()

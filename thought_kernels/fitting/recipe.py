@@ -7,6 +7,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from thought_kernels.estimation.estimators import DEFAULT_RIDGE, check_options
 from thought_kernels.models.decoder import Decoder
 from thought_kernels.ops.accumulate import NORMALIZATIONS
@@ -15,6 +18,24 @@ from thought_kernels.pairing.pairings import PAIRINGS
 from thought_kernels.patches.site import SITES
 
 TOKENS = ("all", "answer")
+
+
+class SiteScales(dict[str, float]):
+    """λ per site, in the order of SITES: a dict, which JSON takes, that cannot be changed, as a recipe is a value."""
+
+    def __hash__(self) -> int:  # type: ignore[override]
+        return hash(frozenset(self.items()))
+
+    def __reduce__(self) -> tuple[Any, ...]:  # pickle and copy would set the items of a dict one by one
+        return SiteScales, (dict(self),)
+
+    def _refuse(self, *args: Any, **named: Any) -> Any:
+        raise TypeError(
+            "Recipe: scale must stay as it is, got a change; make another recipe, as dataclasses.replace(recipe, "
+            "scale={...}) does"
+        )
+
+    __setitem__ = __delitem__ = __ior__ = clear = pop = popitem = setdefault = update = _refuse  # type: ignore[assignment]
 
 
 @dataclass(frozen=True)
@@ -61,7 +82,7 @@ class Recipe(Mapping[str, Any]):
         read: dict[str, Any] = {
             "layers": _layers("transmute", self.layers),
             "sites": _sites(self.sites),
-            "ridge": as_number("transmute", "ridge", self.ridge),
+            "ridge": _ridge(self.ridge),
             "header_weight": as_number("transmute", "header_weight", self.header_weight),
             "written_inputs": as_integer("transmute", "written_inputs", self.written_inputs, least=0),
             "completions": as_integer("transmute", "completions", self.completions, least=1),
@@ -178,12 +199,24 @@ def paper_recipe(
     )  # fmt: skip
 
 
+def _ridge(given: Any) -> float:
+    """One number for all inputs: sites differ in theirs, so that a vector is the business of who solves one of them."""
+    if isinstance(given, (Tensor, list, tuple)):
+        raise TypeError(
+            f"transmute: ridge must be one number, got a {type(given).__name__}; ThoughtAccumulator.solve takes one "
+            "for each input of a site"
+        )
+    return as_number("transmute", "ridge", given)
+
+
 def _layers(function: str, given: Any) -> tuple[int, ...] | None:
     """Block indices in order."""
     if given is None:
         return None
     try:
-        chosen = [operator.index(layer) for layer in given]
+        if isinstance(given, (bytes, bytearray)):  # whose items are integers
+            raise TypeError
+        chosen = [_index(layer) for layer in given]
     except TypeError:
         raise TypeError(
             f"{function}: layers must be 0-based block indices or None, got {given!r}; give a list or range, such as "
@@ -196,6 +229,12 @@ def _layers(function: str, given: Any) -> tuple[int, ...] | None:
     return tuple(sorted(chosen))
 
 
+def _index(layer: Any) -> int:
+    if isinstance(layer, bool) or (isinstance(layer, Tensor) and layer.dtype == torch.bool):
+        raise TypeError
+    return operator.index(layer)
+
+
 def _sites(given: Any) -> tuple[str, ...] | None:
     """Sites in the order of SITES."""
     if given is None:
@@ -206,14 +245,14 @@ def _sites(given: Any) -> tuple[str, ...] | None:
     return tuple(site for site in SITES if site in chosen)
 
 
-def _scale(given: Any, sites: tuple[str, ...] | None) -> float | dict[str, float]:
+def _scale(given: Any, sites: tuple[str, ...] | None) -> float | SiteScales:
     """One number, or one for each site; not 0 everywhere."""
     if isinstance(given, Mapping):
         if not set(sites or ()) <= set(given) <= set(SITES):
             wanted = f"one entry for each of {sorted(sites)}" if sites else f"sites among {', '.join(SITES)}"
             raise ValueError(f"transmute: scale must have {wanted}, got {sorted(map(str, given))}")
         # In one order, and so the patch's file.
-        scales = {site: as_number("transmute", "scale", given[site]) for site in SITES if site in given}
+        scales = SiteScales((site, as_number("transmute", "scale", given[site])) for site in SITES if site in given)
         used = [scales[site] for site in sites or scales]
     else:
         used = [as_number("transmute", "scale", given)]

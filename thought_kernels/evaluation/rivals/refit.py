@@ -117,8 +117,17 @@ class _Solve:
 
 
 def recipe_of(patch: ThoughtPatch) -> Recipe:
-    """The recipe that a patch remembers, the default where it remembers none, so that other fits are made like it."""
+    """The recipe that a patch remembers, the default where it remembers none, so that other fits are made like it.
+
+    Raises:
+        ValueError: a patch that was solved with a ridge for each input.
+    """
     made: Mapping[str, Any] = patch.provenance.get("recipe", patch.provenance)
+    if isinstance(made.get("ridge"), list):
+        raise ValueError(
+            f"evaluate: patch must have one ridge for all inputs where no recipe is given, got {len(made['ridge'])}; a "
+            "fit of all sites has no ridge for each input to be repeated with: give recipe= for the other fits"
+        )
     return Recipe(**{name: made[name] for name in Recipe() if made.get(name) is not None})
 
 
