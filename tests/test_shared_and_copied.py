@@ -20,6 +20,7 @@ from torch import Tensor, nn
 import thought_kernels as tk
 from thought_kernels.models import describe
 from thought_kernels.patches.patch import ThoughtPatch
+from thought_kernels.spectral import diagnose
 
 IDS = token_ids()
 
@@ -62,6 +63,21 @@ def test_a_module_of_two_blocks_is_not_patched(verb: str, site: str, module: str
         VERBS[verb](patch, model, tmp_path / "folder")
     assert same_bits(model, before) and not hooks(model) and not (tmp_path / "folder").exists()
     VERBS[verb](random_patch(layers=[2], sites=[site], vectors=False), model, tmp_path / "folder")  # no other's module
+
+
+@pytest.mark.parametrize("site", ["mlp", "attention"])
+def test_a_module_of_two_names_is_not_exported(site: str, tmp_path: Path) -> None:
+    model, patch = tiny_gemma3(), random_patch(layers=[0], sites=[site], vectors=False)
+    block = model.model.layers[0]
+    if site == "mlp":
+        block.mlp.up_proj = block.mlp.gate_proj
+    else:
+        block.alias = block.self_attn.o_proj
+    with pytest.raises(ValueError, match=rf"^export_peft: modules must not be shared, got .* block 0, site '{site}'"):
+        patch.export_peft(tmp_path / "folder", model)
+    assert not (tmp_path / "folder").exists()
+    with pytest.raises(ValueError, match="^merge_: weights must not be shared, got .* and .* as one memory"):
+        patch.merge_(model)
 
 
 def test_tied_weights_are_no_shared_module(tmp_path: Path) -> None:
@@ -143,6 +159,10 @@ def test_a_dynamically_quantised_model_is_not_exported(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="^export_peft: o_proj must have weights as parameters, got torch.*Linear; "):
         patch.export_peft(tmp_path / "folder", model)
     assert not (tmp_path / "folder").exists()
+    with pytest.raises(ValueError, match="^diagnose: model must have plain floating weights, .* no weight at o_"):
+        diagnose(patch, model)
+    with pytest.raises(ValueError, match="^merge_: o_proj must be a torch.nn.Linear, got torch.*Linear; "):
+        patch.merge_(model)
 
 
 @pytest.mark.parametrize(

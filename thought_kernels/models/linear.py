@@ -13,10 +13,27 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from thought_kernels.ops.checks import FLOATS
+
 
 def is_transposed(module: Any) -> bool:
     """Whether it is transformers' Conv1D, a linear module (GPT-2's) whose weight is stored as Wᵀ, [d_in, d_out]."""
     return type(module).__name__ == "Conv1D" and type(module).__module__ == "transformers.pytorch_utils"
+
+
+def is_linear(module: Any) -> bool:
+    """Whether it is torch's linear module, or transformers' Conv1D."""
+    return isinstance(module, nn.Linear) or is_transposed(module)
+
+
+def is_plain(weight: object) -> bool:
+    """Whether a weight can be read and written as it is.
+
+    Quantised and sharded weights are integers, 8-bit floats, tensor subclasses, methods, or elsewhere (on meta).
+    """
+    if not isinstance(weight, Tensor) or type(weight.data) is not Tensor:
+        return False
+    return weight.dtype in FLOATS and not weight.is_meta
 
 
 def linear_weight(module: Any) -> Tensor:

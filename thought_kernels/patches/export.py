@@ -111,6 +111,7 @@ def export_peft(
     planned = placed("export_peft", patch, model, fold=fold, instead="keep the patch's own folder for it")
     for part in planned:
         _check_weights(part)
+    _check_one_name(root, planned)
     adapter = _Adapter(root, describe(model).dtype)
     for part in tqdm(planned, desc="export", unit="site", disable=not progress, leave=False):
         adapter.add(part, rank)
@@ -139,6 +140,21 @@ def _check_weights(part: Placed) -> None:
                 f"{type(module).__module__}.{type(module).__name__}; block {part.key[0]}, site {part.key[1]!r}: export "
                 "for the model before it was quantised"
             )
+
+
+def _check_one_name(root: nn.Module, planned: list[Placed]) -> None:
+    """Raises if a module has two names: an adapter is written for one of them, and peft would wrap only that one."""
+    names: dict[int, list[str]] = {}
+    for name, module in root.named_modules(remove_duplicate=False):
+        names.setdefault(id(module), []).append(name)
+    for part in planned:
+        for module in part.modules:
+            found = names[id(module)]
+            if len(found) > 1:
+                raise ValueError(
+                    f"export_peft: modules must not be shared, got {' and '.join(found)} as one; block {part.key[0]}, "
+                    f"site {part.key[1]!r}: give each name a copy of its own, or use applied"
+                )
 
 
 class _Adapter:

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from thought_kernels.models import describe
-from thought_kernels.models.linear import is_transposed, linear_weight
+from thought_kernels.models.linear import is_linear, is_plain, linear_weight
 from thought_kernels.ops.checks import addresses
 from thought_kernels.patches.data import PatchData
-from thought_kernels.patches.site import DTYPES, SitePatch, is_finite
+from thought_kernels.patches.site import SitePatch, is_finite
 from thought_kernels.patches.vectors import Placed, placed
 
 _ROWS_PER_CHUNK = 4096
@@ -151,7 +151,7 @@ class _Edit(NamedTuple):
 
 
 def _plain_linear(module: Any, name: str, width: int | None, where: str) -> Any:
-    if not isinstance(module, nn.Linear) and not is_transposed(module):
+    if not is_linear(module):
         raise ValueError(
             f"merge_: {name} must be a torch.nn.Linear, got {type(module).__module__}.{type(module).__name__}; "
             f"{where}: use applied"
@@ -159,9 +159,7 @@ def _plain_linear(module: Any, name: str, width: int | None, where: str) -> Any:
     for parameter in (module.weight, module.bias):
         if parameter is None:
             continue
-        # Quantised and sharded weights are integers, 8-bit floats, tensor subclasses, or elsewhere (meta, offloaded).
-        plain = type(parameter) is nn.Parameter and type(parameter.data) is Tensor
-        if not plain or parameter.dtype not in DTYPES or parameter.is_meta:
+        if type(parameter) is not nn.Parameter or not is_plain(parameter):
             raise ValueError(
                 f"merge_: {name} must have plain floating weights, got {type(parameter.data).__name__} of "
                 f"{parameter.dtype} on {parameter.device}; {where}: quantised weights are never written, use applied"

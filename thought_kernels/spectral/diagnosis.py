@@ -13,10 +13,10 @@ from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from thought_kernels.models import describe
-from thought_kernels.models.linear import is_transposed, linear_weight
+from thought_kernels.models.linear import is_linear, is_plain, linear_weight
 from thought_kernels.ops.library import message
 from thought_kernels.spectral.frames import check_matrix, frame_operator
 from thought_kernels.spectral.overlap import Interference, Overlap, overlap
@@ -206,13 +206,11 @@ def _weights_at(name: str, decoder: Any, key: Key) -> list[Tensor]:
     found = []
     for module_name, module in zip(names, modules, strict=True):
         weight = getattr(module, "weight", None)
-        linear = isinstance(module, nn.Linear) or is_transposed(module)
-        plain = linear and weight is not None and type(weight.data) is Tensor
-        if weight is None or not plain or not weight.is_floating_point() or weight.is_meta:
+        if not is_linear(module) or not is_plain(weight):
             kind = type(module)  # with its module, since packed and wrapped ones are called Linear too
-            holds = (
-                "no weight" if weight is None else f"{type(weight.data).__name__} of {weight.dtype}, {weight.device}"
-            )
+            holds = "no weight"
+            if isinstance(weight, Tensor):
+                holds = f"{type(weight.data).__name__} of {weight.dtype}, {weight.device}"
             actual = f"{kind.__module__}.{kind.__qualname__} with {holds} at {module_name}"
             raise ValueError(message("diagnose", "model", "have plain floating weights", actual, _where(key)))
         check_matrix("diagnose", weight)
