@@ -185,6 +185,10 @@ def test_the_paper_s_recipe(folder: str, tmp_path: Path) -> None:
     expected = transmute(model, tokenizer, "add", ["1 2"], max_new_tokens=2, **recipe)
     torch.testing.assert_close(patch.matrix(1, "mlp"), expected.matrix(1, "mlp"))
     torch.testing.assert_close(patch.vector(1, "residual"), expected.vector(1, "residual"))
+    printed(run(*common, "--recipe", "paper", "--layers", "1", "--c1", "0.6", "--mlp-activation", "residual"))
+    recipe = tk.paper_recipe(c1=0.6, layers=[1], mlp_activation="residual")
+    assert tk.Recipe.from_dict(tk.ThoughtPatch.from_pretrained(tmp_path / "paper").provenance["recipe"]) == recipe
+    refused(run(*common, "--mlp-activation", "residual"), "transmute: mlp_activation must be 'input' where sites are")
     refused(run(*common, "--c1", "0.6"), "--c1 belongs to --recipe paper", code=2)
     refused(run(*common, "--recipe", "mine"), "--recipe must be default or paper", code=2)
     refused(run(*common, "--recipe", "paper"), "layers must be distinct 0-based block indices below 3")

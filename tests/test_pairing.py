@@ -7,7 +7,7 @@ import torch
 from models import tiny_gemma3, tiny_tokenizer
 from tolerances import SOLVED
 from torch import Tensor
-from two_forwards import activations, float64_throughout, sums
+from two_forwards import activations, float64_throughout, row_sums, sums
 
 import thought_kernels as tk
 from thought_kernels.estimation import estimators
@@ -230,3 +230,55 @@ def test_blocks_beyond_the_last_targeted_one_and_the_head_are_not_run() -> None:
     model.model.layers[1].mlp.register_forward_pre_hook(refuse)  # nor the MLP of the last one where no site needs it
     for pairing in ("two_pass", "layerwise", "sequential"):
         tk.transmute(model, TOKENIZER, INSTRUCTION, EXAMPLES, layers=[0, 1], sites=("attention",), pairing=pairing)
+
+
+@pytest.mark.parametrize("pairing", ["two_pass", "layerwise", "sequential"])
+def test_the_mlp_s_activation_may_be_the_stream_before_its_norm(pairing: str) -> None:
+    """Σ δ hᵀ/‖h‖, δ still the change of u: the paper's A(x) with its skip, in a block with a norm before the MLP."""
+    model = model_of(8)
+    options = {"sites": ("mlp",), "pairing": pairing, "layers": [0], "estimator": "mean", "normalization": "norm"}
+    patch = tk.transmute(model, TOKENIZER, INSTRUCTION, EXAMPLES, mlp_activation="residual", **options)
+    rows = []
+    for (prime, u), (_, h) in zip(pairs_of(model, (0, "mlp")), pairs_of(model, (0, "residual")), strict=True):
+        rows.append((prime - u, h, torch.ones(len(h), dtype=h.dtype)))
+    close(patch.matrix(0, "mlp"), row_sums(rows, norm=True)[0])
+    fit = patch.entries[0, "mlp"].fit  # nothing is said of how well Δ h fits: the patch acts on u
+    assert fit.rows == sum(len(u) for _, u, _ in rows) and fit.residual is fit.best_scale is None
+    assert tk.Recipe.from_dict(patch.provenance["recipe"]).mlp_activation == "residual"
+    default, named = (
+        tk.transmute(model, TOKENIZER, INSTRUCTION, EXAMPLES, **options, **given)
+        for given in ({}, {"mlp_activation": "input"})
+    )
+    assert torch.equal(default.matrix(0, "mlp"), named.matrix(0, "mlp"))
+    close(named.matrix(0, "mlp"), sums(pairs_of(model, (0, "mlp")), norm=True)[0])
+    assert (patch.matrix(0, "mlp") - named.matrix(0, "mlp")).norm() > 0.01 * named.matrix(0, "mlp").norm()
+
+
+@pytest.mark.parametrize("pairing", ["two_pass", "layerwise", "sequential"])
+def test_the_header_s_rows_have_the_same_activation(pairing: str) -> None:
+    """A fit's condition is that of Z, which the header's rows with δ = 0 enter."""
+    model = model_of(9)
+    patch = tk.transmute(
+        model, TOKENIZER, INSTRUCTION, EXAMPLES, sites=("mlp",), pairing=pairing, layers=[0], estimator="mean",
+        header_weight=0.6, mlp_activation="residual",
+    )  # fmt: skip
+    found = pairs_of(model, (0, "residual"))
+    gram = sums(found)[1]
+    header, chunk, e = aligned()[0]
+    ids = header + chunk + e
+    rows = activations(model, ids, len(ids))[0, "residual"][: len(header)]
+    gram += 0.6 * len(EXAMPLES) / len(header) * rows.T @ rows
+    mean = gram.trace() / len(gram)
+    wanted = (gram - mean * torch.eye(len(gram), dtype=gram.dtype)).norm() / gram.norm()
+    assert patch.entries[0, "mlp"].fit.anisotropy == pytest.approx(float(wanted), rel=1e-6)
+
+
+def test_the_paper_recipe_takes_either_reading_of_its_activation() -> None:
+    model = model_of(1)
+    recipe = tk.paper_recipe(c1=0.5, c2=0.2, layers=[1, 2], steps=7, mlp_activation="residual")
+    patch = tk.transmute(model, TOKENIZER, INSTRUCTION, EXAMPLES, **recipe)
+    for layer in (1, 2):
+        streams = zip(pairs_of(model, (layer, "mlp")), pairs_of(model, (layer, "residual")), strict=True)
+        rows = [(prime - u, h, torch.ones(len(h), dtype=h.dtype)) for (prime, u), (_, h) in streams]
+        close(patch.matrix(layer, "mlp"), 0.5 / 7 * row_sums(rows, norm=True)[0])
+        close(patch.vector(layer, "residual"), 0.2 / 7 * sums(pairs_of(model, (layer, "residual")))[2])

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from families import tiny
 from models import tiny_gemma3, tiny_tokenizer
 
 import thought_kernels as tk
@@ -30,6 +31,7 @@ EXAMPLE = {"prompt": "8 76", "completion": "x=2 ok"}
         ({"c2": math.inf}, ValueError, "c2 must be finite, got inf"),
         ({"c1": 0}, ValueError, "c1 or c2 must not be 0, got 0 and 0.0; the patch would change nothing"),
         ({"steps": 0}, ValueError, "steps must be finite and positive, got 0"),
+        ({"mlp_activation": "skip"}, ValueError, "mlp_activation must be one of input, residual, got 'skip'"),
         ({"steps": None}, TypeError, "steps must be a number, got NoneType"),
         ({"layers": 3}, TypeError, r"layers must be 0-based block indices or None, got 3; give a list or range"),
         ({"layers": "10-19"}, TypeError, "layers must be 0-based block indices or None, got '10-19'; give a list"),
@@ -56,6 +58,27 @@ def test_a_recipe_is_checked_when_it_is_made() -> None:
         replace(tk.Recipe(), completions=2.5)
     with pytest.raises(ValueError, match="^Recipe: options must be among layers, .*, got rigde"):
         tk.Recipe.from_dict({"rigde": 1})
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"mlp_activation": "skip"}, "must be one of input, residual, got 'skip'"),
+        ({}, "must be 'input' where sites are without 'mlp', got 'residual' with sites of the default"),
+        ({"sites": ["down"]}, r"must be 'input' where sites are without 'mlp', got 'residual' with sites \['down'\]"),
+        ({"sites": "mlp"}, "must be 'input' with estimator 'ridge', got 'residual'; it would fit Δ to h"),
+    ],
+)
+def test_the_residual_activation_is_refused_where_it_means_nothing(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=f"^transmute: mlp_activation {message}"):
+        tk.Recipe(**{"mlp_activation": "residual", **options})
+
+
+def test_the_residual_activation_is_refused_where_the_mlp_runs_beside_attention() -> None:
+    recipe = tk.paper_recipe(layers=[1], mlp_activation="residual")
+    recipe.for_model(describe(tiny("gpt_neox, one after the other")))
+    with pytest.raises(ValueError, match="^transmute: mlp_activation must be 'input' where .* at block 1, got 'resid"):
+        recipe.for_model(describe(tiny("pythia")))
 
 
 def test_the_options_of_transmute_are_the_recipe_s_fields_with_its_defaults() -> None:

@@ -57,6 +57,9 @@ def transmute(
     normalization: Annotated[
         str | None, typer.Option(help=_help("normalization", "none, norm or squared_norm."))
     ] = None,
+    mlp_activation: Annotated[
+        str | None, typer.Option(help=_help("mlp_activation", "What a is at the mlp site, input or residual."))
+    ] = None,
     scale: Annotated[
         str | None, typer.Option(help=_help("scale", "A number, or one per site: mlp=0.5,residual=0.1."))
     ] = None,
@@ -104,7 +107,8 @@ def transmute(
     chosen = replace(_recipe(recipe, options.pairs({"c1": c1, "c2": c2, "steps": steps})), **options.pairs({
         "layers": None if layers is None else options.read_layers(layers),
         "sites": site and tuple(options.listed(site)), "pairing": pairing, "estimator": estimator,
-        "normalization": normalization, "scale": None if scale is None else read_scale(scale), "ridge": ridge,
+        "normalization": normalization, "mlp_activation": mlp_activation,
+        "scale": None if scale is None else read_scale(scale), "ridge": ridge,
         "tokens": tokens, "header_weight": header_weight, "written_inputs": written_inputs,
         "completions": completions,
     }))  # fmt: skip

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -66,7 +67,7 @@ def fit(
         run = Run(
             decoder=decoder, groups=groups, layers=layers, sites=sites, accumulator=solution.accumulator,
             solve=solution.solve, header_weight=recipe.header_weight, tick=bar.update,
-            memory_budget=memory_budget,
+            memory_budget=memory_budget, mlp_activation=recipe.mlp_activation,
         )  # fmt: skip
         PAIRINGS[recipe.pairing](run)
     patch = solution.solve(layers, sites)
@@ -92,12 +93,19 @@ class _Solution:
                 layers=sorted({layer for layer, _ in missing}), sites=sorted({site for _, site in missing}),
                 provenance=self._described,
             )  # fmt: skip
-            self._solved.update(part.entries)
+            self._solved.update({(layer, site): self._judged(site, entry) for (layer, site), entry in part.entries.items()})
             if self._recipe.pairing == "sequential":  # which comes back to no block: its sums are the bulk of memory
                 for layer, site in missing:
                     self.accumulator.drop(layer, site)
             self._described.update(part.provenance)
         return ThoughtPatch({key: self._solved[key] for key in wanted}, self._described)
+
+
+    def _judged(self, site: str, entry: SitePatch) -> SitePatch:
+        """Without what the sums say of the fit where the rows were h: the patch acts on u, of which they know nothing."""
+        if site != "mlp" or self._recipe.mlp_activation == "input" or entry.fit is None:
+            return entry
+        return replace(entry, fit=replace(entry.fit, residual=None, best_scale=None))
 
 
 def _described(recipe: ResolvedRecipe) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from thought_kernels.models.decoder import Decoder
 from thought_kernels.ops.accumulate import NORMALIZATIONS
 from thought_kernels.ops.checks import as_integer, as_number, check_choice, check_number
 from thought_kernels.pairing.pairings import PAIRINGS
+from thought_kernels.pairing.run import MLP_ACTIVATIONS
 from thought_kernels.patches.site import SITES
 
 TOKENS = ("all", "answer")
@@ -51,6 +52,7 @@ class Recipe(Mapping[str, Any]):
         pairing: "two_pass", "layerwise" or "sequential".
         estimator: "mean", "exact", "ridge", "second_order" or "affine".
         normalization: "none", "norm" or "squared_norm".
+        mlp_activation: "input" or "residual", what a is at the mlp site; "residual" with the estimator "mean" alone.
         scale: λ, one number or one per site.
         ridge: ε, in units of Z's mean eigenvalue.
         tokens: "all" or "answer".
@@ -68,6 +70,7 @@ class Recipe(Mapping[str, Any]):
     pairing: str = "sequential"
     estimator: str = "ridge"
     normalization: str = "none"
+    mlp_activation: str = "input"
     scale: float | Mapping[str, float] = 1.0
     ridge: float = DEFAULT_RIDGE
     tokens: str = "all"
@@ -78,6 +81,7 @@ class Recipe(Mapping[str, Any]):
     def __post_init__(self) -> None:
         check_choice("transmute", "pairing", self.pairing, PAIRINGS)
         check_choice("transmute", "normalization", self.normalization, NORMALIZATIONS)
+        check_choice("transmute", "mlp_activation", self.mlp_activation, MLP_ACTIVATIONS)
         check_choice("transmute", "tokens", self.tokens, TOKENS)
         read: dict[str, Any] = {
             "layers": _layers("transmute", self.layers),
@@ -91,6 +95,8 @@ class Recipe(Mapping[str, Any]):
         if read["header_weight"] < 0:
             raise ValueError(f"transmute: header_weight must not be negative, got {self.header_weight}")
         read["scale"] = _scale(self.scale, read["sites"])
+        if self.mlp_activation == "residual":
+            _check_residual_activation(read["sites"], self.estimator)
         for name, value in read.items():
             object.__setattr__(self, name, value)
 
@@ -144,6 +150,12 @@ class Recipe(Mapping[str, Any]):
         self.check_blocks(blocks)
         layers = tuple(range(blocks) if self.layers is None else self.layers)
         sites = _sites_of(self.sites, decoder, layers)
+        parallel = [layer for layer in layers if decoder.blocks[layer].parallel]
+        if self.mlp_activation == "residual" and parallel:
+            raise ValueError(
+                "transmute: mlp_activation must be 'input' where the MLP reads the block's own input, beside attention "
+                f"and not after it, as at block {parallel[0]}, got 'residual'"
+            )
         scale = self.scale if isinstance(self.scale, Mapping) else dict.fromkeys(sites, self.scale)
         return ResolvedRecipe(**{**self, "layers": layers, "sites": sites, "scale": scale})
 
@@ -158,7 +170,12 @@ class ResolvedRecipe(Recipe):
 
 
 def paper_recipe(
-    *, c1: float = 0.015, c2: float = 0.0, layers: Iterable[int] | None = range(10, 20), steps: int = 300
+    *,
+    c1: float = 0.015,
+    c2: float = 0.0,
+    layers: Iterable[int] | None = range(10, 20),
+    steps: int = 300,
+    mlp_activation: str = Recipe.mlp_activation,
 ) -> Recipe:
     """Algorithm 1 with the paper's practice, as arguments for transmute: `transmute(..., **paper_recipe())`.
 
@@ -168,21 +185,27 @@ def paper_recipe(
     c1 · examples / steps, grows with the examples. An example without a completion gets one, the likeliest.
 
     A step is read as an example, as Algorithm 1 has it; §4.2 speaks of "demonstration tokens (i.e. steps)" instead, and
-    the algorithm's test, s > steps, takes one example more than it names. The paper's a is A(x), the attention's output
-    with its skip; where a norm stands before the MLP, W multiplies the normed u instead, and a is u here. Norms of the
-    two differ, and with them what one c1 does: the paper's constants are a place to start from.
+    the algorithm's test, s > steps, takes one example more than it names.
+
+    The paper's a is A(x), the attention's output with its skip, which is what its W multiplies. Where a norm stands
+    before the MLP the two part: W multiplies the normed u, and A(x) is h. Both readings are offered, a = u ("input",
+    unless given) and a = h ("residual"); δ is the change of u, and the patch acts on u, in both. A c1 of one is not
+    comparable with a c1 of the other, nor either with the paper's: to a token's own row its product adds c1/steps times
+    δ ‖u‖, δ ‖u‖ cos(h, u), and in the paper's block δ ‖h‖. The published constants are a place to start from.
 
     Args:
         c1: scale of the matrices. The paper took 0.015 for addition and multiplication, 0.03 for translation.
         c2: scale of the vectors: 0 for addition and multiplication, 0.2 for translation.
         layers: 0-based block indices, None for all; the paper's "10 through 20" of 26 blocks, read as 10..19.
         steps: the constant divisor.
+        mlp_activation: "input" for a = u, "residual" for a = h.
 
     Returns:
         A Recipe. The matrices act on the MLP inputs, the vectors on the block outputs.
 
     Raises:
-        ValueError: if c1 or c2 is not finite or both are 0, steps is not positive, or layers are no block indices.
+        ValueError: if c1 or c2 is not finite or both are 0, steps is not positive, layers are no block indices, or
+            mlp_activation is another.
         TypeError: if one of them is of another type.
 
     Source: "Transmuting prompts into weights", Algorithm 1 and §4.1 to §4.3.
@@ -192,10 +215,12 @@ def paper_recipe(
     check_number("paper_recipe", "steps", steps, positive=True)
     if not c1 and not c2:
         raise ValueError(f"paper_recipe: c1 or c2 must not be 0, got {c1} and {c2}; the patch would change nothing")
+    check_choice("paper_recipe", "mlp_activation", mlp_activation, MLP_ACTIVATIONS)
     return Recipe(
         layers=_layers("paper_recipe", layers), sites=("mlp", "residual"), pairing="two_pass", estimator="mean",
-        normalization="norm", scale={"mlp": c1 / steps, "residual": c2 / steps}, tokens="all", header_weight=0.0,
-        written_inputs=0, completions=1,
+        normalization="norm", mlp_activation=mlp_activation,
+        scale={"mlp": c1 / steps, "residual": c2 / steps}, tokens="all", header_weight=0.0, written_inputs=0,
+        completions=1,
     )  # fmt: skip
 
 
@@ -259,6 +284,19 @@ def _scale(given: Any, sites: tuple[str, ...] | None) -> float | SiteScales:
     if not any(used):
         raise ValueError(f"transmute: scale must not be 0 at every site, got {given}; the patch would change nothing")
     return scales if isinstance(given, Mapping) else used[0]
+
+
+def _check_residual_activation(sites: tuple[str, ...] | None, estimator: str) -> None:
+    if "mlp" not in (sites or ()):
+        raise ValueError(
+            f"transmute: mlp_activation must be 'input' where sites are without 'mlp', got 'residual' with sites "
+            f"{'of the default' if sites is None else list(sites)}; only that site has another a to choose"
+        )
+    if estimator != "mean":
+        raise ValueError(
+            f"transmute: mlp_activation must be 'input' with estimator {estimator!r}, got 'residual'; it would "
+            "fit Δ to h, and the patched module multiplies the normed u: take estimator='mean'"
+        )
 
 
 def _sites_of(sites: Iterable[str] | None, decoder: Decoder, layers: tuple[int, ...]) -> tuple[str, ...]:

@@ -35,6 +35,7 @@ def transmute(
     pairing: str = Recipe.pairing,
     estimator: str = Recipe.estimator,
     normalization: str = Recipe.normalization,
+    mlp_activation: str = Recipe.mlp_activation,
     scale: float | Mapping[str, float] = Recipe.scale,
     ridge: float = Recipe.ridge,
     tokens: str = Recipe.tokens,
@@ -78,6 +79,8 @@ def transmute(
         pairing: "two_pass", "layerwise" or "sequential", see pairing/pairings.py.
         estimator: "mean", "exact", "ridge", "second_order" or "affine", see estimators.solve.
         normalization: ν, "none", "norm" (‖a‖) or "squared_norm" (‖a‖²).
+        mlp_activation: what a is at the mlp site, "input" (u, which the patched module multiplies) or "residual" (h,
+            which u is the norm of: the paper's A(x)), see paper_recipe. The patch acts on u in both.
         scale: λ, one number or one per site. "exact", "ridge" and "affine" are made for 1. "mean" and "second_order"
             need it tuned: the latter grows without bound once λ passes 2 over Z's largest eigenvalue, and a warning
             says where a patch is worse than none, and with which scale it would not be on the same rows.
@@ -118,9 +121,9 @@ def transmute(
         and the header's rows are ours.
     """
     recipe = Recipe(
-        layers=layers, sites=sites, pairing=pairing, estimator=estimator, normalization=normalization, scale=scale,
-        ridge=ridge, tokens=tokens, header_weight=header_weight, written_inputs=written_inputs,
-        completions=completions,
+        layers=layers, sites=sites, pairing=pairing, estimator=estimator, normalization=normalization,
+        mlp_activation=mlp_activation, scale=scale, ridge=ridge, tokens=tokens,
+        header_weight=header_weight, written_inputs=written_inputs, completions=completions,
     )  # fmt: skip
     batch_size = as_integer("transmute", "batch_size", batch_size, least=1)
     memory_budget = as_integer("transmute", "memory_budget", memory_budget, least=1)

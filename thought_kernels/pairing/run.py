@@ -16,6 +16,7 @@ from thought_kernels.patches.patch import ThoughtPatch
 from thought_kernels.patches.site import STAGES, is_finite
 
 MEMORY_BUDGET = 2 << 30  # bytes
+MLP_ACTIVATIONS = ("input", "residual")
 
 
 @dataclass
@@ -36,6 +37,7 @@ class Run:
         header_weight: total weight of H's rows, which enter with δ = 0, relative to that of the examples.
         tick: called after each batch and block.
         memory_budget: bytes of hidden states that `sequential` keeps in memory, see spill.py.
+        mlp_activation: of MLP_ACTIVATIONS, what a is at the mlp site.
     """
 
     decoder: Decoder
@@ -47,6 +49,7 @@ class Run:
     header_weight: float
     tick: Callable[[], object]
     memory_budget: int = MEMORY_BUDGET
+    mlp_activation: str = "input"
     prefixes: list[list[BlockPrefix]] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -70,6 +73,10 @@ class Run:
         for group, prefixes in zip(self.groups, self.prefixes, strict=True):
             for batch in group.batches:
                 yield group, prefixes, batch
+
+    def mlp_rows(self, u: Tensor, h: Tensor) -> Tensor:
+        """a at the mlp site: the MLP's input u, or the residual stream h that it is the norm of (theory §5)."""
+        return h if self.mlp_activation == "residual" else u
 
     def update(
         self,

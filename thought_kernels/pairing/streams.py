@@ -117,7 +117,7 @@ def observe_difference(
         if stage & {"mlp", "down"}:
             u, delta_u = block.mlp_input_delta(h, delta_h, x)
             if "mlp" in stage:
-                run.update(block, "mlp", delta_u, u, weights, batch)
+                run.update(block, "mlp", delta_u, run.mlp_rows(u, h), weights, batch)
             if "down" in stage:
                 _observe_down(run, block, u + delta_u, u.to(delta_u.dtype), delta_h, batch, patch)
 
@@ -133,14 +133,15 @@ def observe_streams(
     if stage & {"mlp", "residual", "down"}:
         o = torch.cat([prime, patched(patch, block.index, "attention", plain)]).to(x.dtype)
         h = block.attention_residual(x, o).to(wide)
-        prime, plain = h.chunk(2)
-        delta_h = prime - plain
+        prime, plain_h = h.chunk(2)
+        delta_h = prime - plain_h
         if "residual" in stage:
             run.update(block, "residual", delta_h, None, batch.weights, batch)
         if stage & {"mlp", "down"}:
             prime, plain = block.mlp_input(h, x.to(wide)).chunk(2)
             if "mlp" in stage:
-                run.update(block, "mlp", prime - plain, plain.to(x.dtype), batch.weights, batch)
+                a = run.mlp_rows(plain, plain_h)
+                run.update(block, "mlp", prime - plain, a.to(x.dtype), batch.weights, batch)
             if "down" in stage:
                 _observe_down(run, block, prime, plain, delta_h, batch, patch)
 
@@ -189,9 +190,10 @@ def observe_header(
         run.update(block, "residual", torch.zeros_like(x, dtype=wide), None, weights)
     if not stage & {"mlp", "down"}:
         return
-    u = block.mlp_input(block.attention_residual(x, patched(patch, block.index, "attention", o)), x)
+    h = block.attention_residual(x, patched(patch, block.index, "attention", o))
+    u = block.mlp_input(h, x)
     if "mlp" in stage:
-        run.update(block, "mlp", torch.zeros_like(u, dtype=wide), u, weights)
+        run.update(block, "mlp", torch.zeros_like(u, dtype=wide), run.mlp_rows(u, h), weights)
     if "down" in stage:
         m, z = block.mlp_activation(patched(patch, block.index, "mlp", u))
         zero, weight = before_norm(block.post_feedforward_norm, m, torch.zeros_like(m, dtype=wide))

@@ -79,6 +79,7 @@ def refit(
     run = Run(
         decoder=decoder, groups=group_examples(encoded, batch_size, resolved.tokens, dtype), layers=layers,
         sites=sites, accumulator=own, solve=solve, header_weight=resolved.header_weight, tick=lambda: None,
+        mlp_activation=resolved.mlp_activation,
     )  # fmt: skip
     with torch.no_grad(), undisturbed(decoder.model):
         PAIRINGS[resolved.pairing](run)
