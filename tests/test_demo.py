@@ -111,6 +111,11 @@ def test_pieces_of_the_paper_s_recipe_add_up(model: Any) -> None:
     torch.testing.assert_close((3 * whole).matrix(layer, "mlp"), tripled.matrix(layer, "mlp"))
 
 
+def test_an_option_of_the_paper_s_recipe_is_not_silently_dropped(model: Any) -> None:
+    with pytest.raises(ValueError, match="^paper_patch: options must be none of the recipe's own, got pairing, ridge;"):
+        paper_patch(model, TOKENIZER, "Sum the numbers", ["1 2"], 0.3, ridge=0.5, pairing="layerwise", seed=1)
+
+
 def test_steps_and_layers() -> None:
     assert paper_steps(600) == list(range(40, 601, 40))
     assert default_steps(600) == [4, 8, 16, 32, 64] and default_steps(8) == [4, 8] and default_steps(5) == [4, 5]

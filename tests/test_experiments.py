@@ -94,7 +94,7 @@ def test_the_files_hold_the_report(ran: tuple[Any, Path]) -> None:
     report, output = ran
     written = json.loads((output / "results.json").read_text())
     assert [line["name"] for line in written["lines"]] == ["paper", "tuned", "default"]
-    assert written["settings"]["default_recipe"]["pairing"] == "sequential"
+    assert written["settings"]["transmute_defaults"]["pairing"] == "sequential"
     with (output / "points.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == sum(len(line.points) for line in report.lines)

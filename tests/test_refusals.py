@@ -54,6 +54,38 @@ def test_evaluate_refuses_what_the_model_cannot_read_or_write() -> None:
         tk.evaluate(model_of().model, TOKENIZER, "Sum now", examples, held_out=["1", "2"])
 
 
+@pytest.mark.parametrize(
+    ("given", "subject"),
+    [
+        ({"paraphrases": ["Sum up", "Add {}"]}, r"paraphrases\[1\] with held_out\[0\]"),
+        ({"others": ["Say {}"]}, r"others\['Say .*'\] with held_out\[0\]"),
+        ({"others": {"a": "Say {}"}}, r"others\['a'\] with held_out\[0\]"),
+        ({"others": {"a": {"instruction": "Say {}"}}}, r"others\['a'\] with held_out\[0\]"),
+        ({"others": {"a": {"instruction": "Say {}", "held_out": ["1", "2"]}}}, r"others\['a'\]\[0\]"),
+    ],
+)
+@pytest.mark.parametrize(
+    ("text", "refused"), [("<new>", "'<new>' .* in the instruction"), ("\ud800", "lone surrogate")]
+)
+def test_evaluate_refuses_other_instructions_that_the_model_cannot_read(
+    given: dict[str, Any], subject: str, text: str, refused: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def filled(value: Any) -> Any:
+        if isinstance(value, str):
+            return value.format(text)
+        if isinstance(value, dict):
+            return {name: filled(inner) for name, inner in value.items()}
+        return [filled(inner) for inner in value]
+
+    tokenizer, model = tiny_tokenizer(), model_of()
+    tokenizer.add_tokens("<new>")
+    monkeypatch.setattr(model.model, "forward", lambda *_, **__: pytest.fail("nothing may be computed"))
+    with pytest.raises(ValueError, match=f"^evaluate: {subject} must be .*{refused}"):
+        tk.evaluate(
+            model, tokenizer, "Sum now", [EXAMPLE, EXAMPLE | {"prompt": "9"}], held_out=["1", "2"], **filled(given)
+        )
+
+
 TOLD = [{"role": "user", "content": "ab"}, {"role": "assistant", "content": "ba"}]
 
 

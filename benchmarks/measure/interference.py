@@ -28,7 +28,7 @@ from tqdm import tqdm
 import thought_kernels as tk
 from thought_kernels.demo import CHECKPOINT
 from thought_kernels.demo.tasks import TASKS, held_out, inputs
-from thought_kernels.evaluation.experiments.experiments import default_recipe
+from thought_kernels.evaluation.experiments.experiments import transmute_defaults
 from thought_kernels.evaluation.measures.overlap import rank_correlation
 from thought_kernels.evaluation.measures.trial import Trial
 from thought_kernels.evaluation.records.digests import data_hash, fingerprint
@@ -118,11 +118,11 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=RESULTS / "interference.csv")
     settings = parser.parse_args()
     model, tokenizer = load(settings.model)
-    # Rows of another model or recipe are not gone on from.
+    # Rows of another model, or of other defaults of transmute (the column recipe is their hash), are not gone on from.
     weights = fingerprint(model)
     names, strengths = settings.tasks.split(","), [float(part) for part in settings.strengths.split(",")]
     key = {"examples": str(settings.examples), "inputs": str(settings.inputs), "seed": str(settings.seed),
-           "weights": weights, "recipe": data_hash(default_recipe())}  # fmt: skip
+           "weights": weights, "recipe": data_hash(transmute_defaults())}  # fmt: skip
     rows = []
     if settings.output.exists():
         with settings.output.open(newline="") as file:

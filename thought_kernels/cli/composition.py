@@ -44,7 +44,7 @@ def composition(
     offline: options.Offline = False,
 ) -> None:
     """Add and negate patches of two instructions on numbers, and see whether overlap foretells the damage."""
-    from thought_kernels.evaluation.experiments.experiments import default_recipe
+    from thought_kernels.evaluation.experiments.experiments import transmute_defaults
     from thought_kernels.version import __version__
 
     options.check_folder(output)
@@ -64,7 +64,7 @@ def composition(
     )  # fmt: skip
     journal = Journal(output / "journal.jsonl", {
         "experiment": "composition", "fit": fit, "fresh": fresh, "match": scorer.name, "max_new_tokens": room,
-        "weights": fingerprint(found), "default_recipe": default_recipe(), "version": __version__,
+        "weights": fingerprint(found), "transmute_defaults": transmute_defaults(), "version": __version__,
     })  # fmt: skip
     alone, together, both = _measure(run, journal, names, pairs)
     correlations = correlate(together)

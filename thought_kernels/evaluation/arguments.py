@@ -17,7 +17,7 @@ from thought_kernels.ops.checks import as_integer
 from thought_kernels.patches.apply import targets
 from thought_kernels.patches.patch import ThoughtPatch
 from thought_kernels.prompts.fits import check_fits
-from thought_kernels.prompts.prompt import Example, Instruction, load_examples
+from thought_kernels.prompts.prompt import EncodedExample, Example, Instruction, load_examples
 
 
 @dataclass(frozen=True)
@@ -213,9 +213,26 @@ def _check_fits(subject: Subject, *, also_unrelated: bool) -> None:
         ("longer", told, [] if subject.longer is None else subject.longer.questions),
         ("unrelated", told, subject.unrelated if also_unrelated else []),
     ]
+    wordings: dict[str, Instruction] = {
+        f"paraphrases[{index}]": wording for index, wording in enumerate(subject.paraphrases)
+    }
     for name, other in subject.others.items():
-        given.append((f"others[{name!r}]", other.instruction, [] if other.inputs is None else other.inputs.questions))
+        if other.inputs is None:
+            wordings[f"others[{name!r}]"] = other.instruction
+        else:
+            given.append((f"others[{name!r}]", other.instruction, other.inputs.questions))
+    for name, wording in wordings.items():  # which the same inputs are asked with
+        given += [(f"{name} with held_out", wording, subject.held_out.questions)]
+        given += [(f"{name} with examples", wording, subject.examples)]
     for name, instruction, rows in given:
         for index, example in enumerate(rows):
-            row = subject.encode(example, instruction)
-            check_fits(f"evaluate: {name}[{index}]", row, subject.tokenizer, decoder.context, decoder.vocabulary)
+            where = f"evaluate: {name}[{index}]"
+            row = _encoded(where, subject, example, instruction)
+            check_fits(where, row, subject.tokenizer, decoder.context, decoder.vocabulary)
+
+
+def _encoded(where: str, subject: Subject, example: Example, instruction: Instruction) -> EncodedExample:
+    try:
+        return subject.encode(example, instruction)
+    except (ValueError, TypeError) as error:
+        raise type(error)(f"{where} must be a prompt that can be encoded, got none; {error}") from error

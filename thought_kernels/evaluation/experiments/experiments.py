@@ -108,7 +108,7 @@ def run_experiment(
         "layers": chosen, "blocks": blocks, "steps": len(data.fit), "validation": len(data.validation),
         "inputs": len(data.fresh), "data": data_hash(data), "match": as_scorer(match).name,
         "max_new_tokens": max_new_tokens, "model": _model_name(model), "weights": fingerprint(model),
-        "default_recipe": default_recipe(), "version": __version__,
+        "transmute_defaults": transmute_defaults(), "version": __version__,
     }  # fmt: skip
     journal = Journal(output / "journal.jsonl", settings)
     options = {"match": match, "max_new_tokens": max_new_tokens, "batch_size": batch_size}
@@ -131,12 +131,15 @@ def _model_name(model: Any) -> str:
     return Path(name).name if Path(name).is_dir() else name
 
 
-def default_recipe() -> dict[str, Any]:
-    """transmute's own defaults, as JSON values: what results depend on."""
+def transmute_defaults() -> dict[str, Any]:
+    """The defaults of transmute's options, the recipe's and the others, as JSON values: what results depend on.
+
+    Rows on disk are told apart by these. `mlp_activation` is left out, since none of the default sites has it.
+    """
     return {
         name: list(parameter.default) if isinstance(parameter.default, tuple) else parameter.default
         for name, parameter in inspect.signature(transmute).parameters.items()
-        if parameter.default is not inspect.Parameter.empty and name != "progress"
+        if parameter.default is not inspect.Parameter.empty and name not in ("mlp_activation", "progress")
     }
 
 

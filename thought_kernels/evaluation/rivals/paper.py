@@ -40,10 +40,18 @@ def paper_patch(
         model, tokenizer, instruction, examples: as transmute takes them.
         c1, c2: scales of matrices and vectors; the patch is linear in both.
         layers: 0-based blocks, None for paper_layers.
-        options: further arguments of transmute.
+        options: further arguments of transmute, none of them the recipe's.
+
+    Raises:
+        ValueError: an option that the recipe sets, or as paper_recipe.
     """
     blocks = paper_layers(len(describe(model).blocks)) if layers is None else list(layers)
     recipe = paper_recipe(c1=c1, c2=c2, steps=PAPER_DIVISOR, layers=blocks)
+    if taken := sorted(recipe.keys() & options.keys()):
+        raise ValueError(
+            f"paper_patch: options must be none of the recipe's own, got {', '.join(taken)}; use transmute with "
+            "{**paper_recipe(...), ...}"
+        )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ScaleWarning)  # it is scaled, or one of several pieces
         return transmute(model, tokenizer, instruction, examples, **{"batch_size": 128, **options, **recipe})
