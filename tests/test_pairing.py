@@ -244,6 +244,7 @@ def test_the_mlp_s_activation_may_be_the_stream_before_its_norm(pairing: str) ->
     close(patch.matrix(0, "mlp"), row_sums(rows, norm=True)[0])
     fit = patch.entries[0, "mlp"].fit  # nothing is said of how well Δ h fits: the patch acts on u
     assert fit.rows == sum(len(u) for _, u, _ in rows) and fit.residual is fit.best_scale is None
+    assert patch.entries[0, "mlp"].activation_mean is None
     assert tk.Recipe.from_dict(patch.provenance["recipe"]).mlp_activation == "residual"
     default, named = (
         tk.transmute(model, TOKENIZER, INSTRUCTION, EXAMPLES, **options, **given)

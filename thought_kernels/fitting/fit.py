@@ -93,19 +93,19 @@ class _Solution:
                 layers=sorted({layer for layer, _ in missing}), sites=sorted({site for _, site in missing}),
                 provenance=self._described,
             )  # fmt: skip
-            self._solved.update({(layer, site): self._judged(site, entry) for (layer, site), entry in part.entries.items()})
+            self._solved.update({key: self._told(key[1], entry) for key, entry in part.entries.items()})
             if self._recipe.pairing == "sequential":  # which comes back to no block: its sums are the bulk of memory
                 for layer, site in missing:
                     self.accumulator.drop(layer, site)
             self._described.update(part.provenance)
         return ThoughtPatch({key: self._solved[key] for key in wanted}, self._described)
 
-
-    def _judged(self, site: str, entry: SitePatch) -> SitePatch:
-        """Without what the sums say of the fit where the rows were h: the patch acts on u, of which they know nothing."""
+    def _told(self, site: str, entry: SitePatch) -> SitePatch:
+        """An entry, without what sums over h would say of a patch that acts on u."""
         if site != "mlp" or self._recipe.mlp_activation == "input" or entry.fit is None:
             return entry
-        return replace(entry, fit=replace(entry.fit, residual=None, best_scale=None))
+        fit = replace(entry.fit, residual=None, fold_residual=None, spherical_scale=None, best_scale=None)
+        return replace(entry, activation_mean=None, fit=fit)
 
 
 def _described(recipe: ResolvedRecipe) -> dict[str, Any]:
