@@ -58,12 +58,12 @@ def written_inputs(
             model, [shown] * _DRAWS, ending.reached, max_new_tokens=longest + 1, batch_size=batch_size,
             seeds=[draw.getrandbits(63) for _ in range(_DRAWS)], progress="inputs" if progress else None,
         )  # fmt: skip
-        whole = [answer for answer in answers if ending.reached(answer)]
-        for text in (_read(line, quoted) for line in ending.texts(whole)):
+        before = len(found)
+        for text in (_read(line, quoted) for line in ending.texts([one for one in answers if ending.reached(one)])):
             if _key(text) and _key(text) not in seen:
                 seen.add(_key(text))
                 found.append(text)
-        if len(found) >= count:
+        if len(found) >= count or len(found) == before:  # a model that wrote none of 32 does not know such lists
             break
     return found[:count]
 
