@@ -87,6 +87,12 @@ def test_tokens_shows_the_alignment(folder: str) -> None:
     assert [row[-2] for row in rows if row[-1:] == ["completion"]] == ["7", "<end_of_turn>"]
 
 
+def test_tokens_notes_an_example_that_begins_with_the_instruction(folder: str) -> None:
+    told = run("tokens", "-m", folder, "-i", "add", "-e", "add 3 4")
+    assert told.exit_code == 0 and "example should be without the instruction, got one that begins" in told.stderr
+    assert "without the instruction" not in run("tokens", "-m", folder, "-i", "add", "-e", "3 4").stderr
+
+
 def test_tokens_shows_both_prefixes(folder: str) -> None:
     tokenizer, format = tiny_tokenizer(), "{prompt} -> {completion}\n"
     given = ("tokens", "-m", folder, "-i", "add", "-e", "3 4", "--format", format.replace("\n", r"\n"))
@@ -202,6 +208,17 @@ def test_verify_passes_and_fails(folder: str) -> None:
     failed = run("verify", "-m", folder, "-i", "add", "--tolerance", "1e-30")
     refused(failed, "verify: the replay must agree to 1.0e-30")
     assert "exact" not in failed.stdout
+
+
+def test_verify_replays_the_paper_s_own_site(folder: str) -> None:
+    model, tokenizer = load(folder, dtype=torch.float64)
+    ids = tk.align(tokenizer, "add", "3 1 4")
+    shown = printed(run("verify", "-m", folder, "-i", "add", "--site", "mlp"))
+    wanted = tk.replay(model, [*ids.H, *ids.I, *ids.e], (len(ids.H), len(ids.H) + len(ids.I)), site="mlp")
+    assert "exact to rounding" in shown and f"{wanted.control_error:.2e}" in shown
+    assert any(line.split() == ["site", "mlp"] for line in shown.splitlines())
+    assert f"{wanted.logit_error:.2e}" in shown
+    refused(run("verify", "-m", folder, "-i", "add", "--site", "down"), "--site must be attention or mlp", code=2)
 
 
 @pytest.mark.parametrize(

@@ -109,6 +109,8 @@ def test_the_diagnosis_stands_beside_what_was_measured(model: Any, whole: tuple[
         }
         assert shown["stable rank"] == pytest.approx(truth.stable_rank, rel=1e-5)  # the patch was stored in float32
         assert shown["transport"] == pytest.approx(float(truth.features.transport.mean()), rel=1e-5)
+        fit = patch.entries[layer, site].fit
+        assert (shown["anisotropy"], shown["spherical λ"]) == (fit.anisotropy, fit.spherical_scale)
         width, name = len(truth.singular_values), f"{site}, block {layer}"
         spectrum = section.series(name, "singular value")
         assert [figure.x for figure in spectrum] == [1, 2, 4, 8, 16, 32, width]

@@ -36,6 +36,7 @@ from thought_kernels.evaluation.rivals.steering import (
 from thought_kernels.evaluation.sections.baselines import BASELINES
 from thought_kernels.evaluation.sections.controls import randomised
 from thought_kernels.evaluation.sections.subject import Inputs, Subject, Tolerant
+from thought_kernels.evaluation.settings import warnings_of
 from thought_kernels.models import describe
 from thought_kernels.patches.patch import ThoughtPatch
 from thought_kernels.patches.site import SitePatch
@@ -77,6 +78,12 @@ def test_fingerprints_do_not_depend_on_the_number_of_threads(model: Any) -> None
     with torch.no_grad():
         layer.weight[5, 7] *= 1 + 2**-22
     assert digests.fingerprint(layer) != of_model and resume.fingerprint(whole, {}) != of_subject
+
+
+def test_inputs_that_begin_with_the_instruction_are_told(model: Any) -> None:
+    found = replace(subject(model), held_out=Inputs(load_examples(["3 1", "Sum them 2 7", "Sum them. 1 9"]), None))
+    assert warnings_of(found)[-2].startswith("2 of 3 held-out inputs begin with the instruction: what is called bare")
+    assert not any("begin with" in sentence for sentence in warnings_of(subject(model)))
 
 
 @pytest.mark.filterwarnings("ignore:transmute. .* completions did not end")

@@ -177,9 +177,21 @@ def test_print_shows_each_block_and_site() -> None:
         for layer in "02"
         for site, rank in (("attention", "3"), ("mlp", "3"), ("down", "3"), ("residual", "–"))
     ]
-    assert lines[-3].split()[-2:] == ["0.25", "inf"]
+    assert lines[-3].split()[-5:] == ["0.25", "inf", "–", "–", "–"]
     assert lines[-1].startswith("  condition inf: Z is singular")
     assert "–" in str(random_patch() * 2)
+
+
+def test_print_tells_how_far_rows_are_from_spherical_ones() -> None:
+    fit = Fit(7, 0.25, 12.5, None, 0.625, 0.0375, 0.0875)
+    lines = str(ThoughtPatch({(0, "mlp"): SitePatch(torch.eye(3), fit=fit)})).splitlines()
+    assert lines[1].split()[-5:] == ["best", "λ", "anisotropy", "d/tr", "Z"]
+    assert lines[2].split()[-5:] == ["0.25", "12.5", "0.0875", "0.625", "0.0375"]
+    assert lines[3:] == [
+        "  best λ: the scale that leaves the least residual",
+        "  anisotropy 0: Z is a multiple of 1, the rows are spherical, and best for 'mean' is d/tr Z",
+    ]
+    assert len(lines[1]) == len(lines[2]) and "anisotropy 0" not in str(random_patch())
 
 
 def test_to_moves_every_tensor() -> None:

@@ -86,6 +86,7 @@ def test_evaluate_refuses_other_instructions_that_the_model_cannot_read(
         )
 
 
+ANSWER = {"role": "assistant", "content": "x=2 ok"}
 TOLD = [{"role": "user", "content": "ab"}, {"role": "assistant", "content": "ba"}]
 
 
@@ -95,6 +96,14 @@ TOLD = [{"role": "user", "content": "ab"}, {"role": "assistant", "content": "ba"
         ("Sum now", "Sum now\n8 76", {}),
         ("Sum now", " Sum now", {}),
         ("Sum now", "Sum now: 8 76", {"separator": ": "}),
+        ("Sum now", "Sum now 8 76", {}),
+        ("Sum now", "Sum now. 8 76", {}),
+        ("Sum now:", "Sum now:8 76", {}),
+        ("Sum now", "Sum nowx8 76", {"separator": "x"}),
+        ("Sum now", [{"role": "user", "content": "8"}, ANSWER, {"role": "user", "content": "Sum now 8 76"}], {}),
+        ("Sum now", [{"role": "system", "content": "Sum now. Be brief"}, {"role": "user", "content": "8 76"}], {}),
+        ([{"role": "system", "content": "Sum now"}], "Sum now: 8 76", {}),
+        (TOLD, [{"role": "system", "content": "Be brief"}, *TOLD, {"role": "user", "content": "8 76"}], {}),
         (TOLD, [*TOLD, {"role": "user", "content": "8 76"}], {}),
     ],
 )
@@ -109,7 +118,8 @@ def test_examples_that_begin_with_the_instruction(instruction: Any, told: Any, o
 def test_words_that_the_instruction_merely_begins_are_no_instruction() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        tk.transmute(model_of(), TOKENIZER, "Sum", [EXAMPLE | {"prompt": "Summer 8"}])
+        for told in ("Sum", [{"role": "system", "content": "Sum"}]):
+            tk.transmute(model_of(), TOKENIZER, told, [EXAMPLE | {"prompt": "Summer 8"}])
 
 
 def test_a_patch_with_a_ridge_for_each_input_is_evaluated_with_a_recipe_for_the_other_fits() -> None:

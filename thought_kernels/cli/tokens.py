@@ -36,13 +36,14 @@ def tokens(
 ) -> None:
     """Print a prompt as H | I | e with token ids and both prefixes of e, or say why it does not align."""
     from thought_kernels.models.load import context_length
+    from thought_kernels.prompts.examples import read_example
+    from thought_kernels.prompts.instruction import begins_with
     from thought_kernels.prompts.prompt import explain
 
     told = options.read_instruction(instruction, demonstrations, system)
     tokenizer = options.load_tokenizer(model, offline)
-    rows = explain(
-        tokenizer, told, options.with_completion(example, completion), **options.prompting(separator, format, without)
-    )
+    given, prompting = options.with_completion(example, completion), options.prompting(separator, format, without)
+    rows = explain(tokenizer, told, given, **prompting)
     limit, length = context_length(model, offline=offline), rows[-1].position + 1
     if limit is not None and length > limit:
         raise ValueError(
@@ -72,3 +73,8 @@ def tokens(
         ids = [row.token_id for row in rows if row.part in parts]
         line = Text.assemble((f"{side:<7}", "bold"), f"  {len(ids):>3} tokens stand before e: {ids}")
         options.out.print(line, soft_wrap=True)
+    if begins_with(told, options.unescaped(separator), read_example(given, "tokens: example")):
+        options.show_warning(
+            "tokens: example should be without the instruction, got one that begins with it; a patch stands for an "
+            "instruction that is not in the prompt"
+        )

@@ -21,6 +21,9 @@ def verify(
     demonstrations: options.Demonstrations = None,
     system: options.System = None,
     model: options.Model = options.DEFAULT_MODEL,
+    site: Annotated[
+        str, typer.Option(help="Where the patches act: attention, or mlp, the paper's own, with the block's output.")
+    ] = "attention",
     tolerance: Annotated[
         float | None, typer.Option(help="Worst relative error that passes; by dtype if not given.")
     ] = None,
@@ -37,15 +40,17 @@ def verify(
     """
     from thought_kernels.models import describe
     from thought_kernels.pairing.batches import Group
-    from thought_kernels.pairing.replay import replay_group
+    from thought_kernels.pairing.replay import REPLAYED, replay_group
     from thought_kernels.prompts.prompt import encode
 
+    if site not in REPLAYED:
+        raise typer.BadParameter(f"--site must be {' or '.join(REPLAYED)}, got {site!r}")
     told = options.read_instruction(instruction, demonstrations, system)
     found, tokenizer = options.load_model(model, dtype, device, offline)
     row = encode(
         tokenizer, told, options.with_completion(example, completion), **options.prompting(separator, format, without)
     )
-    report = replay_group(describe(found), Group.of(row), row.tokens)
+    report = replay_group(describe(found), Group.of(row), row.tokens, site)
 
     arithmetic = str(found.dtype).removeprefix("torch.")
     allowed = TOLERANCES[arithmetic] if tolerance is None else tolerance
@@ -54,6 +59,7 @@ def verify(
     table = Table(box=None, pad_edge=False, show_header=False)
     replaced = f", I° {len(row.replaced)}" if row.replaced else ""
     table.add_row("tokens", f"H {len(row.header)}, I {len(row.instruction)}{replaced}, e {len(row.tokens)}")
+    table.add_row("site", site)
     table.add_row("arithmetic", arithmetic)
     table.add_row("worst block error", f"{block_error:.2e} (block {worst} of {len(report.block_error)}, 0-based)")
     table.add_row("logit error", f"{report.logit_error:.2e}")

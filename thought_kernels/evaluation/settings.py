@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from thought_kernels.evaluation.sections.subject import Subject
+from thought_kernels.prompts.instruction import begins_with
 from thought_kernels.version import __version__
 
 
@@ -43,6 +44,12 @@ def warnings_of(subject: Subject) -> list[str]:
             f"{shared} of {len(subject.held_out.questions)} held-out inputs are also examples: "
             "the figures on them say nothing about new inputs."
         )
+    for name, chats in (("held-out inputs", subject.held_out.questions), ("examples", subject.examples)):
+        told = sum(begins_with(subject.instruction, subject.separator, chat) for chat in chats)
+        if told:
+            found.append(
+                f"{told} of {len(chats)} {name} begin with the instruction: what is called bare is told it too."
+            )
     if len(subject.held_out.questions) < 30:
         found.append(f"Only {len(subject.held_out.questions)} held-out inputs: the intervals are wide.")
     return found

@@ -16,6 +16,7 @@ from thought_kernels.patches.apply import AppliedPatch
 from thought_kernels.patches.data import PatchData
 from thought_kernels.patches.export import PeftFolder, export_peft
 from thought_kernels.patches.merge import MergedPatch
+from thought_kernels.patches.site import Fit
 
 
 class ThoughtPatch(PatchData):
@@ -209,21 +210,29 @@ class ThoughtPatch(PatchData):
         ):  # fmt: skip
             if self.provenance.get(name) is not None:
                 yield f"  {name}: {self.provenance[name]}"
-        yield f"  {'block':>5}  {'site':<9}  {'rank':>5}  {'‖Δ‖':>9}  {'‖v‖':>9}  {'residual':>9}  {'condition':>9}"
+        heads = ("‖Δ‖", "‖v‖", "residual", "condition", "best λ", "anisotropy", "d/tr Z")
+        yield f"  {'block':>5}  {'site':<9}  {'rank':>5}  " + "  ".join(f"{head:>{_width(head)}}" for head in heads)
         for (layer, site), entry in self.entries.items():
             has_matrix = entry.matrix is not None or entry.factors is not None
             rank = str(entry.rank or "full") if has_matrix else "–"
             vector = None if entry.vector is None else float(torch.linalg.vector_norm(entry.vector.double()))
+            fit = entry.fit or Fit(0)
             numbers = (
-                entry.norm() if has_matrix else None,
-                vector,
-                entry.fit.residual if entry.fit else None,
-                entry.fit.condition if entry.fit else None,
-            )
-            cells = "  ".join(f"{'–' if number is None else format(number, '.3g'):>9}" for number in numbers)
+                entry.norm() if has_matrix else None, vector, fit.residual, fit.condition, fit.best_scale,
+                fit.anisotropy, fit.spherical_scale,
+            )  # fmt: skip
+            shown = ("–" if number is None else format(number, ".3g") for number in numbers)
+            cells = "  ".join(f"{cell:>{_width(head)}}" for head, cell in zip(heads, shown, strict=True))
             yield f"  {layer:>5}  {site:<9}  {rank:>5}  {cells}"
+        if any(entry.fit and entry.fit.anisotropy is not None for entry in self.entries.values()):
+            yield "  best λ: the scale that leaves the least residual"
+            yield "  anisotropy 0: Z is a multiple of 1, the rows are spherical, and best for 'mean' is d/tr Z"
         if any(entry.fit and entry.fit.condition == math.inf for entry in self.entries.values()):
             yield "  condition inf: Z is singular, the examples have fewer independent rows than the site has inputs"
+
+
+def _width(head: str) -> int:
+    return max(9, len(head))
 
 
 def _joined(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> dict[str, Any]:

@@ -45,13 +45,29 @@ def prompted(name: str, instruction: Instruction, chat: Example, separator: str,
 
 
 def begins_with(instruction: Instruction, separator: str, chat: Example) -> bool:
-    """Whether the example's chat has the instruction already, where it would be inserted."""
-    if not isinstance(instruction, str):
+    """Whether the example's chat has the instruction already: its turns, or its text at the start of a turn.
+
+    A text is looked for in every user and system turn, and so are the system messages of an instruction of turns.
+    """
+    if isinstance(instruction, str):
+        texts = [instruction]
+    else:
         turns = read_messages(instruction, "align: instruction")
-        return bool(turns) and chat.messages[: len(turns)] == turns
-    text, wanted = chat.messages[first_user(chat)]["content"].strip(), instruction.strip()
-    rest = text.removeprefix(wanted)
-    return rest == "" or (rest != text and rest.startswith(("\n", separator or "\n")))
+        starts = range(len(chat.messages) - len(turns) + 1) if turns else ()
+        if any(chat.messages[start : start + len(turns)] == turns for start in starts):
+            return True
+        texts = [turn["content"] for turn in turns if turn["role"] == "system"]
+    told = [turn["content"] for turn in chat.messages if turn["role"] != "assistant"]
+    return any(_opens(text.strip(), separator, content.strip()) for text in texts for content in told)
+
+
+def _opens(wanted: str, separator: str, content: str) -> bool:
+    """Whether a turn's text is the wanted one, or goes on after it with a separator or where a word ends."""
+    if not wanted or not content.startswith(wanted):
+        return False
+    rest = content[len(wanted) :]
+    in_word = rest[:1].isalnum() and wanted[-1].isalnum()
+    return not in_word or (separator != "" and rest.startswith(separator))
 
 
 def _unsaid(name: str) -> str:

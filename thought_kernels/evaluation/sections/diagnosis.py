@@ -28,6 +28,10 @@ def diagnosis(subject: Subject, section: Section) -> None:
             "largest |ΔD|": changed["largest_dimensionality_change"], "transport": changed["mean_transport"],
         }.items():  # fmt: skip
             section.add(site, quantity, value, x=layer)
+        fit = subject.patch.entries[layer, site].fit
+        if fit is not None and fit.anisotropy is not None and fit.spherical_scale is not None:
+            section.add(site, "anisotropy", fit.anisotropy, x=layer)
+            section.add(site, "spherical λ", fit.spherical_scale, x=layer)
         name = f"{site}, block {layer}"
         width = len(found.singular_values)
         for number in sorted({*(2**k for k in range(width.bit_length())), width}):
@@ -41,7 +45,8 @@ def diagnosis(subject: Subject, section: Section) -> None:
         "rank: exp of the entropy of Δ's squared singular values. Write, read: how much more "
         "than an average direction W amplifies what Δ writes into, or reads from. ΔD: change of a feature's fractional "
         "dimensionality, which is 1 for one that shares its direction with none. Transport: share of a feature's norm "
-        "that changed eigenspace of WᵀW. Means over all features."
+        "that changed eigenspace of WᵀW. Means over all features. Anisotropy: from 0, where the second moment of the "
+        "fitted activations is a multiple of 1, to 1; at 0 the estimator mean is least squares at the spherical λ."
     )
     section.note("Dotted: a Δ that prefers no direction. Curves that end below 100 %: the rest is in W's kernel.")
     _predicted(subject, section)
