@@ -16,6 +16,8 @@ import torch.distributed as dist
 from models import tiny_gemma3
 from patches import hooks, random_patch, same_bits, token_ids, weights
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 import thought_kernels as tk
 from thought_kernels.models import describe
@@ -150,6 +152,46 @@ def test_blocks_that_backward_runs_again_need_the_patch() -> None:
     model.gradient_checkpointing_enable({"use_reentrant": False})
     with pytest.raises(RuntimeError, match="different number of tensors|different metadata"):
         gradient(model, False, patch)
+
+
+def enabled_afterwards(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    model.train().gradient_checkpointing_enable({"use_reentrant": True})
+
+
+def trained_afterwards(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    model.train()
+
+
+def by_the_user(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def call(layer: nn.Module, x: Tensor, *others: Any, **options: Any) -> Any:
+        return checkpoint(partial(nn.Module.__call__, layer, **options), x, *others, use_reentrant=True)
+
+    monkeypatch.setattr(GradientCheckpointingLayer, "__call__", call)
+
+
+@pytest.mark.parametrize("begin", [enabled_afterwards, trained_afterwards, by_the_user])
+def test_checkpoints_that_begin_after_the_patch_are_noticed_once(
+    begin: Callable[[Any, pytest.MonkeyPatch], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny_gemma3().requires_grad_(True).eval()
+    if begin is trained_afterwards:
+        model.gradient_checkpointing_enable({"use_reentrant": True})
+        model.eval()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        with random_patch(sites=["attention"]).applied(model):
+            assert not caught
+            with torch.no_grad():
+                model(IDS)
+                copied = copy.deepcopy(model)
+            begin(model, monkeypatch)
+            model(IDS, use_cache=False).logits.sum().backward()
+            model(IDS, use_cache=False)
+        begin(copied, monkeypatch)
+        copied(IDS, use_cache=False)  # the patch is not in it
+    told = [warning for warning in caught if str(warning.message).startswith("applied: ")]
+    assert [warning.filename for warning in told] == [__file__]
+    assert "call backward before the patch is removed" in str(told[0].message)
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.ao.quantization:DeprecationWarning")

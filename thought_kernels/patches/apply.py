@@ -30,7 +30,10 @@ class AppliedPatch:
         check_unshared("applied", model, [(key, module) for key, _, module in checked])
         self._handles: list[RemovableHandle] = []
         try:
-            _warn_if_run_again(describe(model).model)
+            decoder = describe(model)
+            watch = _Watch(decoder.model)
+            for layer in sorted({layer for layer, _ in patch.entries}):
+                self._handles.append(decoder.blocks[layer].layer.register_forward_pre_hook(watch.input_hook))
             for (_, site), entry, module in checked:
                 change = _Change(entry)
                 # prepend: the patch applied last changes the activation first, as W (1 + Δ₁)(1 + Δ₂) does.
@@ -83,19 +86,49 @@ def _forget_compiled() -> None:
         torch._dynamo.reset_code_caches()
 
 
-def _warn_if_run_again(model: nn.Module) -> None:
-    """Warns where a backward pass would run blocks again: once the patch is gone, without it."""
-    for module in model.modules():
-        checkpoint = getattr(module, "_gradient_checkpointing_func", None)
-        if checkpoint is None or not (module.training and getattr(module, "gradient_checkpointing", False)):
-            continue
-        if getattr(checkpoint, "keywords", {}).get("use_reentrant") is not False:
-            warn(
-                "applied: model should not checkpoint gradients with use_reentrant=True, got a model that does; call "
-                "backward before the patch is removed, or the gradients are silently those of no model: "
-                "gradient_checkpointing_kwargs={'use_reentrant': False} raises there"
-            )
+_RUN_AGAIN = (
+    "applied: model should not checkpoint gradients with use_reentrant=True, got a model that does; call backward "
+    "before the patch is removed, or the gradients are silently those of no model: "
+    "gradient_checkpointing_kwargs={'use_reentrant': False} raises there"
+)
+
+
+def _runs_again(module: nn.Module) -> bool:
+    """Whether transformers would have a backward pass run the module again: once the patch is gone, without it."""
+    checkpoint = getattr(module, "_gradient_checkpointing_func", None)
+    if checkpoint is None or not (module.training and getattr(module, "gradient_checkpointing", False)):
+        return False
+    return getattr(checkpoint, "keywords", {}).get("use_reentrant") is not False
+
+
+class _Watch:
+    """Warns once of a model that runs blocks again, now or in a forward later on, whoever checkpoints them.
+
+    A copy or a pickle of the model takes its hooks along; there they do nothing.
+    """
+
+    def __init__(self, model: nn.Module | None) -> None:
+        self._told = model is None
+        if model is not None and any(map(_runs_again, model.modules())):
+            self._tell()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Watch, (None,)
+
+    def _tell(self) -> None:
+        self._told = True
+        warn(_RUN_AGAIN)
+
+    def input_hook(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        """Looks at a block that is about to run."""
+        if self._told or torch.compiler.is_compiling():
             return
+        if torch.is_grad_enabled():
+            again = _runs_again(module)
+        else:  # as in a reentrant checkpoint, whose input does have gradients; a leaf may be a user's under no_grad
+            again = any(isinstance(x, Tensor) and x.requires_grad and not x.is_leaf for x in args)
+        if again:
+            self._tell()
 
 
 class _Change:

@@ -56,7 +56,9 @@ class ThoughtPatch(PatchData):
                 several blocks share; no hook is left.
 
         Warns:
-            UserWarning: a model that trains with reentrant gradient checkpointing, which runs blocks again in backward.
+            UserWarning: a model that trains with reentrant gradient checkpointing, which runs blocks again in backward:
+                at once, or in the first forward that does. Not seen are a checkpoint of one's own around several blocks
+                together or inside one, and those of a compiled model that begin later.
         """
         return AppliedPatch(self, model)
 
