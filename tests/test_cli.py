@@ -198,7 +198,7 @@ def test_the_paper_s_recipe(folder: str, tmp_path: Path) -> None:
     refused(run(*common, "--c1", "0.6"), "--c1 belongs to --recipe paper", code=2)
     refused(run(*common, "--recipe", "mine"), "--recipe must be default or paper", code=2)
     refused(run(*common, "--recipe", "paper"), "layers must be distinct 0-based block indices below 3")
-    refused(run(*common, "--recipe", "paper"), "give layers= (--layers) that this model has")
+    refused(run(*common, "--recipe", "paper"), "name blocks that this model has")
     refused(run(*common, "--recipe", "paper", "--layers", "1", "--c1", "nan"), "paper_recipe: c1 must be finite, got")
 
 

@@ -53,6 +53,8 @@ TURN = "{prompt} -> {answer}"
     [
         ((*TRANSMUTE, "--layers", "5-2"), "--layers must be block indices such as 10-19 or 0,3,5-7, got '5-2'", 2),
         ((*TRANSMUTE, "--layers", "1,,2"), "--layers must be block indices such as 10-19 or 0,3,5-7, got '1,,2'", 2),
+        ((*TRANSMUTE, "--layers", "0-99999999999"), "--layers must be block indices below 10000, got '0-9999999", 2),
+        ((*TRANSMUTE, "--layers", "9" * 5000), "--layers must be block indices below 10000, got '99999", 2),
         ((*ADDITION, "--layers", "5-2"), "--layers must be block indices such as 10-19 or 0,3,5-7, got '5-2'", 2),
         ((*TRANSMUTE, "--recipe", "paper", "--c1", "nan"), "paper_recipe: c1 must be finite, got nan", 1),
         ((*ADDITION, "--c1", "nan"), "paper_recipe: c1 must be finite, got nan", 1),

@@ -271,7 +271,10 @@ def test_a_scorer_that_raises_costs_accuracies_only(model: Any) -> None:
             {"recipe": {"ridge": -1}},
             "recipe must have options .*; transmute: ridge must be .* positive, got -1",
         ),
-        ({"recipe": {"layers": [99]}}, "recipe must have options .*; .*layers must be distinct .* got .99.; give"),
+        (
+            {"recipe": {"layers": [99]}},
+            "recipe must have .*; .*layers must be .* got .99.; name blocks that this model has$",
+        ),
         ({"sweep_inputs": 1}, "sweep_inputs must be at least 2, got 1"),
         ({"outside": {"held_out": ["1"]}}, "outside must have the keys examples and held_out"),
         ({"others": {"x": {"held_out": ["1", "2"]}}}, "must have the keys instruction and held_out"),

@@ -125,7 +125,7 @@ def test_a_recipe_for_a_model_says_what_none_stood_for() -> None:
     resolved = tk.Recipe(scale=0.5).for_model(decoder)
     assert resolved.layers == (0, 1, 2) and resolved.sites == ("attention", "down")
     assert resolved.scale == {"attention": 0.5, "down": 0.5} and resolved.for_model(decoder) == resolved
-    with pytest.raises(ValueError, match=r"layers must be .* below 3, got \[1, 3\]; give layers= \(--layers\)"):
+    with pytest.raises(ValueError, match=r"layers must be .* below 3, got \[1, 3\]; name blocks that this model has"):
         tk.Recipe(layers=[3, 1]).for_model(decoder)
 
 

@@ -113,6 +113,11 @@ def test_ids_must_be_the_model_s() -> None:
         tk.replay(model, None, (1, 3))
 
 
+def test_a_model_without_a_head_has_no_logits_to_compare() -> None:
+    with pytest.raises(ValueError, match="^replay: model must have a language-model head, got Gemma3TextModel"):
+        tk.replay(tiny_gemma3(0).model, ids(0), (1, 3))
+
+
 @pytest.mark.parametrize("span", [None, 3, (1,), (1, 2, 3), ("1", "3"), (1.0, 3.0)])
 def test_a_span_is_two_integers(span: object) -> None:
     with pytest.raises(TypeError, match=r"^replay: span must be two integers \(start, stop\), got"):

@@ -81,17 +81,26 @@ def bench(
         raise typer.Exit(1)
 
 
+_Normal = Callable[..., Tensor]  # a shape to standard normal numbers on the device, in the dtype
+
+
 def _cases(rows: int, hidden: int, dtype: torch.dtype, device: str) -> Iterator[Case]:
     generator = torch.Generator().manual_seed(0)
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator).to(device, dtype)
 
-    delta, activation = normal(rows, hidden), normal(rows, hidden)
     sums = torch.float64 if dtype == torch.float64 else torch.float32
+    yield _accumulate(normal, rows, hidden, sums)
+    yield _paired_attention(normal, max(1, rows // 64))
+    yield _rms_norm_pair(normal, rows, hidden, sums)
+
+
+def _accumulate(normal: _Normal, rows: int, hidden: int, sums: torch.dtype) -> Case:
+    delta, activation = normal(rows, hidden), normal(rows, hidden)
 
     def accumulated(backend: str, d: Tensor = delta, a: Tensor = activation, total: torch.dtype = sums) -> Results:
-        cross, gram = (torch.zeros(hidden, hidden, dtype=total, device=device) for _ in range(2))
+        cross, gram = (torch.zeros(hidden, hidden, dtype=total, device=delta.device) for _ in range(2))
         tk.accumulate(cross, d, a, gram=gram, backend=backend)
         return cross, gram
 
@@ -100,9 +109,11 @@ def _cases(rows: int, hidden: int, dtype: torch.dtype, device: str) -> Iterator[
         return wide_delta.T @ wide, wide.T @ wide
 
     truth = accumulated("reference", delta.double(), activation.double(), torch.float64)
-    yield Case("accumulate", f"{rows} x {hidden}", by_products, accumulated, truth)
+    return Case("accumulate", f"{rows} x {hidden}", by_products, accumulated, truth)
 
-    batch, heads, length, size, prefix = max(1, rows // 64), 4, 64, 128, 32
+
+def _paired_attention(normal: _Normal, batch: int) -> Case:
+    heads, length, size, prefix = 4, 64, 128, 32
     q, k, v = normal(batch, heads, length, size), normal(batch, 1, length, size), normal(batch, 1, length, size)
     shared = (normal(1, prefix, size), normal(1, prefix, size))
 
@@ -110,8 +121,8 @@ def _cases(rows: int, hidden: int, dtype: torch.dtype, device: str) -> Iterator[
         query, key, value, *before = (t.double() if wide else t for t in (q, k, v, *shared))
         return tk.paired_attention(query, key, value, (before[0], before[1]), backend=backend)
 
-    causal = torch.ones(length, length, dtype=torch.bool, device=device).tril()
-    mask = torch.cat([torch.ones(length, prefix, dtype=torch.bool, device=device), causal], dim=1)
+    causal = torch.ones(length, length, dtype=torch.bool, device=q.device).tril()
+    mask = torch.cat([torch.ones(length, prefix, dtype=torch.bool, device=q.device), causal], dim=1)
 
     def twice() -> Results:
         attend = torch.nn.functional.scaled_dot_product_attention
@@ -122,8 +133,10 @@ def _cases(rows: int, hidden: int, dtype: torch.dtype, device: str) -> Iterator[
         return plain, (attend(q, keys, values, attn_mask=mask) - plain).float()
 
     shape = f"{batch} x {heads} x {length} x {size}, prefix {prefix}"
-    yield Case("paired_attention", shape, twice, paired, paired("reference", wide=True))
+    return Case("paired_attention", shape, twice, paired, paired("reference", wide=True))
 
+
+def _rms_norm_pair(normal: _Normal, rows: int, hidden: int, sums: torch.dtype) -> Case:
     x, change, weight = normal(rows, hidden), 0.1 * normal(rows, hidden).to(sums), normal(hidden)
 
     def normed(backend: str, wide: bool = False) -> Results:
@@ -135,9 +148,9 @@ def _cases(rows: int, hidden: int, dtype: torch.dtype, device: str) -> Iterator[
         plain, other = (
             torch.nn.functional.rms_norm(z, (hidden,), gain, 1e-6) for z in (x.to(sums), x.to(sums) + change)
         )
-        return plain.to(dtype), other - plain
+        return plain.to(x.dtype), other - plain
 
-    yield Case("rms_norm_pair", f"{rows} x {hidden}", norm_twice, normed, normed("reference", wide=True))
+    return Case("rms_norm_pair", f"{rows} x {hidden}", norm_twice, normed, normed("reference", wide=True))
 
 
 def _measured(case: Case, dtype: str, device: str, seconds: float) -> list[dict[str, Any]]:

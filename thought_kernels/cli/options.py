@@ -154,10 +154,15 @@ def read_layers(text: str) -> list[int]:
     """ "0,3,5-7" to [0, 3, 5, 6, 7]."""
     found: list[int] = []
     for part in text.split(","):
-        first, dash, last = (piece.strip() for piece in part.partition("-"))
-        if not first.isdecimal() or (dash and not (last.isdecimal() and int(first) <= int(last))):
-            raise typer.BadParameter(f"--layers must be block indices such as 10-19 or 0,3,5-7, got {text!r}")
-        found += range(int(first), int(last or first) + 1)
+        ends = [end.strip() for end in part.split("-", 1)]
+        if all(end.isdecimal() for end in ends):
+            if max(len(end.lstrip("0")) for end in ends) > 4:  # before a range of so many is made
+                raise typer.BadParameter(f"--layers must be block indices below 10000, got {text!r:.80}")
+            first, last = int(ends[0]), int(ends[-1])
+            if first <= last:
+                found += range(first, last + 1)
+                continue
+        raise typer.BadParameter(f"--layers must be block indices such as 10-19 or 0,3,5-7, got {text!r}")
     return found
 
 

@@ -137,7 +137,7 @@ class Recipe(Mapping[str, Any]):
         if layers and layers[-1] >= blocks:
             raise ValueError(
                 f"transmute: layers must be distinct 0-based block indices below {blocks}, got {list(layers)}; "
-                "give layers= (--layers) that this model has"
+                "name blocks that this model has"
             )
 
     def for_model(self, decoder: Decoder) -> ResolvedRecipe:

@@ -7,7 +7,7 @@
     norm       RMSNorm and LayerNorm, and their change in difference form
     linear     weights of linear modules, and which library forms their float32 products on a CPU
     load       a model and its tokenizer from a folder, the hub or a GGUF file
-    undisturbed  dropout and autocast off while activations are compared
+    undisturbed  dropout, autocast and the package's own attention off while activations are compared
 
 A further family is one more description in `families.FAMILIES`.
 """

@@ -263,10 +263,23 @@ def _mergeable(tensor: Tensor, dimensions: int) -> bool:
 
 def _check(function: str, inputs: dict[str, Any], accumulators: dict[str, Any], options: _Options) -> None:
     """Raises unless types, dtypes, devices and shapes fit; needs no data, so it serves fake tensors too."""
-    (delta_name, delta), (name, activation), (_, weights) = inputs.items()
-    cross, normalization, coefficient = accumulators["cross"], options.normalization, options.coefficient
+    _check_tensors(function, inputs, accumulators)
+    _check_inputs(function, inputs)
+    _check_accumulators(function, inputs, accumulators)
+    if not isinstance(options.normalization, str):
+        actual = type(options.normalization).__name__
+        raise TypeError(library.message(function, "normalization", "be a string", actual))
+    if options.normalization not in NORMALIZATIONS:
+        rule = f"be one of {', '.join(NORMALIZATIONS)}"
+        raise ValueError(library.message(function, "normalization", rule, repr(options.normalization)))
+    check_number(function, "coefficient", options.coefficient)
+
+
+def _check_tensors(function: str, inputs: dict[str, Any], accumulators: dict[str, Any]) -> None:
+    """Dense tensors on one device, of which those that are written may be; inputs and cross of a known dtype."""
+    cross, needed = accumulators["cross"], ("cross", *list(inputs)[:2])
     for argument, tensor in {**accumulators, **inputs}.items():
-        if tensor is None and argument not in ("cross", delta_name, name):
+        if tensor is None and argument not in needed:
             continue
         found = not_dense(tensor) if isinstance(tensor, Tensor) else (type(tensor).__name__, "")
         if found is not None:
@@ -280,21 +293,31 @@ def _check(function: str, inputs: dict[str, Any], accumulators: dict[str, Any], 
             raise ValueError(library.message(function, argument, f"be on cross's device {cross.device}", tensor.device))
     for argument, tensor in inputs.items():
         if tensor is not None and tensor.dtype not in _INPUT_DTYPES:
-            raise TypeError(
-                library.message(function, argument, "be float16, bfloat16, float32 or float64", tensor.dtype)
-            )
+            rule = "be float16, bfloat16, float32 or float64"
+            raise TypeError(library.message(function, argument, rule, tensor.dtype))
     if cross.dtype not in (torch.float32, torch.float64):
         raise TypeError(library.message(function, "cross", "be float32 or float64", cross.dtype))
+
+
+def _check_inputs(function: str, inputs: dict[str, Any]) -> None:
+    """Rows of the same leading dimensions, and of one width where their difference is formed."""
+    (delta_name, delta), (name, activation), (_, weights) = inputs.items()
     for argument, tensor in ((delta_name, delta), (name, activation)):
         if tensor.dim() == 0 or tensor.shape[-1] == 0:
             raise ValueError(library.message(function, argument, "be [..., d] with d ≥ 1", list(tensor.shape)))
-    rows, d_out, d_in = activation.shape[:-1], delta.shape[-1], activation.shape[-1]
-    if delta.shape[:-1] != rows or (function == "accumulate_pair" and d_out != d_in):
+    rows, d_in = activation.shape[:-1], activation.shape[-1]
+    if delta.shape[:-1] != rows or (function == "accumulate_pair" and delta.shape[-1] != d_in):
         rule = f"have {name}'s " + (f"leading dimensions {list(rows)}" if delta.shape[:-1] != rows else f"size {d_in}")
         raise ValueError(library.message(function, delta_name, rule, list(delta.shape)))
     if weights is not None and weights.shape != rows:
         fix = "weights are not broadcast"
         raise ValueError(library.message(function, "weights", f"have shape {list(rows)}", list(weights.shape), fix))
+
+
+def _check_accumulators(function: str, inputs: dict[str, Any], accumulators: dict[str, Any]) -> None:
+    """Shapes and dtypes that the inputs and cross ask for."""
+    (delta_name, delta), (name, activation), _ = inputs.items()
+    d_out, d_in, wanted = delta.shape[-1], activation.shape[-1], accumulators["cross"].dtype
     shapes = ((d_out, d_in), (d_in, d_in), (d_out,), (d_in,), (4,))
     for (argument, tensor), shape in zip(accumulators.items(), shapes, strict=True):
         if tensor is None:
@@ -302,17 +325,10 @@ def _check(function: str, inputs: dict[str, Any], accumulators: dict[str, Any], 
         if tuple(tensor.shape) != shape:
             fix = f"{delta_name} is {list(delta.shape)} and {name} is {list(activation.shape)}"
             raise ValueError(library.message(function, argument, f"have shape {list(shape)}", list(tensor.shape), fix))
-        dtype = torch.float64 if argument == "moments" else cross.dtype
+        dtype = torch.float64 if argument == "moments" else wanted
         if tensor.dtype != dtype:
             rule = "be torch.float64" if argument == "moments" else f"have cross's dtype {dtype}"
             raise TypeError(library.message(function, argument, rule, tensor.dtype))
-    if not isinstance(normalization, str):
-        raise TypeError(library.message(function, "normalization", "be a string", type(normalization).__name__))
-    if normalization not in NORMALIZATIONS:
-        raise ValueError(
-            library.message(function, "normalization", f"be one of {', '.join(NORMALIZATIONS)}", repr(normalization))
-        )
-    check_number(function, "coefficient", coefficient)
 
 
 library.declare(

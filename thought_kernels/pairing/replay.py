@@ -87,14 +87,19 @@ def replay(model: Any, with_ids: Tensor, span: tuple[int, int], *, site: str = "
         A ReplayReport.
 
     Raises:
-        ValueError: if with_ids is not one row of the model's ids, span is empty, outside, or leaves no token after, or
-            site is another.
+        ValueError: if the model has no language-model head, with_ids is not one row of the model's ids, span is empty,
+            outside, or leaves no token after, or site is another.
         TypeError: a model without an adapter, or a span that is not two integers.
 
     Source: "Transmuting prompts into weights", §2.2, eq. 3-6; the attention site is ours.
     """
     check_choice("replay", "site", site, REPLAYED)
     decoder = in_memory("replay", model)
+    if decoder.lm_head is None:
+        raise ValueError(
+            f"replay: model must have a language-model head, got {type(decoder.model).__name__}; load it with "
+            "AutoModelForCausalLM"
+        )
     try:
         ids = torch.as_tensor(with_ids)
     except (TypeError, ValueError, RuntimeError):

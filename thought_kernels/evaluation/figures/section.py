@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
-import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-import torch
-
 from thought_kernels.evaluation.measures.intervals import Interval
-from thought_kernels.evaluation.measures.memory import MemoryPeak
 
 
 @dataclass(frozen=True)
@@ -72,17 +67,6 @@ class Section:
         low, high = (value.low, value.high) if isinstance(value, Interval) else (math.nan, math.nan)
         number = value.value if isinstance(value, Interval) else float(value)
         self.figures.append(Figure(subject, quantity, number, low, high, inputs, x))
-
-    @contextlib.contextmanager
-    def cost(self, subject: str, device: torch.device, *, x: float | None = None) -> Iterator[None]:
-        """Appends the seconds and the peak memory of what is made within, unless it raises."""
-        started = time.monotonic()
-        with MemoryPeak(device) as peak:
-            yield
-        self.add(subject, "seconds to make", time.monotonic() - started, x=x)
-        self.add(subject, "peak memory while made", peak.host_mib, x=x)
-        if peak.device_mib is not None:
-            self.add(subject, "peak device memory while made", peak.device_mib, x=x)
 
     def note(self, sentence: str) -> None:
         """Appends a sentence that is not there yet."""

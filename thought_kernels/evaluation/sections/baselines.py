@@ -26,6 +26,7 @@ from thought_kernels.evaluation.rivals.steering import (
     mean_differences,
 )
 from thought_kernels.evaluation.sections.bystanders import Bystander
+from thought_kernels.evaluation.sections.cost import cost
 from thought_kernels.evaluation.sections.subject import Intervention, Subject
 from thought_kernels.fitting.recipe import Recipe, paper_recipe
 from thought_kernels.patches.patch import ThoughtPatch
@@ -44,13 +45,13 @@ def baselines(subject: Subject, section: Section) -> None:
     bystander = Bystander(subject)
     subject.report_references(section, subject.sweep)
     _report(subject, section, bystander, "patched", subject.patch)
-    with section.cost("patched", subject.decoder.device):  # the patch may have been given: it is made once more
+    with cost(section, "patched", subject.decoder.device):  # the patch may have been given: it is made once more
         subject.fit(subject.instruction, subject.examples)
     section.note("Unrelated KL: KL(bare ‖ changed) on the unrelated prompts, nats a token; smaller is gentler.")
     section.note("Seconds and the process's peak memory are those of making each, its choice of settings included.")
     for name, baseline in BASELINES.items():
         try:
-            with section.cost(name, subject.decoder.device):
+            with cost(section, name, subject.decoder.device):
                 label, intervention = baseline(subject, section)
         except Exception as error:  # peft not installed, or weights it cannot read: the others go on
             section.note(f"{name} was left out: {error}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from thought_kernels.evaluation.figures.section import Section
 from thought_kernels.evaluation.sections.bystanders import Bystander
+from thought_kernels.evaluation.sections.cost import cost
 from thought_kernels.evaluation.sections.subject import Subject
 
 SCALES = (0.0, 0.25, 0.5, 0.75, 0.9, 1.0, 1.1, 1.25, 1.5, 2.0)
@@ -31,6 +32,6 @@ def data(subject: Subject, section: Section) -> None:
             f"Measured to {counts[-1]} examples: {len(subject.pool)} were given, {COUNTS[-1]} would complete the curve."
         )
     for count in counts:
-        with section.cost("patched", subject.decoder.device, x=count):
+        with cost(section, "patched", subject.decoder.device, x=count):
             patch = subject.fit(subject.instruction, subject.pool[:count])
         subject.report(section, "patched", subject.measure(patch), x=count)
