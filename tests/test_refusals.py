@@ -118,8 +118,9 @@ def test_examples_that_begin_with_the_instruction(instruction: Any, told: Any, o
 def test_words_that_the_instruction_merely_begins_are_no_instruction() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
+        examples = [EXAMPLE | {"prompt": "Summer 8"}, EXAMPLE | {"prompt": "Sum_ 8"}]
         for told in ("Sum", [{"role": "system", "content": "Sum"}]):
-            tk.transmute(model_of(), TOKENIZER, told, [EXAMPLE | {"prompt": "Summer 8"}])
+            tk.transmute(model_of(), TOKENIZER, told, examples)
 
 
 def test_a_patch_with_a_ridge_for_each_input_is_evaluated_with_a_recipe_for_the_other_fits() -> None:

@@ -75,13 +75,13 @@ def with_inputs(
 ) -> tuple[list[EncodedExample], list[str]]:  # fmt: skip
     """The examples' rows and one for each further user text, in the examples' chats by turns; and these texts.
 
-    A text that the prompt cannot stand before, or that begins with the instruction, is left out.
+    A text that is blank, that the prompt cannot stand before, or that begins with the instruction, is left out.
     """
     found, used = list(rows), []
     for index, text in enumerate(texts):
         messages = examples[index % len(examples)].messages
         example = Example((*messages[:-1], {"role": "user", "content": text}), None)
-        if begins_with(prompt.instruction, prompt.separator, example):
+        if not text.strip() or begins_with(prompt.instruction, prompt.separator, example):
             continue
         try:
             row = prompt.encode(tokenizer, example, len(found))

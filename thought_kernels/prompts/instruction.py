@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -66,8 +67,8 @@ def _opens(wanted: str, separator: str, content: str) -> bool:
     if not wanted or not content.startswith(wanted):
         return False
     rest = content[len(wanted) :]
-    in_word = rest[:1].isalnum() and wanted[-1].isalnum()
-    return not in_word or (separator != "" and rest.startswith(separator))
+    in_word = re.match(r"\w\w", wanted[-1] + rest[:1])
+    return in_word is None or (separator != "" and rest.startswith(separator))
 
 
 def _unsaid(name: str) -> str:
