@@ -49,7 +49,8 @@ def written_inputs(
     room = min(_SHOWN_TOKENS, context - longest - 1)
     end = tokenizer.eos_token_id
     ending = Ending(() if end is None else (end,), "\n", tokenizer)
-    draw, seen, found = random.Random(f"{seed} inputs"), {_key(text) for text in given}, []
+    found: list[str] = []
+    draw, seen = random.Random(f"{seed} inputs"), {_key(text) for text in given}
     for _ in range(-(-_DRAWS_EACH * count // _DRAWS)):
         shown = _list(tokenizer, draw.sample(lines, len(lines)), end, room)
         if len(shown) > context - longest - 1:  # not even one line leaves room for another
