@@ -253,7 +253,10 @@ def test_small_differences_keep_their_accuracy_in_narrow_models(name: str, share
     def observed(model: Any, dtype: torch.dtype) -> dict[str, Tensor]:
         found: dict[str, Tensor] = {}
         decoder = describe(model)
-        run: Any = SimpleNamespace(decoder=decoder, update=lambda _, site, delta, *rest: found.update({site: delta}))
+        run: Any = SimpleNamespace(
+            decoder=decoder, update=lambda _, site, delta, *rest: found.update({site: delta}),
+            mlp_rows=lambda u, h: u,
+        )  # fmt: skip
         batch: Any = SimpleNamespace(weights=torch.ones(3, 11))
         x, o = drawn["x"].to(decoder.dtype), drawn["o"].to(decoder.dtype)
         stage = frozenset({"mlp", "residual", "down"})
