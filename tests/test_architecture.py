@@ -21,6 +21,7 @@ PACKAGE = ROOT / "thought_kernels"
 # model's weights through its description, and takes any object that hands out matrices as a patch.
 MAY_IMPORT = {
     "version": set(),
+    "__main__": {"cli"},
     "reference": set(),
     "triton": set(),
     "ops": {"reference", "triton"},

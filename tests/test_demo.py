@@ -69,7 +69,7 @@ def test_patches_are_fitted_on_inputs_that_are_not_measured(model: Any, monkeypa
     measured: list[list[str]] = []
 
     def transmute(model: Any, tokenizer: Any, instruction: str, examples: list[str], **options: Any) -> Any:
-        assert not options, "the table must use transmute's default settings"
+        assert options == {"written_inputs": 0}, "the table must use transmute's default settings, on given inputs"
         fitted.append(examples)
         return tk.transmute(model, tokenizer, instruction, examples, layers=[0], **options)
 

@@ -393,6 +393,11 @@ def test_a_csv_file_has_columns_or_one_column(text: str, expected: list[Example]
         ("question,answer\n1,2\n", "line 1, must name the columns prompt and completion, .* got question, answer"),
         ("completion\n", None),
         ('prompt,completion\n"1\n2",3\n4\n', "line 4, must have 2 cells as the first row has, got 1"),
+        (
+            "prompt;completion\n1;2\n",
+            "line 1, must name columns with commas between them, got 'prompt;completion'; save",
+        ),
+        ("Question\n1\n", "line 1, must name the column prompt, got 'question'; rename it"),
         ("prompt\n1, 2\n", "line 2, must have 1 cells .* got 2; a text with a comma"),
         ('prompt\n"1\n', "line 2, must be comma-separated values"),
     ],

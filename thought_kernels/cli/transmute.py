@@ -91,7 +91,8 @@ def transmute(
 ) -> None:
     """Turn an instruction into a patch, and save it.
 
-    Examples are inputs; where one has no completion, the model writes some with the instruction in its prompt.
+    Examples are inputs. Where one has no completion the model writes some, with the instruction in its prompt. Where
+    none has, it writes further inputs too.
     """
     from thought_kernels.prompts.examples import load_examples
 

@@ -212,6 +212,9 @@ class ThoughtPatch(PatchData):
         ):  # fmt: skip
             if self.provenance.get(name) is not None:
                 yield f"  {name}: {self.provenance[name]}"
+        if "written_inputs" in self.provenance:
+            written = len(self.provenance["written_inputs"])
+            yield f"  fitted on: {self.provenance.get('examples')} examples and {written} inputs that the model wrote"
         heads = ("‖Δ‖", "‖v‖", "residual", "condition", "best λ", "anisotropy", "d/tr Z")
         yield f"  {'block':>5}  {'site':<9}  {'rank':>5}  " + "  ".join(f"{head:>{_width(head)}}" for head in heads)
         for (layer, site), entry in self.entries.items():

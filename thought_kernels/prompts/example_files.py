@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 _COLUMNS = ("prompt", "completion")
+_HEADERS = {"prompts", "question", "questions", "input", "inputs", "text", "texts", "query", "request", "instruction"}
 
 
 def read_rows(path: Path) -> Iterator[tuple[str, Any]]:
@@ -79,6 +80,7 @@ def _csv(path: Path, text: str) -> Iterator[tuple[str, Any]]:
     (where, first), *rest = rows
     columns = [cell.strip().lower() for cell in first]
     if len(columns) == 1 and columns != ["prompt"]:
+        _check_no_header(where, columns[0])
         columns, rest = ["prompt"], rows
     if "prompt" not in columns or not set(columns) <= set(_COLUMNS) or len(set(columns)) != len(columns):
         raise ValueError(
@@ -93,6 +95,16 @@ def _csv(path: Path, text: str) -> Iterator[tuple[str, Any]]:
             )
         cells = dict(zip(columns, row, strict=True))
         yield where, {"prompt": cells["prompt"], "completion": cells.get("completion") or None}
+
+
+def _check_no_header(where: str, cell: str) -> None:
+    """Refuses a first row that is taken for a prompt and is plainly none."""
+    if "prompt" in [name.strip() for name in cell.replace(";", "\t").split("\t")]:
+        raise ValueError(
+            f"load_examples: {where}, must name columns with commas between them, got {cell!r}; save it comma-separated"
+        )
+    if cell in _HEADERS:
+        raise ValueError(f"load_examples: {where}, must name the column prompt, got {cell!r}; rename it")
 
 
 _READERS: dict[str, Callable[[Path, str], Iterator[tuple[str, Any]]]] = {
