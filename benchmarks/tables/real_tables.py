@@ -106,7 +106,7 @@ def tasks() -> str:
         lines.append((
             task + star, MODELS[model], *(shown(rows, name) for name in ("bare", "prompted", "patched")),
             f"{mean(recovered):.3f}", f"{min(recovered):.3f} to {max(recovered):.3f}",
-            f"{median(float(row['seconds']) for row in rows):.1f}", shown(rows, "generation"),
+            *(f"{median(float(row[name]) for row in rows):.1f}" for name in ("seconds", "generation")),
         ))  # fmt: skip
     head = ("task", "model", "bare", "prompted", "patched", "recovered", "over seeds", "seconds", "writing")
     return markdown(head, lines)
@@ -130,7 +130,8 @@ def rival() -> str:
         cells = [best(trained) for _, trained in sorted(checkpoints.items(), key=lambda item: int(item[0][0]))]
         star = r" \*" if rows[0]["reserved"] == "True" else ""
         lines.append((task + star, MODELS[model], best(ours), *cells))
-    return markdown(("task", "model", "patch", "LoRA, 25 steps", "50", "100", "200"), lines)
+    head = ("task", "model", "patch", "LoRA, 25 steps", "50", "100", "200")
+    return markdown(head, lines) if lines else "No LoRA has been trained yet."
 
 
 def recipes() -> str:
