@@ -118,7 +118,7 @@ def test_tables_take_means_over_seeds_and_the_best_rate(tmp_path: Path, monkeypa
             results.add({**row, **lora, "recovered": recovered})
     assert "| 0.000 | 0.800 | 0.800 | 0.850 | 0.850 |" in real_tables.summary()
     assert real_tables.summary().splitlines()[-1].endswith("| no | 5 |")
-    assert "| 0.850 | 0.800 to 0.900 | 5.0 | 1.000 |" in real_tables.tasks()
+    assert "| 0.850 | 0.800 to 0.900 | 5.0 | 1.0 |" in real_tables.tasks()
     assert real_tables.rival().splitlines()[-1] == (
         "| antonym | Gemma 3 270M | 0.900 in 4 s | 0.600 in 25 s | 0.600 in 200 s |"
     )
