@@ -103,13 +103,18 @@ def _batches(
         start += len(rows)
 
 
+def context_length(model: Any) -> int:
+    """The tokens of a model's longest prompt; sys.maxsize where its configuration names no end."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
+
+
 def rooms_behind(model: Any, prompts: Ids) -> list[int]:
     """How many tokens the model's context holds behind each prompt; sys.maxsize where its configuration names no end.
 
     Raises:
         ValueError: if a prompt leaves no room for a token.
     """
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
+    limit = context_length(model)
     for index, prompt in enumerate(prompts):
         if len(prompt) >= limit:
             raise ValueError(

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 import random
-import sys
 from collections.abc import Sequence
 from typing import Any
 
 from thought_kernels.generation.completions import Ending
-from thought_kernels.generation.continuations import continue_prompts
+from thought_kernels.generation.continuations import context_length, continue_prompts
 from thought_kernels.prompts.chat import text_tokenizer
 
 # A list shows given inputs up to so many tokens, as many lines as that may be.
@@ -45,15 +44,14 @@ def written_inputs(
     quoted = any(len(text.splitlines()) > 1 for text in given)
     lines = [json.dumps(text, ensure_ascii=False) if quoted else text.strip() for text in given]
     longest = max(len(tokenizer(line, add_special_tokens=False)["input_ids"]) for line in lines)
-    context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
-    room = min(_SHOWN_TOKENS, context - longest - 1)
+    behind = context_length(model) - longest - 1  # so many tokens leave room for a line
     end = tokenizer.eos_token_id
     ending = Ending(() if end is None else (end,), "\n", tokenizer)
     found: list[str] = []
     draw, seen = random.Random(f"{seed} inputs"), {_key(text) for text in given}
     for _ in range(-(-_DRAWS_EACH * count // _DRAWS)):
-        shown = _list(tokenizer, draw.sample(lines, len(lines)), end, room)
-        if len(shown) > context - longest - 1:  # not even one line leaves room for another
+        shown = _list(tokenizer, draw.sample(lines, len(lines)), end, min(_SHOWN_TOKENS, behind))
+        if len(shown) > behind:
             break
         answers = continue_prompts(
             model, [shown] * _DRAWS, ending.reached, max_new_tokens=longest + 1, batch_size=batch_size,
