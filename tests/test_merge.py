@@ -265,3 +265,23 @@ def test_shared_weights_are_not_written() -> None:
     mlp.up_proj.weight = _parameter(fused[1 : 1 + mlp.up_proj.weight.shape[0]])
     with pytest.raises(ValueError, match="must not be shared"):
         matrix_patch().merge_(model)
+
+
+def test_a_second_merge_of_the_same_patch_is_told_and_others_are_not(recwarn: pytest.WarningsRecorder) -> None:
+    model, patch = tiny_gemma3(), matrix_patch()
+    patch.merge_(model).undo()
+    patch.merge_(model)
+    matrix_patch(1, layers=(1,)).merge_(model)  # another patch, elsewhere
+    patch.merge_(tiny_gemma3(1))
+    assert not recwarn.list
+    again = matrix_patch()  # the same numbers, as when a folder is loaded anew
+    with pytest.warns(UserWarning, match="merge_: patch should be merged once, got one that is in these") as told:
+        second = again.merge_(model)
+    assert told[0].filename == __file__
+    second.undo()
+    with pytest.warns(UserWarning, match="merge_: patch should be merged once"):
+        again.merge_(model).undo()
+    model.load_state_dict(tiny_gemma3().state_dict())
+    recwarn.clear()
+    patch.merge_(model)  # into weights as they were before the first
+    assert not recwarn.list

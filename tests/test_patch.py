@@ -170,7 +170,7 @@ def test_norm_of_factors_is_that_of_their_product() -> None:
 def test_print_shows_each_block_and_site() -> None:
     text = str(random_patch(rank=3, provenance={"instruction": "sum the numbers"}))
     lines = text.splitlines()
-    assert lines[0] == "ThoughtPatch(hidden size 36, blocks [0, 2], sites ['attention', 'mlp', 'down', 'residual'])"
+    assert lines[0] == "ThoughtPatch(hidden size 36, blocks 0, 2, sites attention, mlp, down, residual)"
     assert "  instruction: sum the numbers" in lines
     assert [line.split()[:3] for line in lines if line.split()[0] in ("0", "2")] == [
         [layer, site, rank]
@@ -180,6 +180,20 @@ def test_print_shows_each_block_and_site() -> None:
     assert lines[-3].split()[-5:] == ["0.25", "inf", "–", "–", "–"]
     assert lines[-1].startswith("  condition inf: Z is singular")
     assert "–" in str(random_patch() * 2)
+
+
+def test_print_sums_up_a_real_model_s_blocks() -> None:
+    patch = random_patch(layers=(*range(9), 11), sites=("attention", "residual"), provenance={"instruction": "a" * 999})
+    scaled = {key: entry.scaled(1.0 + key[0]) for key, entry in patch.entries.items()}
+    patch = ThoughtPatch(scaled, patch.provenance)
+    lines = str(patch).splitlines()
+    assert lines[1] == f"  instruction: {'a' * 200}… (999 characters)"
+    assert lines[2].split() == ["site", "blocks", "rank", "‖Δ‖", "‖v‖", "condition"]
+    norms = [entry.norm() for (_, site), entry in patch.entries.items() if site == "attention"]
+    assert f" 0–8, 11  full  {min(norms):.3g}–{max(norms):.3g}" in lines[3] and lines[3].split()[0] == "attention"
+    assert lines[4].split()[:4] == ["residual", "0–8,", "11", "–"]
+    assert lines[5].endswith("shows all 20") and len(lines) == 7
+    assert len(patch.table().splitlines()) == 24 and "a" * 999 in patch.table()
 
 
 def test_print_tells_how_far_rows_are_from_spherical_ones() -> None:

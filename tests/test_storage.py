@@ -287,3 +287,23 @@ def test_a_file_is_no_folder(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match="directory must be a folder, got the file"):
         random_patch().save_pretrained(tmp_path / "file")
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("adapter_config.json", "a LoRA adapter, which peft's PeftModel.from_pretrained loads, by its adapter_config"),
+        ("config.json", "a model, which thought_kernels.load loads, by its config.json"),
+        ("notes.txt", "a folder with notes.txt"),
+        (None, "an empty one"),
+    ],
+)
+def test_other_folders_are_named(name: str | None, told: str, tmp_path: Path) -> None:
+    if name is not None:
+        (tmp_path / name).write_text("{}")
+    with pytest.raises(ValueError, match=f"folder that save_pretrained wrote, with {RECORD_FILE}, got {told}"):
+        ThoughtPatch.from_pretrained(tmp_path)
+    file = tmp_path / "vector.gguf"
+    file.write_bytes(b"GGUF")
+    with pytest.raises(ValueError, match="got a file; import_control_vector reads control vectors: .*vector.gguf"):
+        ThoughtPatch.from_pretrained(file)

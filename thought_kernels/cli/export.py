@@ -37,7 +37,8 @@ def export(
     examples: Annotated[
         Path | None,
         typer.Option(
-            exists=True, dir_okay=False, help="jsonl of such texts (default, where something is lost: the instruction)."
+            help="File of such texts, as transmute takes: txt, csv, json, jsonl (default, where something is lost: "
+            "the instruction)."
         ),
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer measured on.")] = 64,

@@ -2,7 +2,8 @@
 
 site            one block's and site's part
 data            PatchData: all parts, checked, with their provenance
-patch           ThoughtPatch: the data with its arithmetic, what it prints, and a door to each of the verbs below
+patch           ThoughtPatch: the data with its arithmetic, and a door to each of the verbs below
+summary         what a patch prints
 apply, merge    a patch in a model: by hooks, or in the weights
 vectors         the vectors' place among the biases
 storage         a patch as a folder

@@ -6,12 +6,14 @@ import logging
 from collections.abc import Iterator
 from types import TracebackType
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
 from thought_kernels.models import describe
 from thought_kernels.models.linear import is_linear, is_plain, linear_weight
+from thought_kernels.ops.caller import warn
 from thought_kernels.ops.checks import addresses
 from thought_kernels.patches.data import PatchData
 from thought_kernels.patches.site import SitePatch, is_finite
@@ -19,6 +21,17 @@ from thought_kernels.patches.vectors import Placed, placed
 
 _ROWS_PER_CHUNK = 4096
 _logger = logging.getLogger(__name__)
+
+
+class _Left(NamedTuple):
+    """What a merge left behind: the patch's checksums, and those of the weights that it wrote, by name."""
+
+    patch: tuple[Any, ...]
+    weights: dict[str, int]
+
+
+# Whether or not the handles were kept, for the patch that is merged a second time. Entries go with their models.
+_LEFT: WeakKeyDictionary[nn.Module, list[_Left]] = WeakKeyDictionary()
 
 
 class MergedPatch:
@@ -52,6 +65,8 @@ class MergedPatch:
                 known,
             )
 
+        merged = _checksums(patch)
+        _warn_of_a_second(self._model, merged)
         self._originals: list[tuple[str, Tensor, Tensor]] = []
         try:
             self._write(plan, names, backup_device)
@@ -59,6 +74,9 @@ class MergedPatch:
             self._restore()
             raise
         self._written = [_checksum(parameter) for _, parameter, _ in self._originals]
+        written = {name: total for (name, _, _), total in zip(self._originals, self._written, strict=True)}
+        self._left = _Left(merged, written)
+        _LEFT.setdefault(self._model, []).append(self._left)
 
     def undo(self) -> None:
         """Restores the weights bit for bit; calling it again does nothing.
@@ -132,6 +150,8 @@ class MergedPatch:
                 parameter.copy_(original)
                 self._originals.pop()
         self._written = []
+        left = _LEFT.get(self._model, [])
+        left[:] = [one for one in left if one is not getattr(self, "_left", None)]
 
 
 class _Edit(NamedTuple):
@@ -218,6 +238,29 @@ def _write(weight: Tensor, change: SitePatch, adds: bool) -> None:
         chunk = slice(start, start + _ROWS_PER_CHUNK)
         wide = _wide(weight[chunk])
         weight[chunk] = wide + (matrix[chunk] if adds else wide @ matrix)
+
+
+def _checksums(patch: PatchData) -> tuple[Any, ...]:
+    """What tells one patch's numbers from another's."""
+    return tuple(
+        (key, *((name, _checksum(tensor)) for name, tensor in entry.tensors().items()))
+        for key, entry in patch.entries.items()
+    )
+
+
+def _warn_of_a_second(model: nn.Module, patch: tuple[Any, ...]) -> None:
+    """Warns where the same patch is in the weights already and they are as it left them: it would act twice."""
+    earlier = [left for left in _LEFT.get(model, []) if left.patch == patch]
+    if not earlier:
+        return
+    parameters = dict(model.named_parameters())
+    for left in earlier:
+        if all(name in parameters and _checksum(parameters[name]) == total for name, total in left.weights.items()):
+            warn(
+                "merge_: patch should be merged once, got one that is in these weights already and now acts twice; "
+                "undo() one of the two, or say 2 * patch if that is meant"
+            )
+            return
 
 
 def _checksum(parameter: Tensor) -> int:

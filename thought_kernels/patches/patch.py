@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from thought_kernels.patches.apply import AppliedPatch
 from thought_kernels.patches.data import PatchData
 from thought_kernels.patches.export import PeftFolder, export_peft
 from thought_kernels.patches.merge import MergedPatch
-from thought_kernels.patches.site import Fit
+from thought_kernels.patches.summary import blocks, summary
 
 
 class ThoughtPatch(PatchData):
@@ -201,43 +201,14 @@ class ThoughtPatch(PatchData):
 
     def __repr__(self) -> str:
         width = self.hidden_size or next(iter(self.entries.values())).output_width
-        return f"ThoughtPatch(hidden size {width}, blocks {list(self.layers)}, sites {list(self.sites)})"
+        return f"ThoughtPatch(hidden size {width}, blocks {blocks(self.layers)}, sites {', '.join(self.sites)})"
 
     def __str__(self) -> str:
-        return "\n".join([repr(self), *self._lines()])
+        return "\n".join([repr(self), *summary(self)])
 
-    def _lines(self) -> Iterator[str]:
-        for name in (
-            "instruction", "model", "pairing", "estimator", "normalization", "scale", "ridge", "factor",
-        ):  # fmt: skip
-            if self.provenance.get(name) is not None:
-                yield f"  {name}: {self.provenance[name]}"
-        if "written_inputs" in self.provenance:
-            written = len(self.provenance["written_inputs"])
-            yield f"  fitted on: {self.provenance.get('examples')} examples and {written} inputs that the model wrote"
-        heads = ("‖Δ‖", "‖v‖", "residual", "condition", "best λ", "anisotropy", "d/tr Z")
-        yield f"  {'block':>5}  {'site':<9}  {'rank':>5}  " + "  ".join(f"{head:>{_width(head)}}" for head in heads)
-        for (layer, site), entry in self.entries.items():
-            has_matrix = entry.matrix is not None or entry.factors is not None
-            rank = str(entry.rank or "full") if has_matrix else "–"
-            vector = None if entry.vector is None else float(torch.linalg.vector_norm(entry.vector.double()))
-            fit = entry.fit or Fit(0)
-            numbers = (
-                entry.norm() if has_matrix else None, vector, fit.residual, fit.condition, fit.best_scale,
-                fit.anisotropy, fit.spherical_scale,
-            )  # fmt: skip
-            shown = ("–" if number is None else format(number, ".3g") for number in numbers)
-            cells = "  ".join(f"{cell:>{_width(head)}}" for head, cell in zip(heads, shown, strict=True))
-            yield f"  {layer:>5}  {site:<9}  {rank:>5}  {cells}"
-        if any(entry.fit and entry.fit.anisotropy is not None for entry in self.entries.values()):
-            yield "  best λ: the scale that leaves the least residual"
-            yield "  anisotropy 0: Z is a multiple of 1, the rows are spherical, and best for 'mean' is d/tr Z"
-        if any(entry.fit and entry.fit.condition == math.inf for entry in self.entries.values()):
-            yield "  condition inf: Z is singular, the examples have fewer independent rows than the site has inputs"
-
-
-def _width(head: str) -> int:
-    return max(9, len(head))
+    def table(self) -> str:
+        """What ``print`` shows, with a line for each block and site however many there are."""
+        return "\n".join([repr(self), *summary(self, whole=True)])
 
 
 def _joined(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> dict[str, Any]:

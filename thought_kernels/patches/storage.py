@@ -117,6 +117,7 @@ def load(directory: str | os.PathLike[str]) -> tuple[dict[tuple[int, str], SiteP
         ValueError: a file that is missing, truncated, altered, of another version or holds NaN; it names the file.
     """
     folder = as_path("from_pretrained", "directory", directory)
+    _check_kind(folder)
     record_path, tensor_path = folder / RECORD_FILE, folder / TENSOR_FILE
     record = _read_record(record_path)
     payload = _read(tensor_path)
@@ -151,6 +152,27 @@ def load(directory: str | os.PathLike[str]) -> tuple[dict[tuple[int, str], SiteP
         except (TypeError, ValueError) as error:
             raise damaged(tensor_path, f"hold a patch for block {key[0]}, site {key[1]!r}", str(error)) from error
     return entries, record["provenance"]
+
+
+def _check_kind(folder: Path) -> None:
+    """Raises for what is easily taken for a patch's folder: a patch's exports, and other files."""
+    if not folder.exists() or any((folder / name).exists() for name in (RECORD_FILE, TENSOR_FILE)):
+        return
+    kinds = {
+        "adapter_config.json": "a LoRA adapter, which peft's PeftModel.from_pretrained loads",
+        "config.json": "a model, which thought_kernels.load loads",
+    }
+    found = next((f"{what}, by its {name}" for name, what in kinds.items() if (folder / name).exists()), None)
+    if folder.is_file():
+        hint = "; import_control_vector reads control vectors" if folder.suffix == ".gguf" else ""
+        found = f"a file{hint}"
+    if found is None:
+        others = sorted(path.name for path in folder.iterdir())
+        found = f"a folder with {', '.join(others[:3])}{' and more' * (len(others) > 3)}" if others else "an empty one"
+    raise ValueError(
+        f"from_pretrained: directory must be a folder that save_pretrained wrote, with {RECORD_FILE}, got {found}: "
+        f"{folder}"
+    )
 
 
 def _read_record(path: Path) -> dict[str, Any]:
