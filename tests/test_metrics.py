@@ -21,6 +21,7 @@ from thought_kernels.evaluation.rivals.lora import _losses
 from thought_kernels.generation import logprobs as reading
 from thought_kernels.generation.completions import Ending, complete
 from thought_kernels.generation.logprobs import completion_logprobs, divergence
+from thought_kernels.generation.prefix import sees_all
 
 TOKENIZER = tiny_tokenizer()
 END = TOKENIZER.convert_tokens_to_ids("<end_of_turn>")
@@ -64,6 +65,24 @@ def test_padding_changes_nothing_in_any_family(name: str) -> None:
     model = tiny(name)
     found = list(completion_logprobs(model, PROMPTS, ANSWERS, batch_size=100))
     for logprobs, prompt, answer in zip(found, PROMPTS, ANSWERS, strict=True):
+        assert_same(logprobs, plain_logprobs(model, prompt, answer))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_long_beginning_that_rows_share_is_run_once(name: str) -> None:
+    """Also behind a window that it does not fit in, where it is run with each row."""
+    model, beginning = tiny(name), [2, *range(5, 28)]
+    prompts = [[*beginning, *prompt[1:]] for prompt in PROMPTS]
+    lengths: list[int] = []
+    handle = model.register_forward_pre_hook(
+        lambda _, __, options: lengths.append(options["input_ids"].shape[1]), with_kwargs=True
+    )
+    found = list(completion_logprobs(model, prompts, ANSWERS, batch_size=100))
+    handle.remove()
+    longest = max(len(prompt) + len(answer) for prompt, answer in zip(prompts, ANSWERS, strict=True))
+    once = sees_all(model, longest)
+    assert sum(lengths) == (longest if once else len(lengths) * longest)
+    for logprobs, prompt, answer in zip(found, prompts, ANSWERS, strict=True):
         assert_same(logprobs, plain_logprobs(model, prompt, answer))
 
 

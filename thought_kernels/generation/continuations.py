@@ -6,7 +6,6 @@ must be right where rows of different lengths are padded behind it, and what end
 
 from __future__ import annotations
 
-import copy
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -16,8 +15,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from thought_kernels.generation.padding import Ids, may_pad, padded
+from thought_kernels.generation.prefix import behind, cache_of, run_prefix, sees_all, shared_length
 from thought_kernels.models.undisturbed import undisturbed
-from thought_kernels.prompts.cuts import common_length
 
 Ended = Callable[[Sequence[int]], bool]
 
@@ -62,12 +61,11 @@ def continue_prompts(
     rooms = [min(max_new_tokens, room) for room in rooms_behind(model, prompts)]
     draws = [None if seed is None else torch.Generator().manual_seed(seed) for seed in seeds] or [None] * len(prompts)
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
-    # A token of each row is left to say what comes first.
-    shared = min(common_length(min(map(list, prompts)), max(map(list, prompts))), len(prompts[order[0]]) - 1)
+    shared = shared_length(prompts)
     written: list[list[int]] = [[] for _ in prompts]
     bar = tqdm(total=len(prompts), desc=progress, disable=progress is None, leave=False)
     with undisturbed(model), bar:
-        prefix = _run_prefix(model, prompts[0][:shared])
+        prefix = run_prefix(model, prompts[0][:shared])
         for rows in _batches(model, prompts, order, shared, max_new_tokens, batch_size):
             begun = [Begun(list(prompts[index][shared:]), rooms[index], draws[index]) for index in rows]
             for index, answer in zip(rows, _continue(model, prefix, shared, begun, ended), strict=True):
@@ -91,13 +89,11 @@ def _batches(
     model: Any, prompts: Ids, order: list[int], shared: int, max_new_tokens: int, batch_size: int
 ) -> Iterator[list[int]]:
     """Indices of prompts that may be run together, shortest prompts first."""
-    window = _window(model)
     mixed, start = may_pad(model), 0
     while start < len(order):
         rows = order[start : start + batch_size]
         longest = len(prompts[rows[-1]])
-        # Windows count places in the cache, and padding behind the prefix takes some: right only while all are in it.
-        if not mixed or (shared and window is not None and longest + max_new_tokens > window):
+        if not mixed or (shared and not sees_all(model, longest + max_new_tokens)):
             rows = [index for index in rows if len(prompts[index]) == len(prompts[rows[0]])]
         yield rows
         start += len(rows)
@@ -124,38 +120,15 @@ def rooms_behind(model: Any, prompts: Ids) -> list[int]:
     return [limit - len(prompt) for prompt in prompts]
 
 
-def _window(model: Any) -> int | None:
-    """The keys that a sliding layer of the model sees, None where no layer slides."""
-    config = model.config.get_text_config()
-    kinds = getattr(config, "layer_types", None)
-    return None if kinds and "sliding_attention" not in kinds else getattr(config, "sliding_window", None)
-
-
 def _device(model: Any) -> torch.device:
     return model.get_input_embeddings().weight.device
-
-
-def _run_prefix(model: Any, ids: Sequence[int]) -> dict[str, Any]:
-    """The cache of a prefix as a keyword argument of the model, none for an empty one."""
-    if not ids:
-        return {}
-    row = torch.tensor([list(ids)], device=_device(model))
-    return _cache(model(input_ids=row, use_cache=True, logits_to_keep=1))
-
-
-def _cache(output: Any) -> dict[str, Any]:
-    """A model's cache under the name that this version of transformers has for it, as output and as argument."""
-    name = next(name for name in ("cache", "past_key_values") if name in output)
-    return {name: output[name]}
 
 
 def _continue(model: Any, prefix: dict[str, Any], shared: int, begun: list[Begun], ended: Ended) -> list[list[int]]:
     """Continues one batch behind a prefix of `shared` tokens."""
     rows, draws = [row.ids for row in begun], [row.draws for row in begun]
     ids, mask, positions = padded(rows, _device(model), before=shared)
-    cache = copy.deepcopy(prefix)
-    for kept in cache.values():
-        kept.batch_repeat_interleave(len(rows))
+    cache = behind(prefix, len(rows))
     answers: list[list[int]] = [[] for _ in rows]
     going = [True] * len(rows)
     for _ in range(max(row.room for row in begun)):
@@ -193,4 +166,4 @@ def _step(
         input_ids=ids, attention_mask=None if whole else mask, position_ids=positions, use_cache=True,
         logits_to_keep=1, **cache,
     )  # fmt: skip
-    return out.logits[:, -1], _cache(out)
+    return out.logits[:, -1], cache_of(out)

@@ -9,15 +9,20 @@ import torch
 from torch import Tensor
 
 from thought_kernels.generation.padding import Ids, may_pad, padded
+from thought_kernels.generation.prefix import behind, run_prefix, sees_all, shared_length
 from thought_kernels.models.undisturbed import undisturbed
 
 # Logits held at once, [rows, tokens, vocabulary] in float32: 256 MiB. Gemma's vocabulary has 262,144 entries.
 MAX_LOGITS = 2**26
+# A beginning that rows share is run once from so many tokens on; a pass of its own reads all weights once more.
+_MIN_SHARED = 16
 
 
 @torch.no_grad()
 def completion_logprobs(model: Any, prompts: Ids, answers: Ids, *, batch_size: int) -> Iterator[Tensor]:
     """The model's log-probabilities at each token of given answers to given prompts.
+
+    What all prompts begin with is run once.
 
     Args:
         model: a transformers causal language model.
@@ -36,25 +41,35 @@ def completion_logprobs(model: Any, prompts: Ids, answers: Ids, *, batch_size: i
             f"completion_logprobs: answers must be one per prompt, got {len(answers)} for {len(prompts)} prompts"
         )
     embedding = model.get_input_embeddings().weight
-    mixed = may_pad(model)
+    mixed, shared = may_pad(model), _shared(model, prompts, answers)
+    with undisturbed(model):
+        prefix = run_prefix(model, prompts[0][:shared] if shared else [])
     start = 0
     while start < len(prompts):
         stop = _batch_stop(answers, start, batch_size, embedding.shape[0])
         if not mixed:
             stop = start + equal_lengths([[*prompts[i], *answers[i]] for i in range(start, stop)])
-        rows = [[*prompts[i], *answers[i]] for i in range(start, stop)]
+        rows = [[*prompts[i][shared:], *answers[i]] for i in range(start, stop)]
         counts = [len(answers[i]) for i in range(start, stop)]
-        ids, mask, positions = padded(rows, embedding.device)  # on the left: answers end together
+        ids, mask, positions = padded(rows, embedding.device, before=shared)  # on the left: answers end together
         keep = max(counts) + 1
         with undisturbed(model):
             logits = model(
-                input_ids=ids, attention_mask=mask, position_ids=positions, logits_to_keep=keep, use_cache=False
+                input_ids=ids, attention_mask=mask, position_ids=positions, logits_to_keep=keep,
+                use_cache=bool(shared), **behind(prefix, len(rows)),
             ).logits  # fmt: skip
         wide = torch.promote_types(logits.dtype, torch.float32)
         for index, count in enumerate(counts):
             # The token before the answer predicts its first; what the last one predicts is not asked.
             yield torch.log_softmax(logits[index, keep - 1 - count : keep - 1].to(wide), dim=-1)
         start = stop
+
+
+def _shared(model: Any, prompts: Ids, answers: Ids) -> int:
+    """How many tokens are run once for all rows."""
+    shared = shared_length(prompts) if len(prompts) > 1 else 0
+    longest = max((len(prompt) + len(answer) for prompt, answer in zip(prompts, answers, strict=True)), default=0)
+    return shared if shared >= _MIN_SHARED and sees_all(model, longest) else 0
 
 
 def equal_lengths(rows: Ids) -> int:
