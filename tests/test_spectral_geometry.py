@@ -156,11 +156,13 @@ def test_no_scheme() -> None:
     W = square_antiprism(30.0)
     assert spectral.association_scheme(W.T @ W) is None
     path = torch.eye(4) + 0.5 * torch.diag(torch.ones(3), 1) + 0.5 * torch.diag(torch.ones(3), -1)
-    path[0, 3] = path[3, 0] = 0.5  # a cycle of four: a scheme; of equal valencies but no scheme: the triangular prism
+    assert spectral.association_scheme(path) is None
+    path[0, 3] = path[3, 0] = 0.5  # a cycle of four: a scheme; the edges of a prism are of two kinds, which it tells
     assert spectral.association_scheme(path) is not None
     prism = torch.eye(6) + 0.1 * torch.block_diag(1 - torch.eye(3), 1 - torch.eye(3))
     prism[:3, 3:] = prism[3:, :3] = 0.1 * torch.eye(3)
-    assert spectral.association_scheme(prism) is None
+    scheme = spectral.association_scheme(prism)
+    assert scheme is not None and scheme.valencies.tolist() == [1, 1, 2, 2]
 
 
 def test_features_spread_over_eigenspaces_belong_to_no_frame() -> None:
@@ -187,6 +189,30 @@ def test_band_localized_and_broadband_features() -> None:
     assert {"band-localized", "broadband"} <= set(classes)
     assert spectral.classify_features(W, band=0.0).counts["band-localized"] == 0
     assert spectral.classify_features(W, localized=0.9).counts["localized"] == 5
+
+
+@pytest.mark.parametrize("squared", [1e-3, 1e-4, 0.3])
+def test_a_band_bounds_the_slack(squared: float) -> None:
+    """σ ≤ ω² + mass (Theorem 11), also where the dropped eigenvalues are far off and their 1/λ is large."""
+    far = math.sqrt(squared) * torch.tensor([[0.0, 0.9998, 0.9998], [0.0, 0.02, -0.02]], dtype=torch.float64)
+    generator = torch.Generator().manual_seed(0)
+    spread = torch.logspace(0, -4, 12, dtype=torch.float64)[:, None]
+    matrices = [
+        far + torch.tensor([[1.0, 0, 0], [0, 0, 0]], dtype=torch.float64),
+        *(spread * torch.randn(12, 40, generator=generator, dtype=torch.float64) for _ in range(3)),
+        torch.randn(8, 30, generator=generator, dtype=torch.float64),
+    ]
+    held = 0
+    for W in matrices:
+        for mass in (0.0, 1e-3, 0.1, 0.4):
+            for band in (0.1, 0.5, 0.9):
+                classes = spectral.classify_features(W, band=band, mass=mass)
+                slack = classes.measures.slack
+                assert float((slack - classes.band_half_width.square() - mass).max()) <= 1e-11
+                inside = classes.codes == 1
+                held += int(inside.sum())
+                assert not inside.any() or float(slack[inside].max()) <= band**2 + mass + 1e-11
+    assert held > 100
 
 
 def test_the_budget_of_the_classes() -> None:

@@ -245,12 +245,30 @@ def test_the_rank_tolerance() -> None:
     assert float(spectral.leverage(W).sum()) == pytest.approx(3, abs=1e-9)
 
 
-def test_eigenvalues_within_the_tolerance_are_one_and_gaps_are_chained() -> None:
-    values = torch.tensor([1.0, 1 - 4e-7, 1 - 8e-7, 1 - 12e-7, 0.5], dtype=torch.float64)
+def test_eigenvalues_within_the_tolerance_are_one() -> None:
+    values = torch.tensor([1.0, 1 - 4e-7, 1 - 8e-7, 0.5], dtype=torch.float64)
     W = values.sqrt().diag()
-    assert spectral.spectral_measure(W).multiplicities.tolist() == [4, 1]
-    assert spectral.spectral_measure(W, rtol=1e-7).multiplicities.tolist() == [1, 1, 1, 1, 1]
-    assert float(spectral.spectral_measure(W).eigenvalues[0]) == pytest.approx(1 - 6e-7, abs=1e-12)
+    assert spectral.spectral_measure(W).multiplicities.tolist() == [3, 1]
+    assert spectral.spectral_measure(W, rtol=1e-7).multiplicities.tolist() == [1, 1, 1, 1]
+    assert float(spectral.spectral_measure(W).eigenvalues[0]) == pytest.approx(1 - 4e-7, abs=1e-12)
+
+
+@pytest.mark.parametrize("rtol", [1e-3, 0.02, 0.1])
+def test_no_eigenspace_is_wider_than_the_tolerance(rtol: float) -> None:
+    """Small gaps in a row do not chain: a continuous spectrum is not one eigenvalue."""
+    steps = 1 + 0.3 * torch.rand(60, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    values = 1 - 0.01 * steps.cumsum(0)
+    found = spectral.frame_spectrum(values.sqrt().diag(), rtol=rtol)
+    widths = [
+        float(found.all_eigenvalues[found.groups == e].max() - found.all_eigenvalues[found.groups == e].min())
+        for e in range(len(found.eigenvalues))
+    ]
+    limit = rtol * float(found.all_eigenvalues[0])
+    assert max(widths) <= limit
+    # No two neighbours could be one: a group is cut at its largest gap only where it is too wide.
+    exact = values.round(decimals=2)
+    repeated = spectral.frame_spectrum(exact.sqrt().diag(), rtol=1e-6)
+    assert repeated.multiplicities.tolist() == exact.unique(return_counts=True)[1].flip(0).tolist()
 
 
 def test_zero_features_are_counted() -> None:

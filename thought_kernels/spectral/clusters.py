@@ -76,7 +76,7 @@ def tight_frames(
 
     Args:
         W: ``[m, n]``, features in columns; float64, float32, bfloat16 or float16, finite and not all zero.
-        rtol: eigenvalues no further than ``rtol`` times the largest from a neighbour are one.
+        rtol: eigenvalues within ``rtol`` times the largest of one another are one.
         localization: share of a feature's squared norm that may lie outside, in [0, 0.5).
         rank_rtol: singular values up to this times the largest count as zero; max(m, n) · eps of W's dtype by default.
 

@@ -70,7 +70,7 @@ class GramFlow:
     Args:
         W: [m, n], features in columns, finite and not zero.
         kernel: Φ, [n, n], symmetric.
-        rtol: eigenvalues no further than this times the largest from a neighbour form one eigenspace. Velocities of
+        rtol: eigenvalues within this times the largest of one another form one eigenspace. Velocities of
             eigenspaces closer than the step taken are of no use; group them.
 
     Attributes:

@@ -30,6 +30,9 @@ _FIGURES: dict[str, tuple[int, int, dict[float, int]]] = {
     "dodecahedron": (20, 3, {5**0.5 / 3: 3, 1 / 3: 6, -1 / 3: 6, -(5**0.5) / 3: 3, -1.0: 1}),
 }
 _LARGEST_POLYGON = 1024  # of more corners the inner products of neighbours are equal to the tolerance
+_LARGEST_SCHEME = 256  # points of a frame without a name whose scheme is looked for
+_ROUNDING = 1e-13
+_POWERS = 30  # steps of the power method: enough for a norm to within some per cent
 _BLOCK = 1024
 
 
@@ -63,7 +66,7 @@ def identify_geometry(cluster: TightFrame | Tensor, *, tol: float = GRAM_TOLERAN
         tol: how far inner products, for unit vectors, may be off.
 
     Returns:
-        The name, or None where any part is none of these.
+        The name, or None where any part is none of these: no tight frame of equal norms, or of no scheme.
 
     Raises:
         TypeError, ValueError: W_C is not a finite floating matrix; ``tol`` is not a positive number below 0.1.
@@ -82,7 +85,8 @@ def identify_geometry(cluster: TightFrame | Tensor, *, tol: float = GRAM_TOLERAN
 def identify_components(cluster: TightFrame | Tensor, *, tol: float = GRAM_TOLERANCE) -> list[Component]:
     """The parts of a cluster that are orthogonal to one another, each with its figure.
 
-    Parts are the connected components of |cos(w_i, w_j)| > tol.
+    Parts are the connected components of |cos(w_i, w_j)| > tol, or of a smaller one where the many smaller cosines
+    between such parts would together be half of a part's eigenvalue.
 
     Args:
         cluster, tol: as in identify_geometry.
@@ -116,7 +120,20 @@ def _identify(function: str, cluster: TightFrame | Tensor, tol: float) -> list[C
 
 
 def _components(unit: Tensor, tol: float) -> list[Tensor]:
-    """Connected components of |unitᵀ unit| > tol, as sorted indices; the Gram matrix is never held as a whole."""
+    """Parts of unit vectors that are orthogonal to one another, as sorted indices.
+
+    Parts are linked by |cos| > tol. Many inner products below tol may still bend the spectrum, as the 1/d of a large
+    simplex do: while they do, links are sought below tol.
+    """
+    parts = _linked(unit, tol)
+    while len(parts) > 1 and tol > _ROUNDING and not _apart(unit, parts):
+        tol /= 2
+        parts = _linked(unit, tol)
+    return parts
+
+
+def _linked(unit: Tensor, tol: float) -> list[Tensor]:
+    """Connected components of |unitᵀ unit| > tol; the Gram matrix is never held as a whole."""
     left = torch.arange(unit.shape[1], device=unit.device)
     found = []
     while len(left):
@@ -133,34 +150,85 @@ def _components(unit: Tensor, tol: float) -> list[Tensor]:
     return found
 
 
+def _apart(unit: Tensor, parts: list[Tensor]) -> bool:
+    """Whether what lies between the parts, ‖M − ⊕ M_part‖₂, is below half of every part's mean eigenvalue."""
+    inside = [unit[:, part] @ unit[:, part].T if len(part) > 1 else None for part in parts]
+    squares = [1.0 if F is None else float(F.square().sum()) for F in inside]
+    allowed = 0.5 * min(square / len(part) for square, part in zip(squares, parts, strict=True))
+    between = float((unit @ unit.T).square().sum()) - sum(squares)
+    if between <= allowed**2:
+        return True  # by the Frobenius norm already
+    large = [part for part in parts if len(part) > 1]
+    alone = torch.cat([part for part in parts if len(part) == 1] or [parts[0][:0]])
+    x = torch.randn(unit.shape[1], generator=torch.Generator().manual_seed(0), dtype=unit.dtype).to(unit.device)
+    norm = 0.0
+    for _ in range(_POWERS):
+        x = x / torch.linalg.vector_norm(x).clamp(min=1e-300)
+        y = unit.T @ (unit @ x)
+        y[alone] -= x[alone]
+        for part in large:
+            y[part] -= unit[:, part].T @ (unit[:, part] @ x[part])
+        x, norm = y, float(torch.linalg.vector_norm(y))
+    return norm <= allowed
+
+
 def _name(unit: Tensor, tol: float) -> str | None:
     """The figure of one component of unit vectors ``[m, p]``."""
     m, p = unit.shape
     if p == 1:
         return BASIS
-    eigenvalues = torch.linalg.eigvalsh(unit @ unit.T if m <= p else unit.T @ unit)
-    positive = eigenvalues[eigenvalues > p * tol]
-    d = len(positive)
-    if float((positive - p / d).abs().max()) > p * tol:
-        return None  # not tight
+    eigenvalues = torch.linalg.eigvalsh(unit @ unit.T if m <= p else unit.T @ unit).flip(0)
+    d, residual = _tightness(eigenvalues, p)
+    if residual > min(tol * d**0.5, 0.5) or d >= p:
+        return None
     polygon = d == 2 and p <= _LARGEST_POLYGON
-    if not (p == d + 1 or polygon or any((p, d) == figure[:2] for figure in _FIGURES.values())):
+    if not (p == d + 1 or polygon or p <= _LARGEST_SCHEME):
         return None
     M = unit.T @ unit
-    relation, values = relations(M, tol)
+    grouped = relations(M, tol)
+    if grouped is None:
+        return None
+    relation, values = grouped
     degrees = valencies(relation, len(values))
     if degrees is None:
         return None
     actual = dict(zip(values[1:].tolist(), degrees[1:].tolist(), strict=True))
-    if p == d + 1:
-        return SIMPLICES.get(p, "simplex") if _match(actual, {-1 / d: d}, tol) else None
+    if p == d + 1 and _match(actual, {-1 / d: d}, tol):
+        return SIMPLICES.get(p, "simplex")
     if polygon:
         expected = {math.cos(2 * math.pi * k / p): 1 if 2 * k == p else 2 for k in range(1, p // 2 + 1)}
-        return POLYGONS.get(p, f"{p}-gon") if _match(actual, expected, tol) else None
+        if _match(actual, expected, tol):
+            return POLYGONS.get(p, f"{p}-gon")
+    return _by_scheme(M, d, actual, tol) if p <= _LARGEST_SCHEME else None
+
+
+def _by_scheme(M: Tensor, d: int, actual: dict[float, int], tol: float) -> str | None:
+    """The figure with this scheme, or the scheme's parameters where it has no name."""
+    scheme, p = association_scheme(M, tol=tol), len(M)
+    if scheme is None:
+        return None
     for name, (points, dimension, expected) in _FIGURES.items():
         if (points, dimension) == (p, d) and _match(actual, expected, tol):
-            return name if association_scheme(M, tol=tol) is not None else None
-    return None
+            return name
+    # The tight frame of the strata that M fills must be M, to the tolerance.
+    filled = scheme.gram_eigenvalues > p / d / 2
+    tight = p / d * scheme.duals[filled].sum(0)
+    if int(scheme.dimensions[filled].sum()) != d or float((tight - scheme.values).abs().max()) > tol:
+        return None
+    return f"scheme ({p}, {d}; {', '.join(map(str, scheme.valencies[1:].tolist()))})"
+
+
+def _tightness(eigenvalues: Tensor, p: int) -> tuple[int, float]:
+    """The d for which p unit vectors are nearest to a tight frame, and ‖F − (p/d) P‖_F / ((p/d) √d).
+
+    Inner products that are off by at most tol move that by at most tol √d (Hoffman and Wielandt).
+    """
+    d = torch.arange(1, len(eigenvalues) + 1, dtype=eigenvalues.dtype, device=eigenvalues.device)
+    # Σ_{k≤d} (λ_k − p/d)² + Σ_{k>d} λ_k², without the difference that would cancel.
+    target = p / d[:, None] * (d <= d[:, None])
+    residuals = (eigenvalues - target).square().sum(1).sqrt() / (p / d.sqrt())
+    best = int(residuals.argmin())
+    return best + 1, float(residuals[best])
 
 
 def _match(actual: dict[float, int], expected: dict[float, int], tol: float) -> bool:

@@ -69,7 +69,7 @@ def spectral_measure(W: Tensor, *, rtol: float = RTOL, rank_rtol: float | None =
 
     Args:
         W: ``[m, n]``, features in columns; float64, float32, bfloat16 or float16, finite and not all zero.
-        rtol: eigenvalues no further than ``rtol`` times the largest from a neighbour are one.
+        rtol: eigenvalues within ``rtol`` times the largest of one another are one.
         rank_rtol: singular values up to this times the largest count as zero; max(m, n) · eps of W's dtype by default.
 
     Returns:
@@ -278,7 +278,7 @@ def support_bounds(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The ends of each spectral measure's support, and its relative half-width, which bounds the slack.
 
-    ω_i = (λ⁺_i − λ⁻_i) / (λ⁺_i + λ⁻_i),  σ_i ≤ ω_i² (+ 4 mass)
+    ω_i = (λ⁺_i − λ⁻_i) / (λ⁺_i + λ⁻_i),  σ_i ≤ ω_i² (+ 2 mass)
 
     λ⁻ is the smallest eigenvalue below which lies at most ``mass`` of E_μ[1/λ], and λ⁺ the largest above which lies at
     most ``mass`` of E_μ[λ]: what rounding leaves in the other eigenspaces does not count, and the bound stays true.

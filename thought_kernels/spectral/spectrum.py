@@ -7,6 +7,7 @@ W v_e = √λ_e u_e and Wᵀ u_e = √λ_e v_e.
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -36,7 +37,7 @@ class FrameSpectrum:
         groups: for each of them its eigenspace's index ``[r]``, 0 to E − 1.
         basis: orthonormal eigenvectors of columns columnsᵀ ``[min(m, n), r]``.
         right: those of M ``[n, r]`` where n < m; None elsewhere, where they may be too large to keep.
-        rtol: eigenvalues no further than this, times the largest, from a neighbour share an eigenspace.
+        rtol: eigenvalues within this, times the largest, of one another share an eigenspace.
     """
 
     matrix: Tensor
@@ -117,8 +118,8 @@ def frame_spectrum(W: Tensor, *, rtol: float = RTOL, rank_rtol: float | None = N
 
     Args:
         W: ``[m, n]``, features in columns; float64, float32, bfloat16 or float16, finite.
-        rtol: eigenvalues, sorted, whose neighbours differ by at most ``rtol`` times the largest eigenvalue form one
-            eigenspace; gaps are chained.
+        rtol: eigenvalues within ``rtol`` times the largest of one another form one eigenspace. A run of small gaps
+            that is wider in all is cut at its largest gap, and so on.
         rank_rtol: singular values up to ``rank_rtol`` times the largest count as zero; max(m, n) · eps by default, with
             the eps of W's dtype (float32's for the 16-bit dtypes). Pass a smaller one for a long, ill-conditioned W.
 
@@ -173,9 +174,23 @@ def _coefficients(columns: Tensor, basis: Tensor) -> Iterator[tuple[slice, Tenso
 
 
 def group_values(values: Tensor, tolerance: float) -> Tensor:
-    """The group of each of sorted values ``[r]``, counted from 0: a new one begins where a gap exceeds tolerance."""
+    """The group of each of sorted values ``[r]``, counted from 0; none is wider than tolerance.
+
+    A new group begins where a gap exceeds the tolerance. What is still wider, being chained by small gaps, is cut at
+    its largest gap until nothing is: so a continuous spectrum does not pass for one value.
+    """
     starts = torch.zeros(len(values), dtype=torch.int64, device=values.device)
-    starts[1:] = values.diff().abs() > tolerance
+    if len(values):
+        gaps = values.diff().abs()
+        starts[1:] = gaps > tolerance
+        bounds = [0, *(starts.nonzero()[:, 0].tolist()), len(values)]
+        pending = list(itertools.pairwise(bounds))
+        while pending:
+            first, end = pending.pop()
+            if float((values[first] - values[end - 1]).abs()) > tolerance:
+                cut = first + 1 + int(gaps[first : end - 1].argmax())
+                starts[cut] = 1
+                pending += [(first, cut), (cut, end)]
     return starts.cumsum(0)
 
 

@@ -32,7 +32,8 @@ class FeatureClasses:
     Attributes:
         codes: index into CLASSES for each feature ``[n]``, int64.
         measures: FeatureMeasures; ``measures.half_width`` is Theorem 11's ω, with σ ≤ ω².
-        band_half_width: ω of the band that holds all but ``mass`` of the measure ``[n]``, which decides the class.
+        band_half_width: ω of the band that holds all but ``mass`` of E_μ[λ] and E_μ[1/λ] ``[n]``, which decides the
+            class; σ ≤ ω² + mass.
         rank: r of W.
     """
 
@@ -119,20 +120,22 @@ def classify_features(
 
     ======================  ==========================================================================
     "localized"             σ_i ≤ ``localized``: one eigenspace, w_i is an eigenvector of F
-    "band-localized"        ω_i ≤ ``band``, hence σ_i ≲ band²: several, of nearly equal eigenvalue
+    "band-localized"        ω_i ≤ ``band``, hence σ_i ≤ band² + mass: several, of nearly equal eigenvalue
     "broadband"             all others
     "zero"                  w_i = 0, or outside W's range as the rank tolerance sees it
     ======================  ==========================================================================
 
     The paper's classes are σ = 0, ω ≪ 1 and ω = Θ(1); the thresholds are ours. Of a trained matrix every feature has
-    some norm everywhere, so ω_i is taken of the band outside of which lies ``mass`` of the measure, half at either end.
+    some norm everywhere, so ω_i is taken of a band: below it lies at most mass/2 of E_μ[1/λ], above it at most mass/2
+    of E_μ[λ]. So what lies outside is weighed as it enters the slack, and Theorem 11 holds for the band: with the outer
+    atoms at its ends, E_μ[λ] E_μ[1/λ] ≤ 1/((1 − ω²)(1 − mass/2)²), and σ_i ≤ ω_i² + mass.
 
     Args:
         W: ``[m, n]``, features in columns; float64, float32, bfloat16 or float16, finite and not all zero.
         localized: largest slack of a localized feature, in [0, 1); 1e-6 is a residual CV of about 1e-3.
         band: largest relative half-width of a band-localized feature, in [0, 1).
-        mass: of μ_i that may lie outside its band, in [0, 0.5).
-        rtol: eigenvalues no further than ``rtol`` times the largest from a neighbour are one.
+        mass: the share of E_μ[1/λ] below and of E_μ[λ] above that may lie outside a band, in all, in [0, 0.5).
+        rtol: eigenvalues within ``rtol`` times the largest of one another are one.
         rank_rtol: singular values up to this times the largest count as zero; max(m, n) · eps of W's dtype by default.
 
     Returns:
@@ -159,7 +162,8 @@ def classes_of(
     band_half_width = torch.empty_like(measures.slack)
     for columns, block in spectrum.coefficients():
         p, _ = shares(block)
-        band_half_width[columns] = relative_half_width(*support(spectrum.all_eigenvalues, p, p, mass / 2))
+        low, high = p / spectrum.all_eigenvalues, p * spectrum.all_eigenvalues
+        band_half_width[columns] = relative_half_width(*support(spectrum.all_eigenvalues, low, high, mass / 2))
     codes = torch.full_like(measures.eigenspace, 2)
     codes[band_half_width <= band] = 1
     codes[measures.slack <= localized] = 0

@@ -51,7 +51,7 @@ def summarize(W: Tensor, *, rtol: float = RTOL) -> tuple[ModelSummary, list[dict
 
     Args:
         W: [m, n], finite and not all zero.
-        rtol: eigenvalues no further than this times the largest from a neighbour form one eigenspace.
+        rtol: eigenvalues within this times the largest of one another form one eigenspace.
 
     Returns:
         The summary, and for each cluster its eigenvalue, dimension, number of members, localization, slope error and
