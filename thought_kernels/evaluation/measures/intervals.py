@@ -81,6 +81,25 @@ def recovered_interval(patched: Sequence[float], bare: Sequence[float], *, seed:
     return Interval(float(1 - numerator.sum() / total), *_percentiles(ratios, level))
 
 
+def per_token_interval(totals: Sequence[float], tokens: Sequence[int], *, seed: int, level: float = LEVEL) -> Interval:
+    """The mean a token, Σ_i t_i / Σ_i n_i over texts, with its percentile bootstrap interval over texts.
+
+    Args:
+        totals: of each text, summed over its tokens, [n].
+        tokens: how many each text has, at least one.
+        seed: of the resampling, which draws texts, both of a text's numbers together.
+        level: the interval's coverage.
+
+    Returns:
+        An Interval.
+
+    Raises:
+        ValueError: no texts, or another number of them.
+    """
+    rest = recovered_interval(totals, [float(count) for count in tokens], seed=seed, level=level)
+    return Interval(1 - rest.value, 1 - rest.high, 1 - rest.low)
+
+
 def _resamples(size: int, seed: int) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, size, (RESAMPLES, size))
 

@@ -136,7 +136,7 @@ class Trial:
         self.bare_follows: list[Tensor] = []
         if divergences:
             rows = completion_logprobs(model, self.prompts, self.written, batch_size=batch_size)
-            self.prompted_logprobs = _kept(rows, list(map(len, self.written)))
+            self.prompted_logprobs = kept(rows, list(map(len, self.written)))
             self.bare_divergences, self.bare_follows = self._read(model)
 
     def __len__(self) -> int:
@@ -255,13 +255,13 @@ def bare_prompts(
     return prompts, ending_of(model, tokenizer, chats[0], format=format)
 
 
-def _kept(rows: Iterator[Tensor], counts: Sequence[int]) -> list[Tensor]:
-    """Tensors that are to stay: where they are up to MEMORY_BUDGET bytes, then in CPU memory, then in a file.
+def kept(rows: Iterator[Tensor], counts: Sequence[int], budget: int = MEMORY_BUDGET) -> list[Tensor]:
+    """Tensors that are to stay: where they are up to a budget of bytes, then in CPU memory, then in a file.
 
     A vocabulary of 262,144 takes a megabyte a token.
     """
     first = next(rows)
-    found = buffers([(count, first.shape[-1]) for count in counts], first.dtype, first.device, MEMORY_BUDGET)
+    found = buffers([(count, first.shape[-1]) for count in counts], first.dtype, first.device, budget)
     for place, row in zip(found, itertools.chain([first], rows), strict=True):
         place.copy_(row)
     return found

@@ -28,6 +28,7 @@ PLOTTED_ONLY = {
     ("patch", "norm"),
     ("patch", "residual"),
     ("replay", "block error"),
+    ("side_effects", "KL of a passage"),
     ("diagnosis", "singular value"),
     ("diagnosis", "written"),
     ("diagnosis", "read"),

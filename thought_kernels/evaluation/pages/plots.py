@@ -126,11 +126,35 @@ def _whisker(axes: Any, place: float, figure: Figure) -> None:
 
 
 def _side_effects(section: Section, canvas: Any) -> bool:
-    names = section.subjects("accuracy, patch on")
-    if not names:
+    names, kinds = section.subjects("accuracy, patch on"), section.subjects("KL of a passage")
+    if not names and not kinds:
         return False
-    canvas.set_size_inches(9.6, 1.1 + 0.42 * len(names))
-    axes = canvas.subplots()
+    canvas.set_size_inches(9.6, 1.1 + max(0.3 * len(kinds), 0.42 * len(names)))
+    panels = list(canvas.subplots(1, bool(names) + bool(kinds), squeeze=False)[0])
+    if kinds:
+        _passages(panels.pop(0), section, kinds)
+    if names:
+        _others(panels.pop(0), section, names)
+    return True
+
+
+def _passages(axes: Any, section: Section, kinds: list[str]) -> None:
+    """Drift by kind of text, with that of all of it and that on unrelated prompts."""
+    found = [section.get(kind, "KL of a passage") for kind in kinds]
+    for row, figure in enumerate(found):
+        if figure is not None and not math.isnan(figure.value):
+            axes.plot([max(figure.value, SMALLEST_KL)], [row], "o", markersize=6, color=BLUE)
+    for quantity, name, colour in (("text KL", "all text", BLUE), ("unrelated KL", "unrelated prompts", ORANGE)):
+        figure = section.get("patched", quantity)
+        if figure is not None and figure.value > 0:
+            axes.axvline(figure.value, color=colour, linewidth=1.2, linestyle=(0, (4, 3)), label=name)
+    axes.set_xscale("log")
+    name_rows(axes, kinds)
+    axes.set_title("drift by kind of text, nats a token")
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.09), ncols=2)
+
+
+def _others(axes: Any, section: Section, names: list[str]) -> None:
     for shift, (quantity, colour) in enumerate((("accuracy, patch off", INK), ("accuracy, patch on", BLUE))):
         for row, name in enumerate(names):
             figure = section.get(name, quantity)
@@ -143,12 +167,11 @@ def _side_effects(section: Section, canvas: Any) -> bool:
     axes.set_xlim(0, 1.02)
     percent(axes.xaxis)
     axes.set_title("accuracy on other instructions")
-    axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
-    return True
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.09), ncols=2)
 
 
 def _scale(section: Section, canvas: Any) -> bool:
-    recovered, beside = section.series("patched", "recovered"), section.series("patched", "unrelated KL")
+    recovered = section.series("patched", "recovered")
     if not recovered:
         return False
     canvas.set_size_inches(9.6, 3.1)
@@ -159,25 +182,31 @@ def _scale(section: Section, canvas: Any) -> bool:
     left.set_ylim(FLOOR, 1.08)
     left.set_title("against scale")
     legend(left, "lower center")
-    pairs = [(b, a) for a, b in zip(recovered, beside, strict=False) if a.value > FLOOR and b.value > 0]
-    right.plot([b.value for b, _ in pairs], [a.value for _, a in pairs], color=BLUE, marker="o", markersize=4.5)
-    for index, (beside_figure, figure) in enumerate(pairs):
-        place = (beside_figure.value, figure.value)
-        right.annotate(
-            f"{figure.x:g}",
-            place,
-            xytext=(0, 7 if index % 2 else -14),
-            textcoords="offset points",
-            fontsize=9,
-            ha="center",
-        )
+    for quantity, name, colour in (("unrelated KL", "unrelated prompts", BLUE), ("text KL", "ordinary text", ORANGE)):
+        _by_scale(right, recovered, section.series("patched", quantity), name, colour)
     right.set_xscale("log")
     right.set_ylim(FLOOR, 1.15)
-    right.set_xlabel("KL on unrelated prompts, nats a token")
+    right.set_xlabel("KL to the bare model, nats a token")
     right.set_ylabel("recovered effect")
     right.set_title("effect against side effect, by scale")
+    legend(right, "lower right")
     lattice(left, right, axis="both")
     return True
+
+
+def _by_scale(axes: Any, effects: list[Figure], beside: list[Figure], name: str, colour: str) -> None:
+    """Effect against a side effect, a point a scale."""
+    drift = {figure.x: figure.value for figure in beside if figure.value > 0}
+    pairs = [(drift[figure.x], figure) for figure in effects if figure.value > FLOOR and figure.x in drift]
+    places = [(value, figure.value) for value, figure in pairs]
+    if not places:
+        return
+    axes.plot(*zip(*places, strict=True), color=colour, marker="o", markersize=4.5, label=name)
+    for index, (place, (_, figure)) in enumerate(zip(places, pairs, strict=True)):
+        axes.annotate(
+            f"{figure.x:g}", place, xytext=(0, 7 if index % 2 else -14), textcoords="offset points", fontsize=9,
+            ha="center", color=colour,
+        )  # fmt: skip
 
 
 def _data(section: Section, canvas: Any) -> bool:

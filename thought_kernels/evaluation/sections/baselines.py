@@ -25,7 +25,7 @@ from thought_kernels.evaluation.rivals.steering import (
     function_vector,
     mean_differences,
 )
-from thought_kernels.evaluation.sections.bystanders import Bystander
+from thought_kernels.evaluation.sections.bystanders import Bystander, report_drift
 from thought_kernels.evaluation.sections.cost import cost
 from thought_kernels.evaluation.sections.subject import Intervention, Subject
 from thought_kernels.fitting.recipe import Recipe, paper_recipe
@@ -47,7 +47,10 @@ def baselines(subject: Subject, section: Section) -> None:
     _report(subject, section, bystander, "patched", subject.patch)
     with cost(section, "patched", subject.decoder.device):  # the patch may have been given: it is made once more
         subject.fit(subject.instruction, subject.examples)
-    section.note("Unrelated KL: KL(bare ‖ changed) on the unrelated prompts, nats a token; smaller is gentler.")
+    section.note(
+        "Unrelated KL: KL(bare ‖ changed) on the unrelated prompts, nats a token; text KL: the same on ordinary text. "
+        "Smaller is gentler."
+    )
     section.note("Seconds and the process's peak memory are those of making each, its choice of settings included.")
     for name, baseline in BASELINES.items():
         try:
@@ -63,6 +66,7 @@ def baselines(subject: Subject, section: Section) -> None:
 def _report(subject: Subject, section: Section, bystander: Bystander, name: str, change: Intervention) -> None:
     subject.report(section, name, subject.measure(change))
     section.add(name, "unrelated KL", bystander.divergence(change), inputs=len(bystander))
+    report_drift(subject, section, name, change)
 
 
 def _layers(subject: Subject) -> list[int]:

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 
 from thought_kernels.evaluation.figures.section import Section
-from thought_kernels.evaluation.measures.intervals import Interval, mean_interval, recovered_interval
+from thought_kernels.evaluation.measures.drift import Reading
+from thought_kernels.evaluation.measures.intervals import Interval, mean_interval, per_token_interval
 from thought_kernels.evaluation.sections.subject import Inputs, Intervention, Subject, sums
 from thought_kernels.generation.completions import complete, ending_of, within_context
 from thought_kernels.generation.logprobs import completion_logprobs, divergence
@@ -94,10 +95,28 @@ class Bystander:
         return rows
 
     def _per_token(self, rows: list[torch.Tensor]) -> Interval:
-        totals = sums(divergence(self._bare, rows))
-        # 1 − Σ KL / Σ tokens is what recovered_interval resamples: both of a prompt's numbers together.
-        ratio = recovered_interval(totals, [float(len(ids)) for ids in self._rows[2]], seed=self._subject.seed)
-        return Interval(1 - ratio.value, 1 - ratio.high, 1 - ratio.low)
+        totals, counts = sums(divergence(self._bare, rows)), [len(ids) for ids in self._rows[2]]
+        return per_token_interval(totals, counts, seed=self._subject.seed)
+
+
+def report_drift(
+    subject: Subject, section: Section, name: str, change: Intervention, *, x: float | None = None
+) -> Reading | None:
+    """Adds KL(bare ‖ changed) on ordinary text, nats a token, and the changed model's perplexity there.
+
+    Returns:
+        What the changed model made of the text, None where it has no tokens for it, which a note says.
+    """
+    drift = subject.drift
+    if not len(drift):
+        section.note("No ordinary text was read: the tokenizer has no tokens for the package's passages.")
+        return None
+    with change.applied(subject.model):
+        reading = drift.read(subject.model)
+    interval = per_token_interval(reading.divergences, reading.tokens, seed=subject.seed)
+    section.add(name, "text KL", interval, inputs=len(drift), x=x)
+    section.add(name, "text perplexity", reading.perplexity, inputs=len(drift), x=x)
+    return reading
 
 
 def told_other(subject: Subject, name: str) -> tuple[Interval, Interval, int]:

@@ -13,6 +13,7 @@ import torch
 
 from thought_kernels.estimation.accumulator import ThoughtAccumulator
 from thought_kernels.evaluation.figures.section import Section
+from thought_kernels.evaluation.measures.drift import Drift
 from thought_kernels.evaluation.measures.intervals import Interval, mean_interval, recovered_interval
 from thought_kernels.evaluation.measures.scorers import Scorer, ScorerError
 from thought_kernels.evaluation.measures.trial import Score, Trial
@@ -169,6 +170,11 @@ class Subject:
     def choice(self) -> Trial:
         """The examples that hyper-parameters are chosen on."""
         return self.training.first(CHOICE_EXAMPLES)
+
+    @cached_property
+    def drift(self) -> Drift:
+        """Ordinary text, as the bare model reads it."""
+        return Drift(self.model, self.tokenizer, batch_size=self.batch_size)
 
     @property
     def writing(self) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from thought_kernels.evaluation.figures.section import Section
-from thought_kernels.evaluation.sections.bystanders import Bystander
+from thought_kernels.evaluation.sections.bystanders import Bystander, report_drift
 from thought_kernels.evaluation.sections.cost import cost
 from thought_kernels.evaluation.sections.subject import Subject
 
@@ -19,6 +19,7 @@ def scale(subject: Subject, section: Section) -> None:
         changed = factor * subject.patch
         subject.report(section, "patched", subject.measure(changed), x=factor)
         section.add("patched", "unrelated KL", bystander.divergence(changed), inputs=len(bystander), x=factor)
+        report_drift(subject, section, "patched", changed, x=factor)
     section.note("The patch's matrices and vectors are multiplied by the scale; 1 is the patch as fitted.")
 
 
