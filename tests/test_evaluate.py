@@ -76,8 +76,10 @@ def test_every_section_has_figures_and_none_fails(whole: tuple[Evaluation, Path]
 def test_the_sections_hold_what_they_promise(whole: tuple[Evaluation, Path]) -> None:
     found, _ = whole
     controls = found.sections["controls"].subjects("recovered")
-    wanted = ("random, equal norm and spectrum", "shuffled δ", "vector only", "patch of “Turn”", "attention site only")
-    assert set(wanted) <= set(controls)
+    wanted = ("patched", "random, equal norm and spectrum", "shuffled δ", "patch of “Turn”", "patch of “Sort”")
+    assert set(wanted) == set(controls)
+    parts = found.sections["parts"].subjects("recovered")
+    assert parts == ["patched", "attention site only", "down site only", "mean differences instead"]
     rivals = found.sections["baselines"].subjects("recovered")
     assert found.sections["baselines"].subjects("seconds to make") == rivals
     assert found.sections["baselines"].subjects("peak memory while made") == rivals
@@ -229,8 +231,9 @@ def test_a_patch_alone_is_measured_as_far_as_it_goes(model: Any) -> None:
     assert failed == {"baselines", "data"} == {n for n, section in found.sections.items() if section.status != "done"}
     assert found.to_dict()["sections"]["data"]["status"] == found.sections["baselines"].status == "left out"
     assert "examples must be at least 2 for the baselines, got 0" in (found.sections["baselines"].error or "")
-    parts = found.sections["controls"].subjects("recovered")
-    assert {"matrix only", "vector only", "mlp site only"} <= set(parts) and "shuffled δ" not in parts
+    parts = found.sections["parts"].subjects("recovered")
+    assert {"matrix only", "vector only", "mlp site only"} <= set(parts)
+    assert found.sections["controls"].subjects("recovered") == ["patched", "random, equal norm and spectrum"]
 
 
 def test_a_scorer_that_raises_costs_accuracies_only(model: Any) -> None:
@@ -355,7 +358,6 @@ def good() -> dict[str, Section]:
         ),
         "controls": section(
             "controls", ("patched", "recovered", 0.99), ("shuffled δ", "recovered", -2.0),
-            ("matrix only", "recovered", 0.99),
         ),
         "baselines": section("baselines", ("patched", "recovered", 0.99), ("LoRA", "recovered", 0.9)),
         "side_effects": section(

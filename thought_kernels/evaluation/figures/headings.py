@@ -18,11 +18,19 @@ HEADINGS: dict[str, Heading] = {
     "effect": Heading("Effect", "Patched should be as good as prompted, and far from bare."),
     "controls": Heading(
         "Controls",
-        "All but parts of the patch itself should fail. One that does not fail explains the effect better.",
+        "Patches that hold nothing of the instruction. All of them should fail: one that does not explains the effect "
+        "better than the instruction does.",
     ),
+    "parts": Heading("Parts of the patch", "The patch with the rest of it taken out: where its effect lies."),
     "baselines": Heading("Baselines from the same examples", "The patch should be at least as good as simpler edits."),
-    "side_effects": Heading("Side effects", "Nothing should change where the instruction was not meant."),
-    "combination": Heading("Together with other patches", "Added patches should each keep their effect."),
+    "side_effects": Heading(
+        "Side effects",
+        "Nothing should change on other requests, on ordinary text, and where another instruction is told.",
+    ),
+    "combination": Heading(
+        "Together with other patches",
+        "Added patches should each keep their effect, a negated one should undo what being told does.",
+    ),
     "diagnosis": Heading(
         "What it touches in the weights",
         "The more of the strong directions it uses and the more features it moves, the more there is to disturb.",

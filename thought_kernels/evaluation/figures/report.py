@@ -11,7 +11,7 @@ from typing import Any
 
 from thought_kernels.evaluation.figures.section import Section, jsonable
 
-FORMAT = 1
+FORMAT = 2
 CSV_COLUMNS = ("section", "subject", "quantity", "x", "value", "low", "high", "inputs")
 
 

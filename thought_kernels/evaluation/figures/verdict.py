@@ -21,7 +21,7 @@ RULES = (
     f"Works: patched accuracy at least {KEPT[0]:.0%} of prompted and recovered effect at least {RECOVERED[0]:g} "
     f"(partly: {KEPT[1]:.0%} and {RECOVERED[1]:g}). Cause: no control gains more than {CONTROL[0]:.0%} of the accuracy "
     f"that the patch gains over bare, nor more than {CONTROL[1]:.0%} of its recovered effect (partly: {CONTROL[1]:.0%} "
-    "of the accuracy); parts of the patch itself are not counted. Better: no baseline recovers more (partly: the "
+    "of the accuracy). Better: no baseline recovers more (partly: the "
     "intervals overlap). Gentle: on unrelated prompts no further from bare than the model told the instruction is, "
     f"or at most {UNRELATED[0]:g} nats a token, and at most {100 * OTHERS_LOST[0]:g} points of accuracy lost on "
     f"average on other instructions (partly: {UNRELATED[1]:g} and {100 * OTHERS_LOST[1]:g}). Carries over: every case "
@@ -30,7 +30,6 @@ RULES = (
 )
 
 _RANK = {"yes": 0, "partly": 1, "no": 2, "unknown": 3}
-_PARTS = ("only", "bare", "prompted", "patched")
 
 
 def verdict(sections: Mapping[str, Section]) -> list[Line]:
@@ -88,9 +87,7 @@ def _works(section: Section | None) -> Line:
 def _cause(section: Section | None) -> Line:
     question = "Cause: is it the instruction's own doing?"
     ours = section and section.get("patched", "recovered")
-    names = [
-        name for name in (section.subjects("recovered") if section else []) if not any(part in name for part in _PARTS)
-    ]
+    names = [name for name in (section.subjects("recovered") if section else []) if name != "patched"]
     if not section or not ours or not names or not ours.value > 0:
         return _unknown(question, section)
     shares = {name: _share_of_ours(section, name) for name in names}

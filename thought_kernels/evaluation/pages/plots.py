@@ -294,8 +294,33 @@ def _patch(section: Section, canvas: Any) -> bool:
     return True
 
 
+def _combination(section: Section, canvas: Any) -> bool:
+    """What was foretold of patches together, and what was measured, a row each."""
+    rows = [
+        (name, measured, section.get(name, f"{quantity}, foretold"))
+        for quantity in ("recovered", "undone")
+        for name in section.subjects(f"{quantity}, foretold")
+        if (measured := section.get(name, quantity)) is not None
+    ]
+    if not rows:
+        return False
+    canvas.set_size_inches(9.6, 1.2 + 0.42 * len(rows))
+    axes = canvas.subplots()
+    for row, (_, *figures) in enumerate(rows):
+        for shift, figure, colour in zip((-0.12, 0.12), figures, (BLUE, ORANGE), strict=True):
+            if figure is not None and not math.isnan(figure.value):
+                dot(axes, row + shift, figure, colour)
+    for name, colour in (("measured", BLUE), ("foretold from each alone", ORANGE)):
+        axes.plot([], [], "o", color=colour, label=name)
+    name_rows(axes, [name for name, *_ in rows])
+    axes.set_xlim(FLOOR - 0.05, 1.06)
+    axes.set_title("recovered effect, or share of being told that is undone")
+    axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
+    return True
+
+
 PLOTS: dict[str, Callable[[Section, Any], bool]] = {
-    "patch": _patch, "effect": _effect, "controls": _dots, "baselines": _dots, "side_effects": _side_effects,
-    "scale": _scale, "data": _data, "generalisation": _generalisation, "replay": _replay,
-    "diagnosis": draw_diagnosis,
+    "patch": _patch, "effect": _effect, "controls": _dots, "parts": _dots, "baselines": _dots,
+    "side_effects": _side_effects, "scale": _scale, "data": _data, "generalisation": _generalisation, "replay": _replay,
+    "combination": _combination, "diagnosis": draw_diagnosis,
 }  # fmt: skip

@@ -1,74 +1,111 @@
-"""The patch together with others: added to another instruction's patch, and negated."""
+"""The patch together with others: added to another instruction's patch, and negated; foretold, and measured."""
 
 from __future__ import annotations
 
-import torch
+from collections.abc import Sequence
+
+from torch import Tensor
 
 from thought_kernels.evaluation.figures.section import Section
-from thought_kernels.evaluation.measures.intervals import mean_interval
-from thought_kernels.evaluation.measures.overlap import activation_moments, predictions
-from thought_kernels.evaluation.sections.subject import Inputs, Subject
-from thought_kernels.models.undisturbed import undisturbed
-from thought_kernels.patches.patch import ThoughtPatch
+from thought_kernels.evaluation.measures.intervals import Interval, mean_interval, recovered_interval
+from thought_kernels.evaluation.measures.trial import Score, Trial
+from thought_kernels.evaluation.sections.subject import Inputs, Intervention, Subject, sums
+from thought_kernels.generation.logprobs import completion_logprobs, divergence
 
 OTHERS = 2
-MOMENT_INPUTS = 32
 
 
 def combination(subject: Subject, section: Section) -> None:
-    """Patches added and negated; the overlap of the patches beside what they do to each other."""
+    """Patches added and negated, each beside what the patches do alone lets one expect."""
     trial, patch = subject.sweep, subject.patch
-    alone = subject.measure(patch)
-    section.add("patched", "accuracy", mean_interval(alone.grades, seed=subject.seed), inputs=len(trial))
-    section.add("patched", "recovered", alone.effect.recovered, inputs=len(trial))
+    _report(subject, section, "patched", subject.measure(patch), trial)
     if len(subject.examples) >= 2:
         for name in list(subject.others)[:OTHERS]:
             _added(subject, section, name)
     if not subject.others or len(subject.examples) < 2:
         section.note("Adding needs another instruction and the examples; one of them was not given.")
-    with (-patch).applied(subject.model):
-        _, texts = trial.answer(subject.model)
-        told = trial.grade(trial.answer_prompted(subject.model))
-    repeats = [float(a == b) for a, b in zip(texts, trial.base_texts, strict=True)]
-    section.add("negated", "answers as bare", mean_interval(repeats, seed=subject.seed), inputs=len(trial))
-    section.add("negated, told the instruction", "accuracy", mean_interval(told, seed=subject.seed), inputs=len(trial))
+    _negated(subject, section)
     section.note(
-        "Negated: without the instruction the bare model's answers should stay; told the instruction, the model should "
-        "lose it as far as the patch is its opposite. Ten pairs of instructions: “thought-kernels experiment "
-        "composition”; facts as instructions: “experiment knowledge” (docs/experiments.md)."
+        "Foretold: as if the log-probabilities of every next token changed by the sum of what each patch alone changes "
+        "them by. Nothing of it was fitted, and the patches were not run together for it."
     )
+    section.note(
+        "Ten pairs of instructions: “thought-kernels experiment composition”; facts as instructions: “experiment "
+        "knowledge” (docs/experiments.md)."
+    )
+
+
+def _report(subject: Subject, section: Section, name: str, score: Score, trial: Trial) -> None:
+    section.add(name, "accuracy", mean_interval(score.grades, seed=subject.seed), inputs=len(trial))
+    section.add(name, "recovered", _recovered(subject, trial, score.divergences), inputs=len(trial))
+
+
+def _recovered(subject: Subject, trial: Trial, divergences: Sequence[Tensor]) -> Interval:
+    return recovered_interval(sums(divergences), sums(trial.bare_divergences), seed=subject.seed)
 
 
 def _added(subject: Subject, section: Section, name: str) -> None:
-    """This patch and another's at once, measured on both instructions."""
-    other, theirs = subject.others[name], subject.other_patch(name)
-    both = subject.patch + theirs
-    ours = subject.measure(both)
-    both_on = f"with “{name}” added"
-    section.add(both_on, "accuracy", mean_interval(ours.grades, seed=subject.seed), inputs=len(ours.grades))
-    section.add(both_on, "recovered", ours.effect.recovered, inputs=len(ours.grades))
-    predicted = predictions(subject.patch, theirs, _moments(subject))
-    section.add(both_on, "overlap", predicted["cosine"])
-    section.add(both_on, "disturbance", predicted["disturbance"])
-
+    """This patch and another's at once, measured on both instructions, and on both told at once."""
+    other, ours, theirs = subject.others[name], subject.patch, subject.other_patch(name)
+    both = ours + theirs
     inputs = (other.inputs or Inputs(subject.held_out.questions, None)).first(subject.sweep_inputs)
     trial = subject.new_trial(other.instruction, inputs)
-    for label, change in ((f"“{name}” alone", theirs), (f"“{name}” with this patch added", both)):
-        score = subject.measure(change, trial)
-        section.add(label, "accuracy", mean_interval(score.grades, seed=subject.seed), inputs=len(trial))
-        section.add(label, "recovered", score.effect.recovered, inputs=len(trial))
+    _report(subject, section, f"patch of “{name}”, on “{name}”", subject.measure(theirs, trial), trial)
+    asked = {"on this instruction": subject.sweep, f"on “{name}”": trial}
+    if isinstance(subject.instruction, str) and isinstance(other.instruction, str):
+        told = f"{subject.instruction}{subject.separator}{other.instruction}"
+        asked["on both told at once"] = subject.new_trial(told, subject.held_out.first(subject.sweep_inputs))
+    for where, tried in asked.items():
+        label = f"“{name}” added, {where}"
+        _report(subject, section, label, subject.measure(both, tried), tried)
+        foretold = _recovered(subject, tried, _foretold(subject, tried, [ours, theirs]))
+        section.add(label, "recovered, foretold", foretold, inputs=len(tried))
+
+
+def _foretold(subject: Subject, trial: Trial, changes: Sequence[Intervention]) -> list[Tensor]:
+    """KL(prompted ‖ foretold) at each token of the prompted answers, one tensor an input."""
+    assert trial.prompted_logprobs is not None
+    found = []
+    for reference, prompt, answer in zip(trial.prompted_logprobs, trial.bare_prompts, trial.written, strict=True):
+        bare = _read(subject, prompt, answer)
+        moved = [_read(subject, prompt, answer, change) - bare for change in changes]
+        found += divergence([reference], [summed(bare, moved).to(reference.device)])
+    return found
+
+
+def summed(logprobs: Tensor, moved: Sequence[Tensor]) -> Tensor:
+    """The distribution whose log-probabilities are moved by all of these, log p + Σ_k m_k − log Z; [n, vocabulary]."""
+    return (logprobs + sum(moved)).log_softmax(-1)
+
+
+def _read(subject: Subject, prompt: list[int], answer: list[int], change: Intervention | None = None) -> Tensor:
+    """The log-probabilities of one answer's tokens, [n_answer, vocabulary]."""
+    if change is None:
+        return next(completion_logprobs(subject.model, [prompt], [answer], batch_size=1))
+    with change.applied(subject.model):
+        return next(completion_logprobs(subject.model, [prompt], [answer], batch_size=1))
+
+
+def _negated(subject: Subject, section: Section) -> None:
+    """−P on the model that is told the instruction, which should then do what the bare one does."""
+    trial, minus = subject.sweep, -subject.patch
+    with minus.applied(subject.model):
+        _, texts = trial.answer(subject.model)
+        grades = trial.grade(trial.answer_prompted(subject.model))
+    repeats = [float(a == b) for a, b in zip(texts, trial.base_texts, strict=True)]
+    section.add("negated", "answers as bare", mean_interval(repeats, seed=subject.seed), inputs=len(trial))
+    name, rows = "negated, told the instruction", [[], [], []]
+    for prompt, bare_prompt, answer in zip(trial.prompts, trial.bare_prompts, trial.bare_written, strict=True):
+        bare, told = _read(subject, bare_prompt, answer), _read(subject, prompt, answer)
+        moved = _read(subject, bare_prompt, answer, subject.patch) - bare
+        for row, other in zip(rows, (told, _read(subject, prompt, answer, minus), summed(told, [-moved])), strict=True):
+            row += divergence([bare], [other])
+    kept, undone, foretold = (sums(row) for row in rows)
+    section.add(name, "accuracy", mean_interval(grades, seed=subject.seed), inputs=len(trial))
+    section.add(name, "undone", recovered_interval(undone, kept, seed=subject.seed), inputs=len(trial))
+    section.add(name, "undone, foretold", recovered_interval(foretold, kept, seed=subject.seed), inputs=len(trial))
     section.note(
-        "Overlap: cosine of the two patches' matrices and vectors. Disturbance: what the other patch does to this "
-        "one's activations, squared, over what this one does; a prediction made without running the sum."
+        "Negated: without the instruction the bare model's answers should stay; told the instruction, the model should "
+        "lose it. Undone: 1 − ΣKL(bare‖told, negated)/ΣKL(bare‖told) over the bare model's answers, 1 where all that "
+        "being told does is taken back."
     )
-
-
-def _moments(subject: Subject) -> dict[tuple[int, str], torch.Tensor]:
-    """Second moments of what enters the patch's sites under the patch, over bare prompts."""
-    patch: ThoughtPatch = subject.patch
-    model = subject.model
-    with undisturbed(model), patch.applied(model), activation_moments(model, patch) as moments, torch.no_grad():
-        for prompt in subject.sweep.bare_prompts[:MOMENT_INPUTS]:
-            ids = torch.tensor([prompt], device=subject.decoder.device)
-            model(input_ids=ids, use_cache=False, logits_to_keep=1)
-    return moments

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 from torch import Tensor
 
 from thought_kernels.evaluation.figures.section import Section
 from thought_kernels.evaluation.measures.intervals import mean_interval, recovered_interval
 from thought_kernels.evaluation.measures.trial import Score
-from thought_kernels.evaluation.rivals.refit import MeanDifferences, Shuffled, known_recipe, split
+from thought_kernels.evaluation.rivals.refit import Shuffled, known_recipe
 from thought_kernels.evaluation.sections.subject import Subject, sums
 from thought_kernels.patches.patch import ThoughtPatch
 from thought_kernels.patches.site import SitePatch
@@ -20,7 +18,7 @@ OTHERS = 2
 
 
 def controls(subject: Subject, section: Section) -> None:
-    """Random matrices of equal spectrum, shuffled δ, other instructions' patches, and the patch taken apart."""
+    """Random matrices of equal spectrum, shuffled δ, other instructions' patches."""
     subject.report_references(section, subject.sweep)
     subject.report(section, "patched", subject.measure(subject.patch))
 
@@ -34,8 +32,7 @@ def controls(subject: Subject, section: Section) -> None:
         _refitted(subject, section)
         _of_others(subject, section)
     else:
-        section.note("Shuffled δ, vector only and other instructions' patches need the examples, which were not given.")
-    _parts(subject, section)
+        section.note("Shuffled δ and other instructions' patches need the examples, which were not given.")
 
 
 def randomised(patch: ThoughtPatch, generator: torch.Generator) -> ThoughtPatch:
@@ -83,11 +80,6 @@ def _refitted(subject: Subject, section: Section) -> None:
     shuffled = Shuffled(subject.generator("shuffle"), normalization=recipe.normalization, dtype=wide)
     subject.report(section, "shuffled δ", subject.measure(subject.refit(recipe, accumulator=shuffled)))
     section.note("Shuffled δ: the same rows, each difference paired with another token's activation.")
-    if split(subject.patch, part="vector") is None:
-        plain = replace(recipe, estimator="exact", scale=1.0)
-        vectors = subject.refit(plain, accumulator=MeanDifferences(dtype=wide))
-        subject.report(section, "vector only", subject.measure(vectors))
-        section.note("Vector only: the mean difference at the patch's own sites, since it has matrices only.")
 
 
 def _of_others(subject: Subject, section: Section) -> None:
@@ -95,21 +87,3 @@ def _of_others(subject: Subject, section: Section) -> None:
         subject.report(section, f"patch of “{name}”", subject.measure(subject.other_patch(name)))
     if not subject.others:
         section.note("No other instruction was given, so no patch of one was tried.")
-
-
-def _parts(subject: Subject, section: Section) -> None:
-    """The patch without its vectors, without its matrices, and site by site, wherever that changes anything."""
-    if split(subject.patch, part="vector") is None:
-        section.note("Matrix only is the patch itself: it has no vectors.")
-    else:
-        for part in ("matrix", "vector"):
-            alone = split(subject.patch, part=part)
-            if alone is not None:
-                subject.report(section, f"{part} only", subject.measure(alone))
-            else:
-                section.note(f"The patch has no {part} to take alone.")
-    if len(subject.patch.sites) > 1:
-        for site in subject.patch.sites:
-            alone = split(subject.patch, part="both", sites=[site])
-            if alone is not None:
-                subject.report(section, f"{site} site only", subject.measure(alone))

@@ -13,6 +13,7 @@ from thought_kernels.evaluation.sections.controls import controls
 from thought_kernels.evaluation.sections.diagnosis import diagnosis
 from thought_kernels.evaluation.sections.effect import effect, replay
 from thought_kernels.evaluation.sections.generalisation import generalisation
+from thought_kernels.evaluation.sections.parts import parts
 from thought_kernels.evaluation.sections.side_effects import side_effects
 from thought_kernels.evaluation.sections.subject import Subject
 from thought_kernels.evaluation.sections.sweeps import data, scale
@@ -34,7 +35,7 @@ def patch(subject: Subject, section: Section) -> None:
 
 
 SECTIONS: dict[str, Callable[[Subject, Section], None]] = {
-    "patch": patch, "effect": effect, "controls": controls, "baselines": baselines, "side_effects": side_effects,
-    "combination": combination, "diagnosis": diagnosis, "scale": scale, "data": data,
+    "patch": patch, "effect": effect, "controls": controls, "parts": parts, "baselines": baselines,
+    "side_effects": side_effects, "combination": combination, "diagnosis": diagnosis, "scale": scale, "data": data,
     "generalisation": generalisation, "replay": replay,
 }  # fmt: skip
