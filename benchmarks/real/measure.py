@@ -87,8 +87,8 @@ class Measurement:
         self.held_out = self._trial(task.held_out)
 
     def fit(self, inputs: int, recipe: dict[str, Any]) -> tuple[ThoughtPatch, Row]:
-        """The patch of the first inputs by a recipe; the writing of inputs and completions is timed apart."""
-        questions = [question for question, _ in self._task.inputs[:inputs]]
+        """The patch of the first inputs by a recipe, of the prompt alone for 0; what is written is timed apart."""
+        questions = [question for question, _ in self._task.inputs[:inputs]] or None
         inputs_written, completions_written = Stopwatch(encoding.more_inputs), Stopwatch(encoding.completed)
         started = time.perf_counter()
         with (

@@ -130,7 +130,7 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", required=True, metavar="NAME=PATH", help=f"of {', '.join(KINDS)}")
     parser.add_argument("--tasks", nargs="+", default=[], help="these alone")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--inputs", type=int, nargs="+", default=[32, 8])
+    parser.add_argument("--inputs", type=int, nargs="+", default=[32, 8], help="to fit on; 0 for the prompt alone")
     parser.add_argument("--recipe", nargs="+", default=[], metavar="KEY=VALUE", help="arguments of transmute")
     parser.add_argument("--rival", choices=["lora"])
     parser.add_argument("--rates", type=float, nargs="+", default=RATES)
