@@ -93,6 +93,24 @@ def test_the_shared_prefix_is_run_once() -> None:
 
 
 @pytest.mark.parametrize("shared", [0, 11])
+@pytest.mark.parametrize("name", MODELS)
+def test_rows_that_are_done_are_dropped(name: str, shared: int) -> None:
+    model = MODELS[name]()
+    candidates = ([*ids(0, shared), *ids(seed, 3)] for seed in range(1, 30))
+    by_first = {alone(model, prompt, 1)[0]: prompt for prompt in candidates}  # no row is the beginning of another
+    prompts = list(by_first.values())[:6]
+    wanted = [alone(model, prompt, 2 + 2 * place) for place, prompt in enumerate(prompts)]
+    heights: list[int] = []
+    model.register_forward_pre_hook(
+        lambda _, __, options: heights.append(options["input_ids"].shape[0]), with_kwargs=True
+    )
+    found = continue_prompts(model, prompts, lambda answer: list(answer) in wanted, max_new_tokens=20, batch_size=8)
+    assert found == wanted
+    assert max(heights) == len(prompts) > 3
+    assert heights[-1] == 1
+
+
+@pytest.mark.parametrize("shared", [0, 11])
 def test_an_answer_ends_with_the_token_that_completes_the_stop_text(shared: int) -> None:
     model = MODELS["llama"]()
     prompts = [[*ids(0, shared), *ids(seed, 4)] for seed in range(1, 5)]

@@ -19,6 +19,8 @@ from thought_kernels.generation.prefix import behind, cache_of, run_prefix, sees
 from thought_kernels.models.undisturbed import undisturbed
 
 Ended = Callable[[Sequence[int]], bool]
+# Rows that are done are dropped when at most this share of a batch is left: the caches of the rest are copied then.
+_LEFT = 0.75
 
 
 class Begun(NamedTuple):
@@ -124,25 +126,52 @@ def _device(model: Any) -> torch.device:
     return model.get_input_embeddings().weight.device
 
 
+class _Running:
+    """The rows of a batch that are still written, as the model's next step takes them."""
+
+    def __init__(self, model: Any, prefix: dict[str, Any], shared: int, begun: Sequence[Begun]) -> None:
+        self._model, self.rows = model, list(range(len(begun)))
+        self._ids, self._mask, self._positions = padded([row.ids for row in begun], _device(model), before=shared)
+        self._cache = behind(prefix, len(begun))
+
+    def step(self, draws: Sequence[torch.Generator | None]) -> list[int]:
+        """The next token of each row."""
+        whole = bool(self._mask.all())
+        out = self._model(
+            input_ids=self._ids, attention_mask=None if whole else self._mask, position_ids=self._positions,
+            use_cache=True, logits_to_keep=1, **self._cache,
+        )  # fmt: skip
+        self._cache = cache_of(out)
+        self._ids = _chosen(out.logits[:, -1], [draws[row] for row in self.rows])[:, None]
+        return self._ids[:, 0].tolist()
+
+    def go_on(self, going: Sequence[bool]) -> None:
+        """Makes room for the next token of rows that are going; many that are done are dropped."""
+        left = [place for place, row in enumerate(self.rows) if going[row]]
+        if len(left) <= _LEFT * len(self.rows):
+            picked = torch.tensor(left, device=self._ids.device)
+            for kept in self._cache.values():
+                kept.batch_select_indices(picked)
+            self._ids, self._mask, self._positions = self._ids[picked], self._mask[picked], self._positions[picked]
+            self.rows = [self.rows[place] for place in left]
+        self._mask = torch.cat([self._mask, self._mask.new_ones(len(self.rows), 1)], dim=1)
+        # Rows that are done and still here stay where they are: no position may be left for them.
+        moves = torch.tensor([going[row] for row in self.rows], device=self._ids.device)
+        self._positions = self._positions[:, -1:] + moves[:, None]
+
+
 def _continue(model: Any, prefix: dict[str, Any], shared: int, begun: list[Begun], ended: Ended) -> list[list[int]]:
     """Continues one batch behind a prefix of `shared` tokens."""
-    rows, draws = [row.ids for row in begun], [row.draws for row in begun]
-    ids, mask, positions = padded(rows, _device(model), before=shared)
-    cache = behind(prefix, len(rows))
-    answers: list[list[int]] = [[] for _ in rows]
-    going = [True] * len(rows)
-    for _ in range(max(row.room for row in begun)):
-        logits, cache = _step(model, ids, mask, positions, cache)
-        ids = _chosen(logits, draws)[:, None]
-        for index, token in enumerate(ids[:, 0].tolist()):
-            if going[index]:
-                answers[index].append(token)
-                going[index] = len(answers[index]) < begun[index].room and not ended(answers[index])
-        if not any(going):
-            break
-        mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
-        # Rows that are done are run until all are, and stay where they are: no position may be left for them.
-        positions = positions[:, -1:] + torch.tensor(going, device=positions.device)[:, None]
+    running, draws = _Running(model, prefix, shared, begun), [row.draws for row in begun]
+    answers: list[list[int]] = [[] for _ in begun]
+    going = [True] * len(begun)
+    while any(going):
+        for row, token in zip(running.rows, running.step(draws), strict=True):
+            if going[row]:
+                answers[row].append(token)
+                going[row] = len(answers[row]) < begun[row].room and not ended(answers[row])
+        if any(going):
+            running.go_on(going)
     return answers
 
 
@@ -155,15 +184,3 @@ def _chosen(logits: Tensor, draws: Sequence[torch.Generator | None]) -> Tensor:
             place = torch.rand((), generator=draw, dtype=torch.float64).to(shares) * shares[-1]
             chosen[index] = torch.searchsorted(shares, place, right=True).clamp(max=len(shares) - 1)
     return chosen
-
-
-def _step(
-    model: Any, ids: Tensor, mask: Tensor, positions: Tensor, cache: dict[str, Any]
-) -> tuple[Tensor, dict[str, Any]]:
-    """(the last token's logits [B, vocabulary], the cache with these tokens)."""
-    whole = bool(mask.all())
-    out = model(
-        input_ids=ids, attention_mask=None if whole else mask, position_ids=positions, use_cache=True,
-        logits_to_keep=1, **cache,
-    )  # fmt: skip
-    return out.logits[:, -1], cache_of(out)
