@@ -91,9 +91,11 @@ def transmute(
         separator: between instruction and example text; part of I.
         format: of one turn, "{prompt} -> {completion}\\n" or the like, in place of a chat template.
         batch_size: examples in a batch at most. It changes the result by rounding only.
-        memory_budget: bytes of hidden states, 2 GiB unless given. "sequential" keeps 2 · tokens · hidden size numbers
-            between blocks, for all examples: first on the model's device and, where that is not the CPU, as many bytes
-            again in CPU memory; what is left over lies in a temporary file. The others need none of it.
+        memory_budget: bytes of hidden states, 2 GiB unless given. "sequential" keeps of all examples two streams of the
+            hidden size between blocks, and within a block what it needs again (pairing/sequential.py: with the default
+            sites twice the attention's width, or twice the hidden size with the MLP's width, for every token): first
+            on the model's device and, where that is not the CPU, as many bytes again in CPU memory; what is left over
+            lies in a temporary file. The others need none of it.
         written_inputs: how many inputs the bare model writes beside the examples, like them: it is shown a list of
             their last user texts and goes on with it. A patch sees more of what an instruction does in many inputs.
             Each has the weight of an example and one completion, drawn from the prompted model's own distribution. None

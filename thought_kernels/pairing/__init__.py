@@ -1,6 +1,7 @@
 """Rows from a model: activations with and without the prompt, block by block.
 
-pairings      two_pass, layerwise, sequential
+pairings      two_pass, layerwise; all three by name
+sequential    the default: each block solved before the next is run
 run           what a pairing is given
 streams       the two residual streams
 batches       examples of one length class over their cached prefixes

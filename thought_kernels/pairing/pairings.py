@@ -10,8 +10,8 @@ Each pairing streams rows (δ, a, w) of every targeted block and site into a Tho
 observed in stages (site.STAGES), each after the patches of the earlier ones have been applied.
 
 Memory, beside the weights, the sums and the prefix's keys and values: one batch at one block for `two_pass` and
-`layerwise`, however many examples there are; for `sequential` besides, the streams of all batches at one boundary
-between blocks, which go to a file past a budget (spill.py).
+`layerwise`, however many examples there are; for `sequential` besides, of all batches, the streams at one boundary
+between blocks and what one block needs again, which go to a file past a budget (sequential.py, spill.py).
 
 While a site's rows are fewer than its activation is wide they are kept: copied once, without the padding. Once they are
 not, and at once where the first batch has as many, `layerwise` hands δ and a to the sums at the attention site as
@@ -29,23 +29,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import torch
-from torch import Tensor
-
-from thought_kernels.models.decoder import Block
 from thought_kernels.ops.paired_attention import paired_attention
-from thought_kernels.pairing.batches import Batch, BlockPrefix, Group, heads_last, moved_keys, own_attention
+from thought_kernels.pairing.batches import Batch, BlockPrefix, Group, heads_last
 from thought_kernels.pairing.run import MEMORY_BUDGET, Run
-from thought_kernels.pairing.spill import buffers
-from thought_kernels.pairing.streams import (
-    KeysValues,
-    attend,
-    observe_difference,
-    observe_header,
-    observe_streams,
-    patched,
-    through_mlp,
-)
+from thought_kernels.pairing.sequential import sequential
+from thought_kernels.pairing.streams import attend, observe_difference, observe_header, observe_streams, through_mlp
 from thought_kernels.patches.patch import ThoughtPatch
 from thought_kernels.patches.site import STAGES
 
@@ -122,81 +110,6 @@ def _two_pass_batch(
             x = through_mlp(block, h, x)
             run.check_output(block, x, batch)
         run.tick()
-
-
-def sequential(run: Run) -> None:
-    """Streams the sequential pairing: block by block over all examples, each solved before the next is run.
-
-    Between blocks only the residual streams are kept; what a block needs again after its patch is solved, the attention
-    output without context, is computed again. P°'s own patched stream is carried along, so the keys that e sees without
-    context are those of the patched model.
-    """
-    decoder = run.decoder
-    batches = [(group, prefixes, batch) for group, prefixes, batch in run.batches()]
-    shapes = [(2, *batch.tokens.shape, decoder.hidden_size) for _, _, batch in batches]
-    # [2, B, T, d] of each batch: with context, then patched without.
-    kept = buffers(shapes, decoder.dtype, decoder.device, run.memory_budget)
-    for (group, _, batch), streams in zip(batches, kept, strict=True):
-        streams.copy_(group.streams(decoder, batch.tokens))
-    befores = [decoder.embed(torch.tensor([g.without_prefix])) if g.without_prefix else None for g in run.groups]
-    for block in run.blocks:
-        before_outputs, without = _without_context(run, block, befores)
-        patch: ThoughtPatch | None = None
-        stages = run.stages if block.index in run.layers else []
-        for stage in stages:
-            for (group, prefixes, batch), streams in zip(batches, kept, strict=True):
-                x = streams.to(block.device).flatten(0, 1)
-                o = attend(run, block, x, group, [prefixes[block.index].with_context, without[id(group)]], batch)
-                observe_streams(run, block, x, o, batch, stage, patch)
-                # Nothing reads this block's input with context again.
-                if stage == stages[-1] and block.index < run.last:
-                    _advance(run, block, streams[:1], o[: len(batch.tokens)], batch, None)
-            for group, before, before_o in zip(run.groups, befores, before_outputs, strict=True):
-                if before is not None and before_o is not None and group.inserted:
-                    observe_header(run, block, group, before, before_o, stage, patch)
-            solved = run.solve(frozenset({block.index}), stage)
-            patch = solved if patch is None else patch + solved
-        for (group, prefixes, batch), streams in zip(batches, kept, strict=True):
-            if block.index < run.last:
-                left = streams[1:] if stages else streams
-                behind = [without[id(group)]] if stages else [prefixes[block.index].with_context, without[id(group)]]
-                o = attend(run, block, left.to(block.device).flatten(0, 1), group, behind, batch)
-                _advance(run, block, left, o, batch, patch)
-            run.tick()
-        if block.index < run.last:
-            for index, (before, before_o) in enumerate(zip(befores, before_outputs, strict=True)):
-                if before is not None and before_o is not None:
-                    befores[index] = _rest(block, before, before_o, patch)
-
-
-def _without_context(
-    run: Run, block: Block, befores: list[Tensor | None]
-) -> tuple[list[Tensor | None], dict[int, KeysValues | None]]:
-    """Of each group's P°: what its attention gives at a block, and, by the group's id, the keys and values e sees."""
-    outputs: list[Tensor | None] = []
-    seen: dict[int, KeysValues | None] = {}
-    for group, before in zip(run.groups, befores, strict=True):
-        if before is None:
-            seen[id(group)] = None
-            outputs.append(None)
-            continue
-        o, k, v = own_attention(run.decoder, block, before)
-        seen[id(group)] = moved_keys(run.decoder, block, k, v, group.start - len(group.without_prefix))
-        outputs.append(o)
-    return outputs, seen
-
-
-def _advance(run: Run, block: Block, streams: Tensor, o: Tensor, batch: Batch, patch: ThoughtPatch | None) -> None:
-    """Overwrites streams [1 or 2, B, T, d] entering a block by those that leave it."""
-    y = _rest(block, streams.to(block.device).flatten(0, 1), o, patch)
-    run.check_output(block, y, batch)
-    streams.copy_(y.view(streams.shape))
-
-
-def _rest(block: Block, x: Tensor, o: Tensor, patch: ThoughtPatch | None) -> Tensor:
-    """The rest of a block after attention, with its patch: y of theory §1."""
-    h = block.attention_residual(x, patched(patch, block.index, "attention", o).to(x.dtype))
-    return through_mlp(block, h, x, patch)
 
 
 PAIRINGS: dict[str, Callable[[Run], None]] = {"two_pass": two_pass, "layerwise": layerwise, "sequential": sequential}

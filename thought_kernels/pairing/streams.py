@@ -126,29 +126,55 @@ def observe_streams(
     run: Run, block: Block, x: Tensor, o: Tensor, batch: Batch, stage: frozenset[str], patch: ThoughtPatch | None
 ) -> None:
     """Rows of a block whose two sides have streams of their own: the first half of x and o saw the instruction."""
-    wide = torch.promote_types(x.dtype, torch.float32)
-    prime, plain = o.chunk(2)
     if "attention" in stage:
-        run.update(block, "attention", prime - plain, plain.to(x.dtype), batch.weights, batch)
+        observe_attention(run, block, x, o, batch)
     if stage & {"mlp", "residual", "down"}:
-        o = torch.cat([prime, patched(patch, block.index, "attention", plain)]).to(x.dtype)
-        h = block.attention_residual(x, o).to(wide)
-        prime, plain_h = h.chunk(2)
-        delta_h = prime - plain_h
-        if "residual" in stage:
-            run.update(block, "residual", delta_h, None, batch.weights, batch)
-        if stage & {"mlp", "down"}:
-            prime, plain = block.mlp_input(h, x.to(wide)).chunk(2)
-            if "mlp" in stage:
-                a = run.mlp_rows(plain, plain_h)
-                run.update(block, "mlp", prime - plain, a.to(x.dtype), batch.weights, batch)
-            if "down" in stage:
-                _observe_down(run, block, prime, plain, delta_h, batch, patch)
+        h = after_attention(block, x, o, patch)
+        observe_residual(run, block, x, h, batch, stage)
+        if "down" in stage:
+            observe_down(run, block, x, h, batch, patch)
+
+
+def observe_attention(run: Run, block: Block, x: Tensor, o: Tensor, batch: Batch) -> None:
+    """Rows of the attention site, from both streams' attention outputs."""
+    prime, plain = o.chunk(2)
+    run.update(block, "attention", prime - plain, plain.to(x.dtype), batch.weights, batch)
+
+
+def after_attention(block: Block, x: Tensor, o: Tensor, patch: ThoughtPatch | None) -> Tensor:
+    """Both streams after attention, [2B, T, d], float32 or float64; the one without context with its patch."""
+    prime, plain = o.chunk(2)
+    o = torch.cat([prime, patched(patch, block.index, "attention", plain)]).to(x.dtype)
+    return block.attention_residual(x, o).to(torch.promote_types(x.dtype, torch.float32))
+
+
+def observe_residual(run: Run, block: Block, x: Tensor, h: Tensor, batch: Batch, stage: frozenset[str]) -> None:
+    """Rows of the sites that are read at the attention's output, from both streams h after it."""
+    prime, plain = h.chunk(2)
+    if "residual" in stage:
+        run.update(block, "residual", prime - plain, None, batch.weights, batch)
+    if "mlp" in stage:
+        u_prime, u = block.mlp_input(h, x.to(h.dtype)).chunk(2)
+        run.update(block, "mlp", u_prime - u, run.mlp_rows(u, plain).to(x.dtype), batch.weights, batch)
+
+
+def observe_down(
+    run: Run, block: Block, x: Tensor, h: Tensor, batch: Batch, patch: ThoughtPatch | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows of the down site, from both streams h after attention.
+
+    Returns:
+        What down_proj gives with context, and without, [B, T, d], and what it multiplies without, z [B, T, mlp_width].
+        The last two are the block's with the patch of its sites up to the mlp.
+    """
+    prime, plain = h.chunk(2)
+    u_prime, u = block.mlp_input(h, x.to(h.dtype)).chunk(2)
+    return _observe_down(run, block, u_prime, u, prime - plain, batch, patch)
 
 
 def _observe_down(
     run: Run, block: Block, prime: Tensor, plain: Tensor, delta_h: Tensor, batch: Batch, patch: ThoughtPatch | None
-) -> None:
+) -> tuple[Tensor, Tensor, Tensor]:
     """Rows of the down site: z, and what down_proj must add for the block's output to be the one with context.
 
     The MLP runs in float32 at least: a difference of two bf16 outputs is mostly their rounding where it is small
@@ -158,15 +184,15 @@ def _observe_down(
         prime, plain: MLP inputs with context, and without as the mlp site's patch finds it, [B, T, d], float32 or
             float64.
         delta_h: difference of the residual streams after attention, [B, T, d].
+
+    Returns:
+        As observe_down.
     """
     plain = patched(patch, block.index, "mlp", plain)
-    found = []
-    for part in _parts(plain):
-        (m_prime, m), (_, z) = (
-            tensor.chunk(2) for tensor in block.mlp_activation(torch.cat([prime[part], plain[part]]))
-        )
-        found.append((m, m_prime.to(delta_h.dtype) - m, z))
-    m, delta_m, z = (torch.cat(tensors) for tensors in zip(*found, strict=True))
+    m_prime = torch.cat([block.mlp_activation(prime[part])[0] for part in _parts(prime)])
+    found = [block.mlp_activation(plain[part]) for part in _parts(plain)]
+    m, z = (torch.cat(tensors) for tensors in zip(*found, strict=True))
+    delta_m = m_prime.to(delta_h.dtype) - m
     shift = shifted(patch, block.index, "residual", delta_h)
     delta_h = delta_h if shift is None else delta_h - shift
     # Both in terms of what is added to h after the multiplier.
@@ -174,6 +200,7 @@ def _observe_down(
     wanted = added + delta_h / block.residual_multiplier
     delta, weight = before_norm(block.post_feedforward_norm, m, wanted)
     run.update(block, "down", delta, z.to(run.decoder.dtype), batch.weights.to(weight.device) * weight, batch)
+    return m_prime, m, z
 
 
 def observe_header(
