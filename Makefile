@@ -104,7 +104,8 @@ figures: setup bench experiments
 		$(VENV)/bin/thought-kernels toy sweep --preset $$preset --output build/toy-$$preset; \
 		name=$$(echo $$preset | sed -n 's/reduced-/_/p'); \
 		cp build/toy-$$preset/models.csv benchmarks/results/toy_sweep$$name.csv; \
-		cp build/toy-$$preset/clusters.csv benchmarks/results/toy_clusters$$name.csv; done
+		cp build/toy-$$preset/clusters.csv benchmarks/results/toy_clusters$$name.csv; \
+		cp build/toy-$$preset/nulls.csv benchmarks/results/toy_nulls$$name.csv; done
 	$(PY) benchmarks/tables/write_tables.py
 
 # Every experiment of docs/experiments.md, and how interference is foretold; then their tables and figures.

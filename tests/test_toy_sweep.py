@@ -12,6 +12,8 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 from thought_kernels.cli import app
+from thought_kernels.spectral import saturation
+from thought_kernels.spectral.nulls import shuffled
 from thought_kernels.spectral.toy import Schedule, geometries, spectral_evolution, sweep, toy_models, train
 from thought_kernels.spectral.toy.evolution import wasserstein
 from thought_kernels.spectral.toy.geometries import Found, Setting, figure, find_geometries
@@ -24,6 +26,7 @@ from thought_kernels.spectral.toy.sweeps import (
     estimate,
     final_weights,
     groups,
+    most_varied,
     read_rows,
     trained,
 )
@@ -51,13 +54,13 @@ def test_the_papers_plan_is_3200_runs() -> None:
 
 
 def test_a_sweep_that_stops_ends_the_same(tmp_path: Path) -> None:
-    models, clusters = sweep(TINY, tmp_path / "whole", progress=False)
+    models, clusters, nulls = sweep(TINY, tmp_path / "whole", progress=False)
     sweep(TINY, tmp_path / "cut", models_at_once=4, progress=False)  # other groups, the same models
     done = tmp_path / "cut" / "m0003-001"
     (done / "rows.json").unlink()  # as if it had stopped here,
     (tmp_path / "cut" / "models.csv").unlink()
     before = (tmp_path / "cut" / "m0002-000" / "rows.json").stat().st_mtime_ns
-    again, _ = sweep(TINY, tmp_path / "cut", progress=False)
+    again, *_ = sweep(TINY, tmp_path / "cut", progress=False)
     assert (tmp_path / "cut" / "m0002-000" / "rows.json").stat().st_mtime_ns == before  # what was done is not redone
 
     first, second = (
@@ -69,6 +72,18 @@ def test_a_sweep_that_stops_ends_the_same(tmp_path: Path) -> None:
         # float32 sums in another order over 12 steps of Adam
         assert a == pytest.approx(b, rel=1e-3, abs=1e-3)
     assert {row["dimensions"] for row in read_rows(clusters)} == {2.0, 3.0}
+    beside = read_rows(nulls)
+    assert len(beside) == 2 * len(TINY) and {row["shuffled"] for row in beside} == {0.0, 1.0}
+    for row in beside:
+        group, index = next(
+            (group, group.runs.index((row["sparsity"], int(row["seed"]))))
+            for group in groups(TINY, 32)
+            if group.dimensions == row["dimensions"]
+        )
+        W = build(TINY, group).weight[index]
+        if row["shuffled"]:
+            W = shuffled(final_weights(tmp_path / "whole" / group.name, index), int(row["seed"]))
+        assert row["saturation"] == pytest.approx(saturation(W), rel=1e-5)
     for m in TINY.dimensions:
         for sparsity, seed, group, index in trained(tmp_path / "whole", m):
             W = final_weights(group, index)
@@ -111,6 +126,28 @@ def test_nonuniform_sparsity_spreads_around_the_mean() -> None:
         assert (row.diff() >= -1e-7).all()
     uniform = build(TINY, groups(TINY, 6)[0])
     torch.testing.assert_close(uniform.weight, models.weight)
+
+
+def test_the_most_varied_inputs() -> None:
+    """p/3 − p²/4 is largest at p = 2/3."""
+    sparsity = torch.tensor([0.0, 1 / 3, 0.5, 0.9, 0.99])
+    W = torch.tensor([[0.1, 1.0, 1.0, 0.9, 0.2]])
+    assert most_varied(W, sparsity) == 2  # of features 1, 2 and 3; 0 varies more than 3
+    assert most_varied(W.flip(1), sparsity) == 2
+
+
+def test_clusters_carry_their_spread_and_their_residual() -> None:
+    """Two eigenvalues of one window, and a feature between two eigenspaces."""
+    values = torch.tensor([1.0, 0.99, 0.5], dtype=torch.float64)
+    W = torch.cat([values.sqrt().diag(), torch.zeros(3, 1, dtype=torch.float64)], 1)
+    summary, clusters = summarize(W, rtol=0.02)
+    assert [cluster["spread"] for cluster in clusters] == pytest.approx([0.01, 0], abs=1e-9)
+    assert [cluster["residual"] for cluster in clusters] == pytest.approx([0, 0], abs=1e-9)
+    assert summary.spread == pytest.approx(0.02 / 3, abs=1e-9) and summary.tight == 1
+    W[:, 3] = torch.tensor([0.6, 0.0, 0.6])
+    summary, clusters = summarize(W, rtol=0.02)
+    assert max(cluster["residual"] for cluster in clusters) > 0.3 and summary.tight < 1
+    assert 0 < summary.held_01 <= (1 - summary.saturation) / 0.1
 
 
 def test_a_tight_frame_is_saturated_and_linear() -> None:
@@ -226,7 +263,7 @@ def test_the_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     code, said = run("figures", folder, "--output", pictures)
     assert code == 0 and "| S | Σ D / m |" in said
     assert sorted(path.name for path in pictures.iterdir()) == [
-        "dimensionality.png", "evolution.png", "linearity.png", "saturation.png",
+        "dimensionality.png", "evolution.png", "linearity.png", "residue.png", "saturation.png",
     ]  # fmt: skip
     code, said = run("figures", folder, "--output", pictures, "--dimensions", "5")
     assert code == 1 and "draw: dimensions must be one of" in said

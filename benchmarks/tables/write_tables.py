@@ -20,6 +20,7 @@ from demo_tables import DEMO
 from experiment_tables import EXPERIMENTS
 from real_picture import PICTURE, draw, is_current
 from real_tables import REAL
+from toy_tables import TOY
 
 from thought_kernels.evaluation.records.files import write_text
 
@@ -42,6 +43,7 @@ TABLES: dict[str, Callable[[], str]] = {
     **CPU_TABLES,
     **EXPERIMENTS,
     **REAL,
+    **TOY,
 }
 
 

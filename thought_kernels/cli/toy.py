@@ -34,7 +34,7 @@ def sweep(
     matmul_precision: Annotated[str, typer.Option(help="highest, or high, which is TF32 on a GPU.")] = "highest",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what it would need.")] = False,
 ) -> None:
-    """Train every model of a plan, and write models.csv and clusters.csv; goes on where it stopped."""
+    """Train every model of a plan, and write models.csv, clusters.csv and nulls.csv; goes on where it stopped."""
     import torch
 
     from thought_kernels.models.load import usable_device
@@ -75,10 +75,10 @@ def figures(
 ) -> None:
     """Draw a sweep, and print its table by sparsity."""
     from thought_kernels.spectral.toy.figures import by_sparsity, draw
-    from thought_kernels.spectral.toy.sweeps import MODELS, read_rows
+    from thought_kernels.spectral.toy.sweeps import MODELS, NULLS, read_rows
 
     _print_paths(draw(folder, output, dimensions=dimensions, sparsity=sparsity))
-    options.out.print(by_sparsity(read_rows(folder / MODELS)), markup=False, soft_wrap=True)
+    options.out.print(by_sparsity(read_rows(folder / MODELS), read_rows(folder / NULLS)), markup=False, soft_wrap=True)
 
 
 @app.command()

@@ -9,6 +9,7 @@
     taxonomy      localized, band-localized and broadband features, and their budget
     density       the empirical spectral density, stable and effective rank
     tails         power laws of its largest eigenvalues
+    nulls         what matrices without structure give: Marchenko-Pastur's law, shuffled entries
     inspect       all of it for the matrices of a model's files, one at a time
     diagnosis, site_diagnosis, overlap      what a patch touches in a model, and how two patches interfere
 
@@ -34,6 +35,7 @@ from thought_kernels.spectral.measure import (
     spectral_moment,
     support_bounds,
 )
+from thought_kernels.spectral.nulls import Bulk, marchenko_pastur, null_saturation, shuffled
 from thought_kernels.spectral.overlap import Interference, Overlap
 from thought_kernels.spectral.scheme import AssociationScheme, association_scheme
 from thought_kernels.spectral.site_diagnosis import FeatureChange, SiteDiagnosis
@@ -43,6 +45,7 @@ from thought_kernels.spectral.taxonomy import FeatureClasses, classify_features
 
 __all__ = [
     "AssociationScheme",
+    "Bulk",
     "ClusterFit",
     "Component",
     "Diagnosis",
@@ -73,11 +76,14 @@ __all__ = [
     "inspect_model",
     "interference",
     "leverage",
+    "marchenko_pastur",
     "measure_features",
+    "null_saturation",
     "power_law_tail",
     "projective_linearity",
     "rayleigh_quotient",
     "saturation",
+    "shuffled",
     "slack",
     "spectral_measure",
     "spectral_moment",

@@ -8,13 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from thought_kernels.spectral.clusters import projective_linearity
+from thought_kernels.spectral.clusters import frame_residual, projective_linearity
 from thought_kernels.spectral.measure import nonzero_spectrum
 from thought_kernels.spectral.taxonomy import classes_of
 
 # Eigenvalues of a trained toy model scatter: what one exact optimum would have as a multiple eigenvalue is spread over
-# a few per cent by the noise of the last batches.
+# a few per cent by the noise of the last batches. An eigenspace is a window of this width in all.
 RTOL = 0.02
+# A cluster this near to a tight frame of its eigenspace counts as one: docs/toy_models.md has the residuals of trained
+# and of untrained models, between which it lies.
+TIGHT = 0.1
 
 
 @dataclass(frozen=True)
@@ -27,11 +30,15 @@ class ModelSummary:
         saturation: Σ_i D_i / rank.
         represented: features with ‖w_i‖² above a quarter of the largest.
         eigenspaces: of positive eigenvalues, grouped.
+        spread: (λ_max − λ_min) / λ_max within an eigenspace, mean over represented features.
         localization: mean of max_e p_ie over represented features.
         residual: mean over represented features of CV_i, whose eigenspaces are not grouped.
         r_squared: mean over clusters of R² of D = ‖w‖²/λ, each cluster weighed by its features.
         slope_error: mean over clusters of |kλ − 1|, likewise.
         band: share of represented features whose measure lies within 10 % of a mean eigenvalue, localized or not.
+        tight: share of represented features in clusters whose frame residual is at most TIGHT.
+        held_001, held_01: the leverage that features of slack of at least τ = 0.01, 0.1 hold, as a share of the rank;
+            at most (1 − saturation) / τ (Theorem 9).
     """
 
     rank: int
@@ -39,11 +46,15 @@ class ModelSummary:
     saturation: float
     represented: int
     eigenspaces: int
+    spread: float
     localization: float
     residual: float
     r_squared: float
     slope_error: float
     band: float
+    tight: float
+    held_001: float
+    held_01: float
 
 
 def summarize(W: Tensor, *, rtol: float = RTOL) -> tuple[ModelSummary, list[dict[str, Any]]]:
@@ -54,9 +65,9 @@ def summarize(W: Tensor, *, rtol: float = RTOL) -> tuple[ModelSummary, list[dict
         rtol: eigenvalues within this times the largest of one another form one eigenspace.
 
     Returns:
-        The summary, and for each cluster its eigenvalue, dimension, number of members, localization, slope error and
-        R². The features of a cluster are the represented ones: columns that training has brought to almost nothing
-        have directions of chance.
+        The summary, and for each cluster its eigenvalue, dimension, spread of eigenvalues, number of members, their
+        residual from a tight frame, localization, slope error and R². The features of a cluster are the represented
+        ones: columns that training has brought to almost nothing have directions of chance.
 
     Raises:
         ValueError: as spectral_measure does.
@@ -66,10 +77,11 @@ def summarize(W: Tensor, *, rtol: float = RTOL) -> tuple[ModelSummary, list[dict
     spectrum = nonzero_spectrum("summarize", W, rtol, None)
     classes = classes_of(spectrum)
     measures = classes.measures
-    kept = measures.squared_norm > 0.25 * measures.squared_norm.max()
+    kept = represented(W)
     total = float(measures.dimensionality.sum())
     clusters = []
     for fit in projective_linearity(W, rtol=rtol):
+        index = int(measures.eigenspace[fit.features[0]])
         members = fit.features[kept[fit.features]]
         if len(members) == 0:
             continue
@@ -78,7 +90,9 @@ def summarize(W: Tensor, *, rtol: float = RTOL) -> tuple[ModelSummary, list[dict
             {
                 "eigenvalue": fit.eigenvalue,
                 "dimension": fit.dimension,
+                "spread": fit.spread,
                 "members": len(members),
+                "residual": frame_residual(spectrum, members, index),
                 "localization": float(measures.peak[members].mean()),
                 "slope_error": abs(float((x * D).sum() / x.square().sum()) - 1),
                 "r_squared": float(1 - (D - x).square().sum() / D.square().sum()),
@@ -96,13 +110,23 @@ def summarize(W: Tensor, *, rtol: float = RTOL) -> tuple[ModelSummary, list[dict
         saturation=total / spectrum.rank,
         represented=int(kept.sum()),
         eigenspaces=len(spectrum.eigenvalues),
+        spread=mean("spread"),
         localization=float(measures.peak[kept].mean()),
         residual=float(measures.residual[kept].mean()),
         r_squared=mean("r_squared"),
         slope_error=mean("slope_error"),
         band=float(((classes.codes == 0) | (classes.codes == 1))[kept].double().mean()),
+        tight=float(sizes[torch.tensor([cluster["residual"] <= TIGHT for cluster in clusters])].sum() / sizes.sum()),
+        held_001=classes.residue(0.01)[0],
+        held_01=classes.residue(0.1)[0],
     )
     return summary, clusters
+
+
+def represented(W: Tensor) -> Tensor:
+    """Which features training has kept, ``[n]`` bool: those with ‖w_i‖² above a quarter of the largest."""
+    squared_norm = W.double().square().sum(0)
+    return squared_norm > 0.25 * squared_norm.max()
 
 
 def as_row(summary: ModelSummary) -> dict[str, Any]:

@@ -8,6 +8,7 @@ folder
     m0016-000/step-*.safetensors  per group: checkpoints, where the plan asks for them
     m0016-000/rows.json           per group: its models' figures; a group that has this is done
     models.csv, clusters.csv      all of them, once the last group is done
+    nulls.csv                     the same figures of each model untrained, and with its trained entries shuffled
 """
 
 from __future__ import annotations
@@ -29,12 +30,14 @@ from tqdm import tqdm
 
 from thought_kernels.ops.checks import check_number
 from thought_kernels.ops.library import message
+from thought_kernels.spectral.nulls import shuffled
 from thought_kernels.spectral.toy.inputs import checked_count, mixed
 from thought_kernels.spectral.toy.models import ToyModels, toy_models
-from thought_kernels.spectral.toy.summary import RTOL, as_row, rounded, summarize
+from thought_kernels.spectral.toy.summary import RTOL, as_row, represented, rounded, summarize
 from thought_kernels.spectral.toy.training import Schedule, checkpoint_steps, history, train
 
-PLAN, ROWS, MODELS, CLUSTERS = "plan.json", "rows.json", "models.csv", "clusters.csv"
+PLAN, ROWS, MODELS, CLUSTERS, NULLS = "plan.json", "rows.json", "models.csv", "clusters.csv", "nulls.csv"
+_TABLES = {"models": MODELS, "clusters": CLUSTERS, "nulls": NULLS}
 _ON_A_CPU = 32  # models at once: beyond that their tensors leave the cache, and nothing is gained
 
 
@@ -169,8 +172,11 @@ def sweep(
     device: torch.device | str = "cpu",
     models_at_once: int | None = None,
     progress: bool = True,
-) -> tuple[Path, Path]:
+) -> tuple[Path, Path, Path]:
     """Trains what is not yet trained of a plan, and writes the tables.
+
+    A model's rows are those of its trained weights, of its untrained ones, and of its trained ones with their entries
+    shuffled: what is no further from the second and third than they are from each other, training did not do.
 
     Args:
         plan: what to train.
@@ -180,7 +186,7 @@ def sweep(
         progress: shows a bar of model steps.
 
     Returns:
-        The paths of models.csv and clusters.csv.
+        The paths of models.csv, clusters.csv and nulls.csv.
 
     Raises:
         ValueError: a folder that holds another plan's sweep or damaged records, or fewer than one model at once.
@@ -228,30 +234,50 @@ def _run(plan: Plan, group: Group, folder: Path, device: torch.device, bar: tqdm
         bar.update(count * done)
 
     models = build(plan, group, device)
+    untrained = models.weight.to("cpu", copy=True)
     kept = checkpoint_steps(steps, plan.checkpoints)
     losses = train(
         models, plan.schedule, folder=folder, checkpoints=kept, save_every=max(1, steps // 20), progress=advance
     )
     bar.update(count * (steps - seen))  # what an earlier start had done
-    rows, clusters = [], []
-    for (sparsity, seed), loss, W in zip(group.runs, losses.tolist(), models.weight.cpu(), strict=True):
+    record: dict[str, list[dict[str, Any]]] = {name: [] for name in _TABLES}
+    for index, ((sparsity, seed), loss, W) in enumerate(
+        zip(group.runs, losses.tolist(), models.weight.cpu(), strict=True)
+    ):
         setting = {"features": plan.features, "dimensions": group.dimensions, "sparsity": sparsity, "seed": seed}
         summary, found = summarize(W, rtol=plan.rtol)
-        rows.append({**setting, "loss": rounded(loss), **as_row(summary)})
-        clusters += [{**setting, **{name: rounded(value) for name, value in row.items()}} for row in found]
-    _write(folder / ROWS, json.dumps({"models": rows, "clusters": clusters}))
+        extra = {} if plan.spread == 1 else {"most_varied": most_varied(W, models.sparsity[index].cpu())}
+        record["models"].append({**setting, "loss": rounded(loss), **as_row(summary), **extra})
+        record["clusters"] += [{**setting, **{name: rounded(value) for name, value in row.items()}} for row in found]
+        for is_shuffled, null in enumerate((untrained[index], shuffled(W, seed))):
+            summary, _ = summarize(null, rtol=plan.rtol)
+            record["nulls"].append({**setting, "shuffled": is_shuffled, **as_row(summary)})
+    _write(folder / ROWS, json.dumps(record))
 
 
-def _tables(folder: Path, todo: Sequence[Group]) -> tuple[Path, Path]:
-    models: list[dict[str, Any]] = []
-    clusters: list[dict[str, Any]] = []
+def most_varied(W: Tensor, sparsity: Tensor) -> int:
+    """How many of the k represented features are among the k whose inputs vary most.
+
+    An input that is active with probability p, and then uniform on [0, 1], has variance p/3 − p²/4.
+
+    Args:
+        W: ``[m, n]``.
+        sparsity: S of each feature ``[n]``.
+    """
+    kept, active = represented(W), 1 - sparsity
+    top = (active / 3 - active.square() / 4).topk(int(kept.sum())).indices
+    return int(kept[top].sum())
+
+
+def _tables(folder: Path, todo: Sequence[Group]) -> tuple[Path, Path, Path]:
+    tables: dict[str, list[dict[str, Any]]] = {name: [] for name in _TABLES}
     for group in todo:
-        record = _read("sweep", folder / group.name / ROWS, ("models", "clusters"))
-        models += record["models"]
-        clusters += record["clusters"]
-    write_table(folder / MODELS, models)
-    write_table(folder / CLUSTERS, clusters)
-    return folder / MODELS, folder / CLUSTERS
+        record = _read("sweep", folder / group.name / ROWS, list(_TABLES))
+        for name, rows in tables.items():
+            rows += record[name]
+    for name, rows in tables.items():
+        write_table(folder / _TABLES[name], rows)
+    return folder / MODELS, folder / CLUSTERS, folder / NULLS
 
 
 def write_table(path: Path, rows: Sequence[dict[str, Any]]) -> None:
