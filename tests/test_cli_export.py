@@ -17,7 +17,7 @@ import thought_kernels as tk
 from thought_kernels.cli import app, bench, options
 from thought_kernels.evaluation.measures.export_loss import export_loss
 from thought_kernels.generation.completions import complete
-from thought_kernels.patches.export import CONFIG_FILE, WEIGHT_FILE
+from thought_kernels.patches.export_peft import CONFIG_FILE, WEIGHT_FILE
 from thought_kernels.patches.patch import ThoughtPatch
 from thought_kernels.prompts.prompt import encode
 
@@ -52,7 +52,7 @@ def test_export_writes_a_lora_folder(folder: Path, tmp_path: Path) -> None:
     result = run("export", patch, "--format", "peft", "--model", folder, "--output", tmp_path / "lora")
     assert result.exit_code == 0, result.output
     assert "--enable-lora --max-lora-rank 8" in result.stdout
-    assert "loss" not in result.stdout  # nothing is lost, and nothing was asked
+    assert "100.00 % kept (on 'Add them'); give --example or" in result.stdout
     config = json.loads((tmp_path / "lora" / CONFIG_FILE).read_text())
     assert config["r"] == 3 and config["base_model_name_or_path"] == str(folder)
     halved = run("export", patch, "-m", folder, "-o", tmp_path / "half", "--scale", 0.5)
@@ -75,7 +75,57 @@ def test_what_is_lost_is_measured_and_printed(folder: Path, tmp_path: Path) -> N
     assert "relative squared error on the fitted rows at worst 0.1" in result.stdout
     assert "nats per token of the patched answers" in result.stdout and "(on 2 inputs)" in result.stdout
     unasked = run(*plain, "--fold")
-    assert unasked.exit_code == 0 and "on 'Add them'; give --example" in unasked.stdout
+    assert unasked.exit_code == 0 and "on 'Add them'); give --example" in unasked.stdout
+    texts = tmp_path / "texts.txt"
+    texts.write_text("3 4\n5 6\n7 8\n")
+    dropped = run(*plain, "--drop", "--energy", 0.5, "--examples", texts)
+    assert dropped.exit_code == 0 and "(on 3 inputs)" in dropped.stdout, dropped.output
+    assert "left out" in dropped.stdout and "4 of 4 sites: block 0 attention, block 0 mlp" in dropped.stdout
+    written = random_patch(provenance={"written_inputs": ["3 4", "5"]}, vectors=False, size=0.1)
+    (0.5 * written).save_pretrained(tmp_path / "written")
+    told = run("export", tmp_path / "written", *plain[2:], "--drop")
+    assert told.exit_code == 0 and "(on 2 inputs)" in told.stdout, told.output
+
+
+def kept(text: str) -> float:
+    return float(text.partition(" % kept")[0].rpartition(": ")[2])
+
+
+def test_a_merged_checkpoint_is_measured_as_it_was_written(folder: Path, tmp_path: Path) -> None:
+    patch = saved(tmp_path / "patch")
+    result = run("export", patch, "-f", "merged", "-m", folder, "-o", tmp_path / "m", "--max-shard-size", "60KB")
+    assert result.exit_code == 0, result.output
+    assert kept(result.stdout) == pytest.approx(100, abs=0.01)
+    shards = len(list((tmp_path / "m").glob("*.safetensors")))
+    assert shards > 1 and ["files", str(shards)] in [line.split() for line in result.stdout.splitlines()]
+    model, tokenizer = tk.load(tmp_path / "m")
+    bare, _ = tk.load(folder)
+    ids = tokenizer("3 4", return_tensors="pt").input_ids
+    with torch.no_grad(), ThoughtPatch.from_pretrained(patch).applied(bare):
+        assert torch.allclose(model(ids).logits, bare(ids).logits, atol=1e-4)
+    again = run("export", patch, "-f", "merged", "-m", folder, "-o", tmp_path / "m")
+    assert again.exit_code == 1 and "export_merged: directory must be empty or not there" in again.stderr
+    rounded = run("export", patch, "-f", "merged", "-m", folder, "-o", tmp_path / "b", "--dtype", "bfloat16")
+    assert rounded.exit_code == 0 and 50 < kept(rounded.stdout) < 99.999, rounded.output
+
+
+def test_gguf_exports_and_a_control_vector_s_way_back(folder: Path, tmp_path: Path) -> None:
+    patch = saved(tmp_path / "patch", sites=["attention", "residual"], layers=[1])
+    out = tmp_path / "out"
+    plain = ("export", patch, "-m", folder, "-o", out, "-e", "3 4", "--max-new-tokens", 4)
+    refused = run(*plain, "-f", "gguf-lora")
+    assert refused.exit_code == 1 and "no residual vector" in refused.stderr and not out.exists()
+    adapter = run(*plain, "-f", "gguf-lora", "--drop")
+    assert adapter.exit_code == 0 and f"--lora {out / 'adapter.gguf'}" in adapter.stdout, adapter.output
+    vector = run(*plain, "-f", "gguf-vector", "--drop")
+    assert vector.exit_code == 0 and f"--control-vector {out / 'control_vector.gguf'}" in vector.stdout, vector.output
+    assert kept(adapter.stdout) < 100 > kept(vector.stdout)
+    back = run("import", out / "control_vector.gguf", "-o", tmp_path / "back", "--scale", 0.5)
+    assert back.exit_code == 0 and "sites residual" in back.stdout, back.output
+    found, original = (ThoughtPatch.from_pretrained(path) for path in (tmp_path / "back", patch))
+    assert torch.equal(found.vector(1, "residual"), 0.5 * original.vector(1, "residual"))
+    wrong = run("import", patch / "thought_patch.json", "-o", tmp_path / "x")
+    assert wrong.exit_code == 1 and "from_control_vector: file must be a GGUF control vector" in wrong.stderr
 
 
 def test_the_loss_is_zero_of_everything_and_all_of_nothing(folder: Path) -> None:
@@ -132,7 +182,13 @@ def test_export_refuses_in_a_sentence(folder: Path, tmp_path: Path) -> None:
     file = tmp_path / "file"
     file.write_text("")
     for arguments, sentence, code in (
-        ((patch, "-o", tmp_path / "x", "--format", "gguf"), "--format must be peft, got 'gguf'", 2),
+        (
+            (patch, "-o", tmp_path / "x", "--format", "gguf"),
+            "--format must be one of peft, merged, gguf-lora, gguf-vector",
+            2,
+        ),
+        ((patch, "-o", tmp_path / "x", "-f", "merged", "--rank", 3), "--rank is of no use with --format merged", 2),
+        ((patch, "-o", tmp_path / "x", "-f", "gguf-vector"), "export_control_vector: patch must hold nothing but", 1),
         ((patch, "-o", file), "--output must be a folder, got the file", 2),
         ((patch, "-o", tmp_path / "x", "--rank", 0), "--rank", 2),
         ((other, "-o", tmp_path / "x"), "export_peft: patch must have the model's hidden size 36, got 40", 1),

@@ -305,5 +305,5 @@ def test_other_folders_are_named(name: str | None, told: str, tmp_path: Path) ->
         ThoughtPatch.from_pretrained(tmp_path)
     file = tmp_path / "vector.gguf"
     file.write_bytes(b"GGUF")
-    with pytest.raises(ValueError, match="got a file; import_control_vector reads control vectors: .*vector.gguf"):
+    with pytest.raises(ValueError, match="got a file; ThoughtPatch.from_control_vector reads .*vector.gguf"):
         ThoughtPatch.from_pretrained(file)

@@ -25,6 +25,7 @@ from thought_kernels.cli import (
     experiment,
     export,
     generate,
+    import_vector,
     inspect,
     options,
     tokens,
@@ -89,6 +90,7 @@ app.command("demo")(demo.demo)
 app.command("evaluate")(evaluate.evaluate)
 app.command("inspect")(inspect.inspect)
 app.command("export")(export.export)
+app.command("import")(import_vector.import_vector)
 app.command("bench")(bench.bench)
 app.add_typer(experiment.app, name="experiment")
 app.add_typer(toy.app, name="toy")

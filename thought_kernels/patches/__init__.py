@@ -7,5 +7,5 @@ summary         what a patch prints
 apply, merge    a patch in a model: by hooks, or in the weights
 vectors         the vectors' place among the biases
 storage         a patch as a folder
-export          a patch as a PEFT LoRA
+exports         a patch for other programs: PEFT, transformers, llama.cpp; a file for each format
 """

@@ -40,18 +40,29 @@ class MergedPatch:
     Attributes:
         fold_residuals: per (block, site) whose vector was folded into Δ, the relative squared error of doing so on the
             fitted rows, None where it is unknown.
+        dropped: (block, site) whose vector was left out.
 
     Args:
         patch: the patch.
         model: a transformers model.
         fold: whether vectors may be folded into matrices.
+        drop: whether vectors may be left out that have no place.
         backup_device: where the originals are kept, None for beside the weights.
     """
 
-    def __init__(self, patch: PatchData, model: Any, *, fold: bool, backup_device: torch.device | str | None) -> None:
+    def __init__(
+        self,
+        patch: PatchData,
+        model: Any,
+        *,
+        fold: bool,
+        drop: bool = False,
+        backup_device: torch.device | str | None,
+    ) -> None:
         self.fold_residuals: dict[tuple[int, str], float | None] = {}
         plan: list[_Edit] = []
-        for part in placed("merge_", patch, model, fold=fold, instead="use applied"):
+        parts, self.dropped = placed("merge_", patch, model, instead="use applied", fold=fold, drop=drop)
+        for part in parts:
             plan.extend(self._planned(part))
         self._model: nn.Module = describe(model).model
         names = {id(p): name for name, p in self._model.named_parameters()}

@@ -13,13 +13,13 @@ import torch
 
 from thought_kernels.patches import storage
 from thought_kernels.patches.apply import AppliedPatch
-from thought_kernels.patches.data import PatchData
-from thought_kernels.patches.export import PeftFolder, export_peft
+from thought_kernels.patches.control_vector import read_control_vector
+from thought_kernels.patches.exports import Exports
 from thought_kernels.patches.merge import MergedPatch
 from thought_kernels.patches.summary import blocks, summary
 
 
-class ThoughtPatch(PatchData):
+class ThoughtPatch(Exports):
     """Patches per block and site: o -> o + Δ o + v at ``attention``, likewise u at ``mlp``; y -> y + v at ``residual``;
     W z -> W z + Δ z + v at ``down``, z being what down_proj, of weight W, multiplies.
 
@@ -93,42 +93,16 @@ class ThoughtPatch(PatchData):
         """
         storage.save(self.entries, self.provenance, directory)
 
-    def export_peft(
-        self,
-        directory: str | os.PathLike[str],
-        model: Any,
-        *,
-        rank: int | None = None,
-        fold: bool = False,
-        pad: bool = False,
-        progress: bool = False,
-    ) -> PeftFolder:
-        """Writes a PEFT LoRA folder for one model: Δ = U Vᵀ becomes A = Vᵀ and B = W U, and B = U in down_proj.
+    @classmethod
+    def from_control_vector(cls, file: str | os.PathLike[str]) -> ThoughtPatch:
+        """Reads a GGUF control vector, such as repeng's, as a patch: direction k at block k's residual site.
 
-        peft, transformers (``load_adapter``) and vLLM load it; products are formed in float64 and rounded once, to
-        float32 (float64 for a float64 model). A vector becomes the LoRA bias W v (at the down site v), exactly, where
-        every such module has a bias, and a residual vector down_proj's as in ``merge_``; vLLM refuses those.
-
-        Args:
-            directory: the folder, created if it does not exist; each file is replaced in one step.
-            model: the model whose weights W enter B, which the adapter is for. It may be quantised.
-            rank: largest rank, which accepts the loss of the singular values beyond it. None: each Δ's own rank, its
-                singular values above the rounding of its stored numbers, which loses nothing.
-            fold: where there is no bias, add v āᵀ/‖ā‖² to Δ instead, ā being the fitted rows' mean activation; the
-                relative squared error on those rows is logged and kept in the result's ``fold_residuals``.
-            pad: give every module the largest rank, padded with zeros. llama.cpp divides one lora_alpha by each
-                module's own rank, so what it reads must have one rank.
-            progress: show a progress bar on stderr.
-
-        Returns:
-            A PeftFolder: ranks, what was lost, and the flags that vLLM needs.
+        Its strength there is the patch's factor here: ``0.8 * ThoughtPatch.from_control_vector("happy.gguf")``.
 
         Raises:
-            ValueError: another hidden size or attention width, missing blocks, a bad rank, a nonzero vector that can
-                neither become a bias nor may be folded, no nonzero matrix, NaN, or a path that is not a folder.
-                Nothing is written then.
+            ValueError: a file that is no control vector, or a damaged one; it names the file.
         """
-        return export_peft(self, directory, model, rank=rank, fold=fold, pad=pad, progress=progress)
+        return cls(*read_control_vector(file))
 
     @classmethod
     def from_pretrained(cls, directory: str | os.PathLike[str], *, device: torch.device | str = "cpu") -> ThoughtPatch:

@@ -164,7 +164,7 @@ def _check_kind(folder: Path) -> None:
     }
     found = next((f"{what}, by its {name}" for name, what in kinds.items() if (folder / name).exists()), None)
     if folder.is_file():
-        hint = "; import_control_vector reads control vectors" if folder.suffix == ".gguf" else ""
+        hint = "; ThoughtPatch.from_control_vector reads control vectors" if folder.suffix == ".gguf" else ""
         found = f"a file{hint}"
     if found is None:
         others = sorted(path.name for path in folder.iterdir())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 from thought_kernels.evaluation.measures.metrics import Effect, effect
@@ -16,7 +17,7 @@ def export_loss(
     model: Any,
     tokenizer: Any,
     patch: ThoughtPatch,
-    exported: ThoughtPatch,
+    exported: Any,
     questions: Sequence[str],
     *,
     max_new_tokens: int = 64,
@@ -28,7 +29,7 @@ def export_loss(
         model: a transformers causal language model, unpatched.
         tokenizer: its tokenizer.
         patch: the whole patch, whose provenance says how prompts are written; the chat template where it does not.
-        exported: what is left of it.
+        exported: what is left of it as a ThoughtPatch, or the exported model itself.
         questions: user texts, at least one.
         max_new_tokens: where an answer is cut.
         batch_size: questions at a time.
@@ -44,8 +45,10 @@ def export_loss(
     with patch.applied(model):
         answers = complete(model, prompts, ending=ending, max_new_tokens=max_new_tokens, batch_size=batch_size)
         wanted = list(completion_logprobs(model, prompts, answers, batch_size=batch_size))
-    with exported.applied(model):
-        lost = divergence(wanted, completion_logprobs(model, prompts, answers, batch_size=batch_size))
+    as_patch = isinstance(exported, ThoughtPatch)
+    with exported.applied(model) if as_patch else nullcontext():
+        reader = model if as_patch else exported
+        lost = divergence(wanted, completion_logprobs(reader, prompts, answers, batch_size=batch_size))
     bare = divergence(wanted, completion_logprobs(model, prompts, answers, batch_size=batch_size))
     return effect(lost, bare)
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from families import DENSE_CASES, tiny
 from models import tiny_gemma3, tiny_multimodal_gemma3
 from patches import MATRICES, random_patch, same_bits, token_ids, weights
 from safetensors.torch import load_file
@@ -18,9 +20,10 @@ from transformers import AutoModelForCausalLM
 
 from thought_kernels.demo import CHECKPOINT
 from thought_kernels.models import describe
-from thought_kernels.patches.export import CONFIG_FILE, VLLM_RANKS, WEIGHT_FILE, PeftFolder
+from thought_kernels.patches.export_peft import CONFIG_FILE, WEIGHT_FILE, PeftFolder
 from thought_kernels.patches.patch import ThoughtPatch
 from thought_kernels.patches.site import SitePatch
+from thought_kernels.patches.vllm import VLLM_RANKS, obstacles
 
 peft = pytest.importorskip("peft", reason="reads what export_peft writes; pip install 'thought_kernels[peft]'")
 
@@ -290,3 +293,55 @@ def test_a_second_export_replaces_the_first(tmp_path: Path) -> None:
     matrix_patch(rank=2).export_peft(tmp_path, model)
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted([CONFIG_FILE, WEIGHT_FILE])
     assert json.loads((tmp_path / CONFIG_FILE).read_text())["r"] == 2
+
+
+def test_dropped_vectors_are_named_and_are_no_part_of_what_the_adapter_does(tmp_path: Path) -> None:
+    model, ids = tiny_gemma3(dtype=torch.float64), token_ids()
+    patch = random_patch(vectors=True, dtype=torch.float64)
+    written = patch.export_peft(tmp_path, model, drop=True)
+    assert set(written.dropped) == set(patch.entries) and written.lossy
+    matrices = {key: replace(e, vector=None) for key, e in patch.entries.items() if key[1] != "residual"}
+    expected = applied_logits(ThoughtPatch(matrices), model, ids)
+    assert close(through_peft(model, tmp_path, ids), expected, torch.float64)
+    assert close(applied_logits(ThoughtPatch(written.entries), model, ids), expected, torch.float64)
+
+
+A, B = (f"base_model.model.model.layers.0.self_attn.o_proj.lora_{side}.weight" for side in "AB")
+ROUTER = A.replace("o_proj", "router")
+
+
+@pytest.mark.parametrize(
+    ("config", "tensors", "model_type", "told"),
+    [
+        ({}, [A, B], "llama", []),
+        ({"rank_pattern": {"o_proj": 2}, "alpha_pattern": {"o_proj": 2}}, [A, B], "gemma3_text", []),
+        ({}, [A, B], "gpt2", ["it has no adapters for GPT-2"]),
+        ({}, [A, B.replace("weight", "bias")], "qwen2", ["it carries vectors as LoRA biases; fold them instead"]),
+        ({}, [A[11:], B], "qwen2", [f"it does not know the tensor {A[11:]}"]),
+        ({}, [ROUTER], "qwen2", [f"it does not know the tensor {ROUTER}"]),
+        ({"use_dora": True, "modules_to_save": ["x"]}, [A], "llama",
+         ["it takes no use_dora", "it takes no modules_to_save"]),
+        ({"rank_pattern": {"o_proj": 513}, "alpha_pattern": {"o_proj": 513}}, [A], "llama",
+         ["its rank 513 is above 512; truncate it"]),
+        ({"lora_alpha": 8}, [A], "llama", ["its modules must have lora_alpha equal to their rank"]),
+        ({"rank_pattern": {"o_proj": 2}}, [A], "llama", ["its modules must have lora_alpha equal to their rank"]),
+    ],
+)  # fmt: skip
+def test_vllms_rules_are_written_out(config: Any, tensors: list[str], model_type: str, told: list[str]) -> None:
+    assert list(obstacles({"r": 4, "lora_alpha": 4, **config}, dict.fromkeys(tensors), model_type)) == told
+
+
+@pytest.mark.parametrize("family", DENSE_CASES)
+def test_vllm_would_load_what_is_written_for_every_family_that_it_serves_with_adapters(
+    family: str, tmp_path: Path
+) -> None:
+    model = tiny(family)
+    decoder = describe(model)
+    block = decoder.blocks[0]
+    patch = matrix_patch(
+        hidden=decoder.hidden_size, attention=block.attention_width, intermediate=block.mlp_width, rank=3
+    )
+    expected = (
+        "vLLM cannot load it: it has no adapters for GPT" if family[:2] in ("gp", "py") else "--enable-lora --max"
+    )
+    assert patch.export_peft(tmp_path, model).vllm.startswith(expected)
