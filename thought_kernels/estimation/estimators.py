@@ -102,33 +102,29 @@ def _solve_matrix(sums: Sums, estimator: str, scale: float, ridge: float | Tenso
     dtype = sums.delta_sum.dtype
     delta_sum, cross, activation_sum = sums.delta_sum.double(), sums.cross.double(), sums.activation_sum.double()
     gram = sums.gram.double()
-    gram = (gram + gram.T) / 2
     rtol = gram.shape[0] * torch.finfo(dtype).eps
     target, metric = cross, gram
     if estimator == "affine":
         target, metric = _centred(cross, gram, delta_sum, activation_sum, total, rtol)
-    if estimator == "mean":
-        matrix = scale * cross
-    elif estimator == "second_order":
-        matrix = second_order(cross, gram, scale)
-    elif estimator == "exact":
-        matrix = scale * exact(cross, gram, rtol=rtol)
-    else:
+    if estimator in ("ridge", "affine"):
         matrix = scale * ridge_solve(target, metric, ridge)
+        predicted = scale * target - matrix * _shift(metric, ridge)  # Δ (Z + s) = λ C tells Δ Z without a product
+        if estimator == "affine":
+            predicted += torch.outer(matrix @ activation_sum, activation_sum) / total
+    else:
+        matrix = _without_ridge(estimator, cross, gram, scale, rtol)
+        predicted = matrix @ gram
     singular = rows < gram.shape[0] + (estimator == "affine")
     vector = None
-    predicted = matrix @ gram
-    error = energy + float(((predicted - 2 * cross) * matrix).sum())
     along, square = _inner(matrix, cross), _inner(matrix, predicted)
     if estimator == "affine":
         vector = (scale * delta_sum - matrix @ activation_sum) / total
-        error += float(2 * vector.dot(matrix @ activation_sum - delta_sum) + total * vector.dot(vector))
         along += float(vector.dot(delta_sum))
         square += float(vector.dot(2 * (matrix @ activation_sum) + total * vector))
     best = _second_order_scale(cross, gram) if estimator == "second_order" else linear_scale(scale, along, square)
     fit = Fit(
         int(rows),
-        _relative(error, energy),
+        _relative(energy + square - 2 * along, energy),
         math.inf if singular else condition_number(metric, rtol=rtol),
         _fold_residual(gram, activation_sum, total) if normalization == "none" else None,
         *sphericity(gram, gram.shape[0]),
@@ -136,6 +132,13 @@ def _solve_matrix(sums: Sums, estimator: str, scale: float, ridge: float | Tenso
     )
     mean = (activation_sum / total).to(dtype)
     return SitePatch(matrix.to(dtype), None, vector if vector is None else vector.to(dtype), mean, fit)
+
+
+def _without_ridge(estimator: str, cross: Tensor, gram: Tensor, scale: float, rtol: float) -> Tensor:
+    """Δ of ``mean``, ``second_order`` and ``exact``."""
+    if estimator == "mean":
+        return scale * cross
+    return second_order(cross, gram, scale) if estimator == "second_order" else scale * exact(cross, gram, rtol=rtol)
 
 
 def _centred(
@@ -184,10 +187,14 @@ def ridge_solve(cross: Tensor, gram: Tensor, epsilon: float | Tensor) -> Tensor:
 
     Source: "Transmuting prompts into weights", A.2, whose ε is diagonal.
     """
-    shift = epsilon * (float(gram.trace()) / gram.shape[0])
     if not gram.any():
         return torch.zeros_like(cross)
-    return torch.cholesky_solve(cross.T, positive_factor(gram, shift, epsilon)).T
+    return torch.cholesky_solve(cross.T, positive_factor(gram, _shift(gram, epsilon), epsilon)).T
+
+
+def _shift(gram: Tensor, epsilon: float | Tensor) -> float | Tensor:
+    """s = ε tr(Z)/d, one number or one for each input."""
+    return epsilon * (float(gram.trace()) / gram.shape[0])
 
 
 def second_order(cross: Tensor, gram: Tensor, scale: float) -> Tensor:
@@ -208,14 +215,18 @@ def _second_order_scale(cross: Tensor, gram: Tensor) -> float | None:
 def condition_number(gram: Tensor, *, rtol: float) -> float:
     """λ_max / λ_min of a symmetric matrix, inf where λ_min does not exceed rtol · λ_max.
 
-    Eigenvalues cost ten times what a Cholesky factorisation does, and that tells most singular matrices: with
-    μ <= λ_max, gram − rtol μ 1 has no factor only where λ_min <= rtol λ_max.
+    Eigenvalues cost ten times what a Cholesky factorisation does. With μ <= λ_max most singular matrices are told
+    without: λ_min is at most the smallest diagonal element, and gram − rtol μ 1 has no factor only where
+    λ_min <= rtol λ_max.
     """
     x = gram.diagonal()
     for _ in range(_POWER_STEPS):  # ‖Z x‖ <= λ_max for every unit x
         x = gram @ (x / torch.linalg.vector_norm(x).clamp_min(torch.finfo(x.dtype).tiny))
+    least = rtol * float(torch.linalg.vector_norm(x))
+    if float(gram.diagonal().min()) <= least:
+        return math.inf
     lowered = gram.clone()
-    lowered.diagonal().sub_(rtol * torch.linalg.vector_norm(x))
+    lowered.diagonal().sub_(least)
     if int(torch.linalg.cholesky_ex(lowered).info):
         return math.inf
     eigenvalues = torch.linalg.eigvalsh(gram)
