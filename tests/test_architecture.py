@@ -43,6 +43,10 @@ MAY_IMPORT = {
         "models", "prompts", "generation", "patches", "estimation", "pairing", "fitting", "spectral",
         "evaluation/measures", "evaluation/figures", "evaluation/rivals",
     },
+    "evaluation/budget": {
+        "prompts", "generation", "patches", "pairing", "fitting", "spectral", "evaluation/measures",
+        "evaluation/rivals", "evaluation/sections",
+    },
     "evaluation/pages": {"evaluation/figures"},
     "evaluation/experiments": {
         "ops", "models", "prompts", "generation", "patches", "fitting", "version", "evaluation/records",
@@ -51,7 +55,7 @@ MAY_IMPORT = {
     "evaluation/pictures": {"evaluation/records", "evaluation/rivals", "evaluation/experiments", "evaluation/pages"},
     "evaluation": {
         "ops", "models", "prompts", "patches", "fitting", "version", "evaluation/records", "evaluation/measures",
-        "evaluation/figures", "evaluation/rivals", "evaluation/sections", "evaluation/pages",
+        "evaluation/figures", "evaluation/rivals", "evaluation/sections", "evaluation/budget", "evaluation/pages",
     },
     "demo": {
         "models", "prompts", "pairing", "fitting", "evaluation/measures", "evaluation/rivals",

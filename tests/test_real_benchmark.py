@@ -18,10 +18,16 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks" / "tables"))
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks" / "real"))
 
 import measure
+import pareto
 import pretrained
 import real_tables
+import report
 import run
+import styles
 import tasks
+
+from thought_kernels.estimation.accumulator import ThoughtAccumulator
+from thought_kernels.evaluation.measures.prose import PROSE
 
 TOKENIZER = tiny_tokenizer()
 
@@ -171,3 +177,36 @@ def test_a_model_that_cannot_be_had_leaves_nothing(index: Index, parts: dict[str
     with pytest.raises(pretrained.NotAvailable, match=r"must (be on the package index|have the SHA-256)"):
         pretrained.gguf("a")
     assert left() == []
+
+
+def test_rows_of_ordinary_text_join_a_fit_once_and_with_one_weight() -> None:
+    generator = torch.Generator().manual_seed(0)
+    delta, activation = torch.randn(30, 5, generator=generator), torch.randn(30, 7, generator=generator)
+    text = torch.randn(11, 7, generator=generator)
+    plain, joined = ThoughtAccumulator(), pareto.WithText({(0, "down"): text}, weight=4.0)
+    for accumulator in (plain, joined):
+        for rows in (slice(0, 13), slice(13, 30)):
+            accumulator.update(0, "down", delta[rows], activation[rows])
+    ours, theirs = joined.sums(0, "down"), plain.sums(0, "down")
+    assert ours is not None and theirs is not None
+    torch.testing.assert_close(ours.cross, theirs.cross)
+    torch.testing.assert_close(ours.gram, theirs.gram + 4 / 11 * text.T @ text)
+    assert set(pareto.IN_THE_TERM) | set(pareto.MEASURED) == set(PROSE)
+    assert not set(pareto.IN_THE_TERM) & set(pareto.MEASURED)
+
+
+def test_styles_are_told_by_their_words() -> None:
+    french, pirate = "Le ciel est bleu pour les oiseaux.", "Arr, the sky be blue, matey, and so are the seas of ye!"
+    assert styles.styles(french) == {"French", "short"} and styles.styles(pirate) == {"pirate", "short"}
+    assert styles.styles("The sky is blue") == set()
+    assert styles.same_style(french, "Il est ici.", "") and not styles.same_style(pirate, french, "")
+    assert styles.same_style(french, "The sky is blue", "")  # nothing is asked of it
+
+
+@pytest.mark.parametrize("name", report.TASKS)
+def test_a_report_on_a_real_model_has_data_for_what_it_can(name: str) -> None:
+    of = tasks.task(report.TASKS[name], seed=0, inputs=64)
+    given = report.arguments(name, of, 32)
+    assert not of.reserved and len(given["examples"]) == 32 and given["pool"][:32] == given["examples"]
+    assert len(given["others"]) == 2 and len(given["held_out"]) == 32
+    assert not {str(text) for text in given["held_out"]} & set(given["pool"])

@@ -68,6 +68,10 @@ def evaluate(
     ] = None,
     without: options.Without = None,
     format: options.Format = None,
+    minutes: Annotated[
+        float | None,
+        typer.Option(min=0.1, help="Measure on fewer inputs, sweep less, to take no longer."),
+    ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Inputs at a time.")] = 128,
     max_new_tokens: Annotated[
         int | None, typer.Option(min=1, help=f"Longest answer (default 64; {_TASK_TOKENS} for a task).")
@@ -117,12 +121,28 @@ def evaluate(
             found, tokenizer, scorer=grader, sections=wanted, output=output, recipe=chosen, inputs=inputs,
             sweep_inputs=sweep_inputs, lora_steps=lora_steps, seed=seed,
             **options.prompting(separator, format, without), batch_size=batch_size,
-            max_new_tokens=max_new_tokens or (64 if task is None else _TASK_TOKENS), progress=progress, **data,
+            max_new_tokens=max_new_tokens or (64 if task is None else _TASK_TOKENS), minutes=minutes,
+            announce=_announce, progress=progress, **data,
         )  # fmt: skip
     show(evaluation)
     options.out.print(f"report in {output / 'evaluation.html'}", markup=False, soft_wrap=True)
     if any(section.status == "failed" for section in evaluation.sections.values()):
         raise typer.Exit(1)
+
+
+def _announce(plan: Any) -> None:
+    """Prints what the report is expected to take, before it is made."""
+    share = "" if plan.share == 1 else f", with {plan.share:.0%} of the sweeps that were asked for"
+    text = f"about {duration(plan.total)} and {plan.memory_mib / 1024:.1f} GiB of memory are expected{share}"
+    options.err.print(text, highlight=False, soft_wrap=True)
+    slow = sorted(plan.seconds.items(), key=lambda item: -item[1])[:4]
+    named = ", ".join(f"{name} {duration(seconds)}" for name, seconds in slow)
+    options.err.print(f"the longest sections: {named}", highlight=False, soft_wrap=True, style="dim")
+
+
+def duration(seconds: float) -> str:
+    """ "40 s" or "12 min"."""
+    return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min"
 
 
 def _check_data(data: dict[str, Any]) -> None:

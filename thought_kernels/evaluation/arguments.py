@@ -13,7 +13,7 @@ from thought_kernels.evaluation.sections.subject import Inputs, Other, Outside, 
 from thought_kernels.fitting.recipe import Recipe
 from thought_kernels.models import describe
 from thought_kernels.models.decoder import Decoder
-from thought_kernels.ops.checks import as_integer
+from thought_kernels.ops.checks import as_integer, check_number
 from thought_kernels.patches.apply import targets
 from thought_kernels.patches.patch import ThoughtPatch
 from thought_kernels.prompts.fits import check_fits
@@ -45,6 +45,7 @@ class Limits:
     batch_size: int
     max_new_tokens: int
     seed: int
+    minutes: float | None = None
 
     def __post_init__(self) -> None:
         for name, least in (
@@ -52,6 +53,8 @@ class Limits:
             ("seed", None),
         ):  # fmt: skip
             object.__setattr__(self, name, as_integer("evaluate", name, getattr(self, name), least=least))
+        if self.minutes is not None:
+            check_number("evaluate", "minutes", self.minutes, positive=True)
 
 
 def read_subject(

@@ -10,16 +10,17 @@ from pathlib import Path
 from typing import Any
 
 from thought_kernels.evaluation.arguments import Data, Limits, read_subject
+from thought_kernels.evaluation.budget.plan import Plan, plan
 from thought_kernels.evaluation.figures.headings import HEADINGS, chosen_sections
 from thought_kernels.evaluation.figures.section import Section
 from thought_kernels.evaluation.figures.verdict import verdict
 from thought_kernels.evaluation.measures.memory import MemoryPeak
 from thought_kernels.evaluation.pages.page import check_page
 from thought_kernels.evaluation.report import Evaluation, output_folder
-from thought_kernels.evaluation.resume import Progress, fingerprint
+from thought_kernels.evaluation.resume import Progress, fingerprint, load_plan, save_plan
 from thought_kernels.evaluation.sections.sections import SECTIONS
 from thought_kernels.evaluation.sections.subject import NotGivenError, Subject
-from thought_kernels.evaluation.settings import settings_of, warnings_of
+from thought_kernels.evaluation.settings import settings_of, warnings_of, warnings_of_plan
 from thought_kernels.patches.patch import ThoughtPatch
 from thought_kernels.prompts.prompt import Instruction
 
@@ -52,6 +53,8 @@ def evaluate(
     batch_size: int = 128,
     max_new_tokens: int = 64,
     seed: int = 0,
+    minutes: float | None = None,
+    announce: Callable[[Plan], None] | None = None,
     progress: Callable[[int, int, str], None] | None = None,
 ) -> Evaluation:
     """Measures whether a thought patch can be trusted: effect, controls, baselines, side effects, what carries over.
@@ -96,6 +99,11 @@ def evaluate(
         batch_size: inputs at a time.
         max_new_tokens: longest answer.
         seed: of resampling and of everything random.
+        minutes: that the whole may take, on this machine as it is now. Fewer held-out inputs are then used, and sweeps
+            and baselines are made shorter, until what a few measured forwards foretell fits; the patch is made from all
+            examples all the same. A second call with the same `output` takes the amounts that the first had chosen.
+        announce: called with the Plan before anything else is measured: the expected seconds of each section, and
+            memory.
         progress: called with (sections done, sections in all, the next one's title).
 
     Returns:
@@ -119,21 +127,30 @@ def evaluate(
     )  # fmt: skip
     limits = Limits(
         inputs=inputs, sweep_inputs=sweep_inputs, lora_steps=lora_steps, batch_size=batch_size,
-        max_new_tokens=max_new_tokens, seed=seed,
+        max_new_tokens=max_new_tokens, seed=seed, minutes=minutes,
     )  # fmt: skip
     subject = read_subject(
         model, tokenizer, patch_or_instruction, instruction, data, limits, scorer=scorer, recipe=recipe,
         separator=separator, without=without, format=format,
     )  # fmt: skip
-    settings = settings_of(subject)
     folder: Path | None = None if output is None else output_folder(output)
-    kept = Progress(folder, fingerprint(subject, settings) if folder is not None else "")
+    key = fingerprint(subject, settings_of(subject)) if folder is not None else ""
+    planned = None
+    if minutes is not None or announce is not None:
+        planned = load_plan(folder, key, names, minutes) or plan(subject, names, minutes)
+        save_plan(folder, key, names, minutes, planned)
+        subject = planned.reduce(subject)
+    if announce is not None and planned is not None:
+        announce(planned)
+    settings = settings_of(subject)
+    kept = Progress(folder, key if planned is None else f"{key} {planned.share} {planned.left_out}")
     done: dict[str, Section] = {}
     for index, name in enumerate(names):
         if progress is not None:
             progress(index, len(names), HEADINGS[name].title)
         found = kept.load(name, subject)
         done[name] = found if found is not None else run_section(subject, name)
+        done[name].expected_seconds = None if planned is None else planned.seconds[name]
         if found is None:
             kept.save(done[name], subject)
     if progress is not None:
@@ -143,6 +160,10 @@ def evaluate(
         seconds=math.fsum(section.seconds for section in done.values()),
     )  # fmt: skip
     evaluation.settings["wall_clock_of_this_run"] = time.monotonic() - started
+    if planned is not None:
+        evaluation.settings |= {"minutes": minutes, "share_of_what_was_asked_for": planned.share}
+        evaluation.settings["expected_memory_mib"] = planned.memory_mib
+        evaluation.warnings += warnings_of_plan(planned, minutes)
     if folder is not None:
         evaluation.save(folder)
     return evaluation

@@ -5,10 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from thought_kernels.evaluation.budget.plan import Plan
 from thought_kernels.evaluation.figures.report import FORMAT
 from thought_kernels.evaluation.figures.section import Section
 from thought_kernels.evaluation.records.digests import tensors_hash
@@ -68,6 +69,26 @@ class Progress:
         return self._folder / "sections" / f"{name}.json"
 
 
+def save_plan(folder: Path | None, key: str, names: Sequence[str], minutes: float | None, plan: Plan) -> None:
+    """Keeps a plan, so that a run that is taken up again has the amounts of the first."""
+    if folder is not None:
+        content = {"key": key, "sections": list(names), "minutes": minutes, "plan": plan.to_dict()}
+        write_json(content, folder / "plan.json")
+
+
+def load_plan(folder: Path | None, key: str, names: Sequence[str], minutes: float | None) -> Plan | None:
+    """The plan that was kept for the same model, data, settings, sections and minutes; None where there is none."""
+    if folder is None:
+        return None
+    try:
+        content = json.loads((folder / "plan.json").read_text(encoding="utf-8"))
+        if (content["key"], content["sections"], content["minutes"]) != (key, list(names), minutes):
+            return None
+        return Plan.from_dict(content["plan"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
 def fingerprint(subject: Subject, settings: Mapping[str, Any]) -> str:
     """A digest of the model's weights, the patch, the data and the settings: what a figure depends on."""
     digest = hashlib.sha256()
@@ -75,7 +96,7 @@ def fingerprint(subject: Subject, settings: Mapping[str, Any]) -> str:
     def feed(value: Any) -> None:
         digest.update(json.dumps(value, sort_keys=True, default=str).encode() + b"\0")
 
-    feed([FORMAT, __version__, dict(settings)])
+    feed([FORMAT, __version__, {name: value for name, value in settings.items() if name != "date"}])
     feed([subject.examples, subject.pool, subject.held_out.questions, subject.held_out.answers, subject.unrelated])
     feed([subject.paraphrases, repr(subject.others), repr(subject.outside), repr(subject.longer)])
     feed(tensors_hash(subject.model.named_parameters()))

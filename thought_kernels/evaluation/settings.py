@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from datetime import UTC, datetime
 from typing import Any
 
 import torch
 
+from thought_kernels.evaluation.budget.plan import Plan
 from thought_kernels.evaluation.sections.subject import Subject
 from thought_kernels.prompts.instruction import begins_with
 from thought_kernels.version import __version__
@@ -28,10 +30,21 @@ def settings_of(subject: Subject) -> dict[str, Any]:
         "scorer": subject.scorer.name, "separator": subject.separator, "without": subject.without,
         "format": subject.format, "paraphrases": subject.paraphrases, "others": list(subject.others),
         "unrelated": len(subject.unrelated), "sweep_inputs": subject.sweep_inputs, "lora_steps": subject.lora_steps,
+        "amounts": asdict(subject.amounts),
         "batch_size": subject.batch_size, "max_new_tokens": subject.max_new_tokens, "seed": subject.seed,
         "threads": torch.get_num_threads(), "torch": torch.__version__,
         "thought_kernels": __version__, "date": datetime.now(UTC).date().isoformat(),
     }  # fmt: skip
+
+
+def warnings_of_plan(plan: Plan, minutes: float | None) -> list[str]:
+    """A sentence where the least amounts do not fit into the minutes."""
+    if plan.fits:
+        return []
+    return [
+        f"The least that can be measured was expected to take {plan.total / 60:.0f} minutes, not {minutes:g}: leave "
+        "sections out, or give fewer examples."
+    ]
 
 
 def warnings_of(subject: Subject) -> list[str]:

@@ -65,7 +65,7 @@ class Report:
             for figure in section.figures:
                 yield {"section": name, **{key: getattr(figure, key) for key in CSV_COLUMNS[1:]}}
             yield {"section": name, "subject": "section", "quantity": "seconds", "value": section.seconds}
-            for quantity in ("peak_memory_mib", "device_memory_mib"):
+            for quantity in ("expected_seconds", "peak_memory_mib", "device_memory_mib"):
                 if getattr(section, quantity) is not None:
                     value = getattr(section, quantity)
                     yield {"section": name, "subject": "section", "quantity": quantity, "value": value}

@@ -45,6 +45,7 @@ class Section:
         error: the sentence of what went wrong, if it did; figures are then those measured before.
         status: "done", "failed", or "left out" where the error says what it needs and nobody gave.
         seconds: wall-clock time taken.
+        expected_seconds: what was expected before, None where nothing was.
         peak_memory_mib: largest resident memory of the process while it ran, MiB; device_memory_mib the same on the
             model's accelerator, None on a CPU.
     """
@@ -57,6 +58,7 @@ class Section:
     error: str | None = None
     status: str = "done"
     seconds: float = 0.0
+    expected_seconds: float | None = None
     peak_memory_mib: float | None = None
     device_memory_mib: float | None = None
 

@@ -161,7 +161,8 @@ def number(value: float, share: bool = False) -> str:
 
 
 def _cost(section: Section) -> str:
-    parts = [f"{section.seconds:.1f} s"]
+    expected = "" if section.expected_seconds is None else f" ({section.expected_seconds:.0f} expected)"
+    parts = [f"{section.seconds:.1f} s{expected}"]
     if section.peak_memory_mib is not None:
         parts.append(f"peak memory {section.peak_memory_mib:.0f} MiB")
     if section.device_memory_mib is not None:

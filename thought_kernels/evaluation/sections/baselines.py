@@ -25,7 +25,7 @@ from thought_kernels.evaluation.rivals.steering import (
     function_vector,
     mean_differences,
 )
-from thought_kernels.evaluation.sections.bystanders import Bystander, report_drift
+from thought_kernels.evaluation.sections.bystanders import Bystander, bystander_of, report_drift
 from thought_kernels.evaluation.sections.cost import cost
 from thought_kernels.evaluation.sections.subject import Intervention, Subject
 from thought_kernels.fitting.recipe import Recipe, paper_recipe
@@ -42,7 +42,7 @@ Baseline = Callable[[Subject, Section], tuple[str, Intervention]]
 def baselines(subject: Subject, section: Section) -> None:
     """Steering vector, function vector, rank-one edit, the paper's recipe and a trained LoRA, beside the patch."""
     subject.need_examples("baselines")
-    bystander = Bystander(subject)
+    bystander = bystander_of(subject)
     subject.report_references(section, subject.sweep)
     _report(subject, section, bystander, "patched", subject.patch)
     with cost(section, "patched", subject.decoder.device):  # the patch may have been given: it is made once more
@@ -52,7 +52,11 @@ def baselines(subject: Subject, section: Section) -> None:
         "Smaller is gentler."
     )
     section.note("Seconds and the process's peak memory are those of making each, its choice of settings included.")
+    kept = subject.amounts.baselines
     for name, baseline in BASELINES.items():
+        if kept is not None and name not in kept:
+            section.note(f"{name[0].upper()}{name[1:]} was left out: it takes too large a part of the minutes given.")
+            continue
         try:
             with cost(section, name, subject.decoder.device):
                 label, intervention = baseline(subject, section)

@@ -99,6 +99,14 @@ class Bystander:
         return per_token_interval(totals, counts, seed=self._subject.seed)
 
 
+def bystander_of(subject: Subject) -> Bystander:
+    """The subject's Bystander, whose prompts are answered and read once for all sections."""
+    if subject.bystander is None:
+        subject.bystander = Bystander(subject)
+    found: Bystander = subject.bystander
+    return found
+
+
 def report_drift(
     subject: Subject, section: Section, name: str, change: Intervention, *, x: float | None = None
 ) -> Reading | None:
@@ -123,7 +131,8 @@ def told_other(subject: Subject, name: str) -> tuple[Interval, Interval, int]:
     """Accuracy on another instruction, told, without the patch and with it, and how many inputs; measured once."""
     if name not in subject.told:
         other = subject.others[name]
-        inputs = (other.inputs or Inputs(subject.held_out.questions, None)).first(OTHER_INPUTS)
+        asked = other.inputs or Inputs(subject.held_out.questions, None)
+        inputs = asked.first(min(OTHER_INPUTS, subject.sweep_inputs))
         trial = subject.new_trial(other.instruction, inputs, divergences=False)
         with subject.patch.applied(subject.model):
             grades = trial.grade(trial.answer_prompted(subject.model))

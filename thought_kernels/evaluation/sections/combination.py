@@ -12,15 +12,13 @@ from thought_kernels.evaluation.measures.trial import Score, Trial
 from thought_kernels.evaluation.sections.subject import Inputs, Intervention, Subject, sums
 from thought_kernels.generation.logprobs import completion_logprobs, divergence
 
-OTHERS = 2
-
 
 def combination(subject: Subject, section: Section) -> None:
     """Patches added and negated, each beside what the patches do alone lets one expect."""
     trial, patch = subject.sweep, subject.patch
     _report(subject, section, "patched", subject.measure(patch), trial)
     if len(subject.examples) >= 2:
-        for name in list(subject.others)[:OTHERS]:
+        for name in list(subject.others)[: subject.amounts.others]:
             _added(subject, section, name)
     if not subject.others or len(subject.examples) < 2:
         section.note("Adding needs another instruction and the examples; one of them was not given.")
@@ -94,7 +92,8 @@ def _negated(subject: Subject, section: Section) -> None:
         grades = trial.grade(trial.answer_prompted(subject.model))
     repeats = [float(a == b) for a, b in zip(texts, trial.base_texts, strict=True)]
     section.add("negated", "answers as bare", mean_interval(repeats, seed=subject.seed), inputs=len(trial))
-    name, rows = "negated, told the instruction", [[], [], []]
+    name = "negated, told the instruction"
+    rows: list[list[Tensor]] = [[], [], []]
     for prompt, bare_prompt, answer in zip(trial.prompts, trial.bare_prompts, trial.bare_written, strict=True):
         bare, told = _read(subject, bare_prompt, answer), _read(subject, prompt, answer)
         moved = _read(subject, bare_prompt, answer, subject.patch) - bare

@@ -14,7 +14,6 @@ from thought_kernels.patches.patch import ThoughtPatch
 from thought_kernels.patches.site import SitePatch
 
 DRAWS = 3  # of each random control; their inputs are pooled
-OTHERS = 2
 
 
 def controls(subject: Subject, section: Section) -> None:
@@ -83,7 +82,7 @@ def _refitted(subject: Subject, section: Section) -> None:
 
 
 def _of_others(subject: Subject, section: Section) -> None:
-    for name in list(subject.others)[:OTHERS]:
+    for name in list(subject.others)[: subject.amounts.others]:
         subject.report(section, f"patch of “{name}”", subject.measure(subject.other_patch(name)))
     if not subject.others:
         section.note("No other instruction was given, so no patch of one was tried.")

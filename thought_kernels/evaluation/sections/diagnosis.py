@@ -57,7 +57,7 @@ def _predicted(subject: Subject, section: Section) -> None:
     if len(subject.examples) < 2 or not subject.others:
         section.note("Predicting interference needs other instructions and the examples; one of them was not given.")
         return
-    named = {name: subject.other_patch(name) for name in subject.others}
+    named = {name: subject.other_patch(name) for name in list(subject.others)[: subject.amounts.diagnosed]}
     named = {name: patch for name, patch in named.items() if _has_matrix(patch)}
     caused, lost = [], []
     for name, found in zip(named, interference(subject.patch, list(named.values()), subject.model), strict=True):

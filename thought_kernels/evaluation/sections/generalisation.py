@@ -7,7 +7,6 @@ from thought_kernels.evaluation.measures.trial import Trial
 from thought_kernels.evaluation.sections.subject import Inputs, Intervention, Subject
 from thought_kernels.prompts.prompt import Example, Instruction
 
-PARAPHRASES = 3
 CHAT_INPUTS = 64
 
 
@@ -51,10 +50,11 @@ def _outside(subject: Subject, section: Section) -> None:
 
 def _paraphrases(subject: Subject, section: Section) -> None:
     few = subject.held_out.first(subject.sweep_inputs)
-    for wording in subject.paraphrases[:PARAPHRASES]:
+    amounts = subject.amounts
+    for index, wording in enumerate(subject.paraphrases[: amounts.paraphrases]):
         trial = subject.new_trial(wording, few)
         _case(subject, section, f"against “{wording}”", trial, subject.patch)
-        if len(subject.examples) >= 2:
+        if index < amounts.paraphrase_patches and len(subject.examples) >= 2:
             examples = [one._replace(completion=None) for one in subject.examples]
             _case(subject, section, f"patch of “{wording}”", trial, subject.fit(wording, examples))
     if subject.paraphrases:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from thought_kernels.evaluation.figures.section import Section
-from thought_kernels.evaluation.sections.bystanders import Bystander, report_drift, told_other
+from thought_kernels.evaluation.sections.bystanders import bystander_of, report_drift, told_other
 from thought_kernels.evaluation.sections.subject import Subject
 
 
 def side_effects(subject: Subject, section: Section) -> None:
     """KL and perplexity on unrelated prompts; accuracy on other instructions while the patch is on."""
-    bystander = Bystander(subject)
+    bystander = bystander_of(subject)
     bystander.report_bare(section)
     bystander.report(section, "prompted", None)
     bystander.report(section, "patched", subject.patch)

@@ -18,6 +18,7 @@ from thought_kernels.evaluation.measures.intervals import Interval, mean_interva
 from thought_kernels.evaluation.measures.scorers import Scorer, ScorerError
 from thought_kernels.evaluation.measures.trial import Score, Trial
 from thought_kernels.evaluation.rivals.refit import Solver, refit
+from thought_kernels.evaluation.sections.amounts import Amounts
 from thought_kernels.fitting.encoding import Prompt, Writing, completed, with_inputs
 from thought_kernels.fitting.recipe import Recipe
 from thought_kernels.fitting.transmute import transmute
@@ -108,6 +109,7 @@ class Subject:
         seed: of everything random.
         sweep_inputs: how many held-out inputs the sweeps, controls and baselines are measured on.
         lora_steps: optimiser steps of the LoRA baseline.
+        amounts: of what is swept and tried.
     """
 
     model: Any
@@ -132,9 +134,11 @@ class Subject:
     lora_steps: int
     batch_size: int
     max_new_tokens: int
+    amounts: Amounts = field(default_factory=Amounts)
     known: dict[str, list[int]] = field(default_factory=dict)
     other_patches: dict[str, ThoughtPatch] = field(default_factory=dict)
     told: dict[str, tuple[Interval, Interval, int]] = field(default_factory=dict)  # see bystanders.told_other
+    bystander: Any = None  # see bystanders.bystander_of
 
     @cached_property
     def decoder(self) -> Decoder:

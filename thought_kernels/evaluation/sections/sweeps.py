@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 from thought_kernels.evaluation.figures.section import Section
-from thought_kernels.evaluation.sections.bystanders import Bystander, report_drift
+from thought_kernels.evaluation.sections.amounts import COUNTS
+from thought_kernels.evaluation.sections.bystanders import bystander_of, report_drift
 from thought_kernels.evaluation.sections.cost import cost
 from thought_kernels.evaluation.sections.subject import Subject
-
-SCALES = (0.0, 0.25, 0.5, 0.75, 0.9, 1.0, 1.1, 1.25, 1.5, 2.0)
-COUNTS = (4, 8, 16, 32, 64, 128, 256, 512)
 
 
 def scale(subject: Subject, section: Section) -> None:
     """Effect against side effect over the patch's scale: the Pareto curve."""
-    bystander = Bystander(subject)
+    bystander = bystander_of(subject)
     subject.report_references(section, subject.sweep)
-    for factor in SCALES:
+    for factor in subject.amounts.scales:
         changed = factor * subject.patch
         subject.report(section, "patched", subject.measure(changed), x=factor)
         section.add("patched", "unrelated KL", bystander.divergence(changed), inputs=len(bystander), x=factor)
@@ -27,12 +25,15 @@ def data(subject: Subject, section: Section) -> None:
     """Accuracy and recovered effect against the number of examples, first examples first."""
     subject.need_examples("data-efficiency curve", COUNTS[0])
     subject.report_references(section, subject.sweep)
-    counts = [count for count in COUNTS if count <= len(subject.pool)]
+    counts = [count for count in subject.amounts.counts if count <= len(subject.pool)]
     if len(subject.pool) < COUNTS[-1]:
         section.note(
             f"Measured to {counts[-1]} examples: {len(subject.pool)} were given, {COUNTS[-1]} would complete the curve."
         )
     for count in counts:
-        with cost(section, "patched", subject.decoder.device, x=count):
-            patch = subject.fit(subject.instruction, subject.pool[:count])
+        if count == len(subject.examples) and subject.given_patch is None:
+            patch = subject.patch
+        else:
+            with cost(section, "patched", subject.decoder.device, x=count):
+                patch = subject.fit(subject.instruction, subject.pool[:count])
         subject.report(section, "patched", subject.measure(patch), x=count)
