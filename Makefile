@@ -106,6 +106,7 @@ figures: setup bench experiments
 		cp build/toy-$$preset/models.csv benchmarks/results/toy_sweep$$name.csv; \
 		cp build/toy-$$preset/clusters.csv benchmarks/results/toy_clusters$$name.csv; \
 		cp build/toy-$$preset/nulls.csv benchmarks/results/toy_nulls$$name.csv; done
+	$(VENV)/bin/thought-kernels toy drift build/toy-reduced --output benchmarks/results/toy_drift.csv
 	$(PY) benchmarks/tables/write_tables.py
 
 # Every experiment of docs/experiments.md, and how interference is foretold; then their tables and figures.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import math
+import time
 from pathlib import Path
 
 import pytest
@@ -14,22 +15,14 @@ from typer.testing import CliRunner
 from thought_kernels.cli import app
 from thought_kernels.spectral import saturation
 from thought_kernels.spectral.nulls import shuffled
-from thought_kernels.spectral.toy import Schedule, geometries, spectral_evolution, sweep, toy_models, train
+from thought_kernels.spectral.toy import Schedule, geometries, history, spectral_evolution, sweep, toy_models, train
+from thought_kernels.spectral.toy.cost import estimate, training_seconds
+from thought_kernels.spectral.toy.drift import measure_drift
 from thought_kernels.spectral.toy.evolution import wasserstein
 from thought_kernels.spectral.toy.geometries import Found, Setting, figure, find_geometries
+from thought_kernels.spectral.toy.plans import PRESETS, Plan, build, changed, groups
 from thought_kernels.spectral.toy.summary import summarize
-from thought_kernels.spectral.toy.sweeps import (
-    PRESETS,
-    Plan,
-    build,
-    changed,
-    estimate,
-    final_weights,
-    groups,
-    most_varied,
-    read_rows,
-    trained,
-)
+from thought_kernels.spectral.toy.sweeps import final_weights, most_varied, read_rows, trained
 
 TINY = Plan(12, (2, 3), (0.0, 0.5, 0.9), 2, Schedule(12, 16, 1e-2), checkpoints=4)
 
@@ -113,6 +106,36 @@ def test_damaged_records_are_named(tmp_path: Path) -> None:
             path.write_text(text)
             with pytest.raises(ValueError, match=f"^sweep: {path} must be a whole record of a sweep, got another file"):
                 sweep(small, tmp_path, progress=False)
+
+
+def test_the_time_of_a_plan_is_told_beforehand() -> None:
+    plan = changed(TINY, steps=400)
+    short = training_seconds(plan, torch.device("cpu"), 6, steps=20)
+    start = time.perf_counter()
+    for group in groups(plan, 6):
+        train(build(plan, group), plan.schedule)
+    took = time.perf_counter() - start
+    assert took / 30 < short < 30 * took  # other work on the machine may slow either
+
+
+def test_drift_of_plain_descent_is_the_flows(tmp_path: Path) -> None:
+    """Along a run by Adam: what the flow says holds for plain descent from each checkpoint."""
+    sweep(TINY, tmp_path, progress=False)
+    path = tmp_path / "drift.csv"
+    result = CliRunner().invoke(app, ["toy", "drift", str(tmp_path), "-o", str(path), "--dimensions", "3"])
+    assert result.exit_code == 0, result.output
+    rows = read_rows(path)
+    assert len(rows) == 6 * (len(history(tmp_path / "m0003-000")) - 1)
+    for row in rows:
+        # Descent goes a thousandth of ‖M‖ in ten steps; curvature bends it by a few times that.
+        assert row["descent_error"] < 0.05 and row["descent_eigenvalues"] < 0.05
+        assert -1 <= row["gram"] <= 1 and -1 <= row["eigenvalues"] <= 1
+        assert 0 <= row["transport"] <= 1 and 0 <= row["fixed_point"] <= 2
+    assert max(row["gram"] for row in rows) > 0.3  # Adam goes downhill too
+    bad = CliRunner().invoke(app, ["toy", "drift", str(tmp_path), "-o", str(path), "--dimensions", "9"])
+    assert bad.exit_code == 1 and "drift: dimensions must be one of (2, 3), got 9" in bad.output
+    with pytest.raises(ValueError, match="measure_drift: steps, weights and biases must be two or more of each"):
+        measure_drift([0], [], [], torch.ones(1, 3), torch.ones(3))
 
 
 def test_nonuniform_sparsity_spreads_around_the_mean() -> None:

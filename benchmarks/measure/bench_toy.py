@@ -4,14 +4,13 @@ python benchmarks/measure/bench_toy.py [--device cuda] [--sweep paper]
 
 The rivals train the same models on the same inputs: the usual loop (autograd, Adam), and this package's closed-form
 gradients and fused Adam one model at a time. Every provider's gradients and final losses are held to float64 first.
-``--sweep`` takes a few steps of every m of a preset and says what its whole sweep would take; what it does take is
-printed by `thought-kernels toy sweep`.
+``--sweep`` takes a few steps of the smallest and the largest m of a preset and says what its whole sweep would take;
+what it does take is printed by `thought-kernels toy sweep`.
 """
 
 from __future__ import annotations
 
 import argparse
-import time
 from collections.abc import Callable
 
 import harness
@@ -19,8 +18,8 @@ import torch
 from torch import Tensor
 
 from thought_kernels.spectral.toy import PRESETS, Schedule, ToyModels, reconstruction_loss, toy_models, train
+from thought_kernels.spectral.toy.cost import models_that_fit, training_seconds
 from thought_kernels.spectral.toy.models import Gradients
-from thought_kernels.spectral.toy.sweeps import build, groups, models_that_fit
 
 FEATURES, BATCH, STEPS = 128, 32, 10
 
@@ -101,25 +100,12 @@ def bench(count: int, m: int, device: str, seconds: float) -> None:
 
 
 def sweep_time(preset: str, device: str, steps: int) -> None:
-    """Times some steps of a full group of every m, and multiplies."""
+    """What a preset's whole training takes, from some steps of its smallest and its largest m."""
     plan = PRESETS[preset]
     at_once = models_that_fit(plan, torch.device(device))
-    total, known = 0.0, {}
-    for group in groups(plan, at_once):
-        key = (group.dimensions, len(group.runs))
-        if key not in known:
-            toys = build(plan, group, device)
-            short = Schedule(steps, plan.schedule.batch, plan.schedule.learning_rate)
-            train(toys, Schedule(2, plan.schedule.batch))
-            _wait(device)
-            start = time.perf_counter()
-            train(toys, short)
-            _wait(device)
-            known[key] = (time.perf_counter() - start) / steps
-            del toys
-        total += known[key] * plan.schedule.steps
+    total = training_seconds(plan, torch.device(device), at_once, steps=steps)
     case = harness.Case(
-        "toy", f"{preset} sweep, from {steps} steps of every m", f"{len(plan)} x {plan.features}", "float32"
+        "toy", f"{preset} sweep, from {steps} steps of two m", f"{len(plan)} x {plan.features}", "float32"
     )
     name = f"all at once, up to {at_once}"
     harness.record(
@@ -131,16 +117,11 @@ def sweep_time(preset: str, device: str, steps: int) -> None:
     )
 
 
-def _wait(device: str) -> None:
-    if device.startswith("cuda"):
-        torch.cuda.synchronize()
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--sweep", choices=PRESETS, help="also this preset's time; paper on a GPU if not given")
-    parser.add_argument("--steps", type=int, default=20, help="of every m, for --sweep")
+    parser.add_argument("--steps", type=int, default=20, help="of two m, for --sweep")
     parser.add_argument("--seconds", type=float, default=8)
     options = parser.parse_args()
     torch.set_num_threads(1)  # for all of them

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from math import isnan
 from pathlib import Path
 from statistics import fmean, median
 
@@ -110,6 +111,19 @@ def nonuniform() -> str:
     return markdown(head, lines)
 
 
+def drift() -> str:
+    """Gradient flow's prediction, by step."""
+    rows = table("drift")
+    steps = sorted({row["step"] for row in rows})
+    names = ("descent_error", "descent_eigenvalues", "gram", "eigenvalues", "transport", "fixed_point")
+    lines = []
+    for step in steps[::3]:
+        known = [[row[name] for row in rows if row["step"] == step and not isnan(row[name])] for name in names]
+        lines.append((f"{step:.0f}", *(f"{fmean(values):.3f}" for values in known)))
+    head = ("step", "error of Ṁ, plain descent", "of λ̇", "cosine of Ṁ to training", "of λ̇", "transport", "fixed point")
+    return markdown(head, lines)
+
+
 def figures() -> str:
     """Sentences of figures that the page quotes."""
     rows, clusters = table("sweep"), table("clusters")
@@ -138,6 +152,7 @@ TOY: dict[str, Callable[[], str]] = {
     "toy localization": localization,
     "toy residue": residue,
     "toy frames": frames,
+    "toy drift": drift,
     "toy nonuniform": nonuniform,
     "toy figures": figures,
 }

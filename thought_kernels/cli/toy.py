@@ -1,4 +1,4 @@
-"""`thought-kernels toy sweep | figures | geometries`: toy models of superposition, trained and drawn."""
+"""`thought-kernels toy sweep | figures | drift | geometries`: toy models of superposition, trained and drawn."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from thought_kernels.cli import options
-from thought_kernels.spectral.toy.sweeps import PRESETS
+from thought_kernels.spectral.toy.plans import PRESETS
 
 app = typer.Typer(no_args_is_help=True, help="Toy models of superposition: the paper's sweep, its figures, geometries.")
 
@@ -38,7 +38,8 @@ def sweep(
     import torch
 
     from thought_kernels.models.load import usable_device
-    from thought_kernels.spectral.toy.sweeps import changed, estimate, models_that_fit
+    from thought_kernels.spectral.toy.cost import estimate, models_that_fit, training_seconds
+    from thought_kernels.spectral.toy.plans import changed
     from thought_kernels.spectral.toy.sweeps import sweep as run_sweep
 
     if preset not in PRESETS:
@@ -57,6 +58,8 @@ def sweep(
         f"{need.disk / 2**30:.2f} GiB on disk, {need.operations:.2g} floating-point operations",
         soft_wrap=True,
     )
+    took = training_seconds(plan, place, at_once)
+    options.out.print(f"from some steps here and now: training takes about {_span(took)}", soft_wrap=True)
     if dry_run:
         return
     start = time.monotonic()
@@ -70,7 +73,9 @@ def sweep(
 def figures(
     folder: Annotated[Path, typer.Argument(help="A finished sweep's.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the pictures.")],
-    dimensions: Annotated[int | None, typer.Option(min=1, help="m of the models whose training is drawn.")] = None,
+    dimensions: Annotated[
+        list[int] | None, typer.Option(min=1, help="m of the models whose training is drawn; repeatable.")
+    ] = None,
     sparsity: Annotated[float, typer.Option(min=0, max=1, help="The nearest one is drawn.")] = 0.9,
 ) -> None:
     """Draw a sweep, and print its table by sparsity."""
@@ -79,6 +84,21 @@ def figures(
 
     _print_paths(draw(folder, output, dimensions=dimensions, sparsity=sparsity))
     options.out.print(by_sparsity(read_rows(folder / MODELS), read_rows(folder / NULLS)), markup=False, soft_wrap=True)
+
+
+@app.command()
+def drift(
+    folder: Annotated[Path, typer.Argument(help="A finished sweep's, with checkpoints.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="A CSV.")],
+    dimensions: Annotated[int, typer.Option(min=1, help="m of the models.")] = 16,
+) -> None:
+    """Hold gradient flow's prediction of each spectrum to plain descent, and to the next checkpoint."""
+    from thought_kernels.spectral.toy.drift import drift_rows
+    from thought_kernels.spectral.toy.sweeps import write_table
+
+    options.check_file("--output", output)
+    write_table(output, drift_rows(folder, dimensions))
+    _print_paths([output])
 
 
 @app.command()
@@ -105,6 +125,12 @@ def geometries(
             options.out.print(f"n = {n}, m = {m}, S = {S}: {counts}", soft_wrap=True)
         progress(len(SETTINGS), len(SETTINGS), "")
     _print_paths([output])
+
+
+def _span(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} minutes" if seconds < 7200 else f"{seconds / 3600:.1f} hours"
 
 
 def _kept(rows: list[dict[str, Any]], setting: Any, seeds: int) -> list[dict[str, Any]]:

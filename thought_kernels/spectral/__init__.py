@@ -5,11 +5,13 @@
     measure       spectral measures and what follows: leverage, slack, saturation, moments, residual, support
     clusters      features by eigenspace: tight frames, projective linearity
     scheme        association schemes of Gram matrices
+    permutations  the algebra of a given group of permutations
     geometry      names of the figures that clusters form
     taxonomy      localized, band-localized and broadband features, and their budget
     density       the empirical spectral density, stable and effective rank
     tails         power laws of its largest eigenvalues
     nulls         what matrices without structure give: Marchenko-Pastur's law, shuffled entries
+    dynamics      how the spectrum moves under gradient flow
     inspect       all of it for the matrices of a model's files, one at a time
     diagnosis, site_diagnosis, overlap      what a patch touches in a model, and how two patches interfere
 
@@ -19,6 +21,7 @@ W is [m, n] with features in columns throughout.
 from thought_kernels.spectral.clusters import ClusterFit, TightFrame, projective_linearity, tight_frames
 from thought_kernels.spectral.density import SpectralDensity, empirical_spectral_density
 from thought_kernels.spectral.diagnosis import Diagnosis, diagnose, interference
+from thought_kernels.spectral.dynamics import GramFlow, angle_velocity, gradient_kernel
 from thought_kernels.spectral.frames import fractional_dimensionality, frame_operator, gram
 from thought_kernels.spectral.geometry import Component, identify_components, identify_geometry
 from thought_kernels.spectral.inspect import MatrixRow, inspect_matrix, inspect_model, stored_matrices
@@ -37,6 +40,7 @@ from thought_kernels.spectral.measure import (
 )
 from thought_kernels.spectral.nulls import Bulk, marchenko_pastur, null_saturation, shuffled
 from thought_kernels.spectral.overlap import Interference, Overlap
+from thought_kernels.spectral.permutations import centralizer_part, orbital_scheme, orbitals
 from thought_kernels.spectral.scheme import AssociationScheme, association_scheme
 from thought_kernels.spectral.site_diagnosis import FeatureChange, SiteDiagnosis
 from thought_kernels.spectral.spectrum import FrameSpectrum, frame_spectrum
@@ -53,6 +57,7 @@ __all__ = [
     "FeatureClasses",
     "FeatureMeasures",
     "FrameSpectrum",
+    "GramFlow",
     "Interference",
     "MatrixRow",
     "Overlap",
@@ -61,7 +66,9 @@ __all__ = [
     "SpectralMeasure",
     "Tail",
     "TightFrame",
+    "angle_velocity",
     "association_scheme",
+    "centralizer_part",
     "classify_features",
     "diagnose",
     "eigenvector_residual",
@@ -69,6 +76,7 @@ __all__ = [
     "fractional_dimensionality",
     "frame_operator",
     "frame_spectrum",
+    "gradient_kernel",
     "gram",
     "identify_components",
     "identify_geometry",
@@ -79,6 +87,8 @@ __all__ = [
     "marchenko_pastur",
     "measure_features",
     "null_saturation",
+    "orbital_scheme",
+    "orbitals",
     "power_law_tail",
     "projective_linearity",
     "rayleigh_quotient",

@@ -19,6 +19,7 @@ from torch import Tensor
 from thought_kernels.ops.checks import check_float_tensor
 from thought_kernels.ops.library import message
 from thought_kernels.spectral.measure import nonzero_spectrum
+from thought_kernels.spectral.scheme import AssociationScheme
 from thought_kernels.spectral.spectrum import RTOL
 
 
@@ -193,3 +194,29 @@ class GramFlow:
         """[..., n] over eigenvectors summed over each eigenspace, [..., E]."""
         total = values.new_zeros(*values.shape[:-1], len(self.eigenvalues))
         return total.index_add_(-1, self._groups, values)
+
+
+def angle_velocity(scheme: AssociationScheme, gram: Tensor, kernel: Tensor) -> Tensor:
+    """The flow of inner products inside a scheme's algebra: one number for each relation instead of a matrix.
+
+    M = Σ_r θ_r A_r, Φ = Σ_r φ_r A_r:  θ̇_u = −Σ_{r,s} θ_r φ_s (c[r, s, u] + c[s, r, u])
+
+    Args:
+        scheme: of s + 1 relations.
+        gram: θ ``[s + 1]``, M's entry on each relation.
+        kernel: φ ``[s + 1]``, Φ's.
+
+    Returns:
+        θ̇ ``[s + 1]`` float64: norms first, then the inner products, so the angles between features.
+
+    Raises:
+        ValueError: other lengths.
+
+    Source: SS eq. F.1 and F.6, Lemma F.1.
+    """
+    count = len(scheme.valencies)
+    for name, vector in (("gram", gram), ("kernel", kernel)):
+        if vector.shape != (count,):
+            raise ValueError(message("angle_velocity", name, f"be [{count}]", list(vector.shape)))
+    c = scheme.intersections.double()
+    return -torch.einsum("r,s,rsu->u", gram.double(), kernel.double(), c + c.transpose(0, 1))

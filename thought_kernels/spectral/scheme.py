@@ -94,10 +94,15 @@ def association_scheme(M: Tensor, *, tol: float = GRAM_TOLERANCE) -> Association
     if closed is None:
         return None
     relation, origin = closed
+    return scheme_of(relation, grouped[1][origin] * unit)
+
+
+def scheme_of(relation: Tensor, values: Tensor) -> AssociationScheme:
+    """The scheme of relations that are known to be one ``[p, p]``, with a value for each ``[s + 1]``."""
     degrees = torch.bincount(relation[0])
     intersections = _intersections(relation, len(degrees))
     characters, dimensions = _strata(intersections, degrees)
-    return AssociationScheme(relation, grouped[1][origin] * unit, degrees, intersections, characters, dimensions)
+    return AssociationScheme(relation, values, degrees, intersections, characters, dimensions)
 
 
 def relations(M: Tensor, tol: float) -> tuple[Tensor, Tensor] | None:

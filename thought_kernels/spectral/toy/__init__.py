@@ -3,25 +3,32 @@
     inputs      sparse inputs, a pure function of stream and step
     models      the models of a batch, their loss and its gradients in closed form
     training    Adam, checkpoints, restart
-    sweeps      the paper's 3,200 runs, or a reduced set of them, as one resumable command
+    plans       the paper's 3,200 runs, or a reduced set of them
+    cost        what a plan needs: memory, disk, time
+    sweeps      a plan as one resumable command
     summary     what a trained model's spectrum says: saturation, localization, projective linearity
     evolution   spectral measures along training: Rayleigh quotients, jumps, volatility
+    drift       what gradient flow would do to a saved run's spectrum, beside what training did
     geometries  small models that settle in digons, triangles, tetrahedra, pentagons, square antiprisms
     figures     pictures of saved runs
 
 `thought-kernels toy --help` lists the commands.
 """
 
+from thought_kernels.spectral.toy.cost import Estimate, estimate, training_seconds
+from thought_kernels.spectral.toy.drift import Drift, measure_drift
 from thought_kernels.spectral.toy.evolution import Evolution, spectral_evolution
 from thought_kernels.spectral.toy.geometries import Found, Setting, find_geometries
 from thought_kernels.spectral.toy.inputs import SparseInputs
 from thought_kernels.spectral.toy.models import ToyModels, reconstruct, reconstruction_loss, toy_models
+from thought_kernels.spectral.toy.plans import PRESETS, Plan
 from thought_kernels.spectral.toy.summary import ModelSummary, summarize
-from thought_kernels.spectral.toy.sweeps import PRESETS, Estimate, Plan, estimate, sweep
+from thought_kernels.spectral.toy.sweeps import sweep
 from thought_kernels.spectral.toy.training import Schedule, checkpoint_steps, evaluate, history, train
 
 __all__ = [
     "PRESETS",
+    "Drift",
     "Estimate",
     "Evolution",
     "Found",
@@ -36,6 +43,7 @@ __all__ = [
     "evaluate",
     "find_geometries",
     "history",
+    "measure_drift",
     "reconstruct",
     "reconstruction_loss",
     "spectral_evolution",
@@ -43,4 +51,5 @@ __all__ = [
     "sweep",
     "toy_models",
     "train",
+    "training_seconds",
 ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +12,11 @@ import torch
 from thought_kernels.ops.library import message
 from thought_kernels.spectral.frames import fractional_dimensionality
 from thought_kernels.spectral.toy.evolution import Evolution, spectral_evolution
+from thought_kernels.spectral.toy.plans import build
 from thought_kernels.spectral.toy.sweeps import (
     CLUSTERS,
     MODELS,
     NULLS,
-    build,
     final_weights,
     read_plan,
     read_rows,
@@ -34,7 +34,7 @@ def draw(
     folder: str | os.PathLike[str],
     output: str | os.PathLike[str],
     *,
-    dimensions: int | None = None,
+    dimensions: Sequence[int] | None = None,
     sparsity: float = 0.9,
 ) -> list[Path]:
     """All pictures that a finished sweep allows.
@@ -42,7 +42,8 @@ def draw(
     Args:
         folder: the sweep's.
         output: folder for PNG files; created if it does not exist.
-        dimensions: m of the models whose dimensionalities and training are drawn; a middle one if not given.
+        dimensions: m of the models whose dimensionalities and training are drawn, in pictures named after m where there
+            are several; a middle one if not given.
         sparsity: of the model whose training is drawn; the nearest one is taken.
 
     Returns:
@@ -55,9 +56,10 @@ def draw(
     if not (source / MODELS).exists():
         raise ValueError(message("draw", "folder", "hold a finished sweep", f"no {MODELS}", str(source)))
     plan, _ = read_plan(source)
-    chosen = plan.dimensions[len(plan.dimensions) // 2 - 1] if dimensions is None else dimensions
-    if chosen not in plan.dimensions:
-        raise ValueError(message("draw", "dimensions", f"be one of {plan.dimensions}", chosen))
+    chosen = dimensions or [plan.dimensions[len(plan.dimensions) // 2 - 1]]
+    for m in chosen:
+        if m not in plan.dimensions:
+            raise ValueError(message("draw", "dimensions", f"be one of {plan.dimensions}", m))
     target.mkdir(parents=True, exist_ok=True)
     models, nulls = read_rows(source / MODELS), read_rows(source / NULLS)
     written = [
@@ -65,12 +67,13 @@ def draw(
         linearity_figure(read_rows(source / CLUSTERS), nulls, target / "linearity.png"),
         residue_figure(models, nulls, target / "residue.png"),
     ]
-    if plan.checkpoints:
-        written.append(dimensionality_figure(source, chosen, target / "dimensionality.png"))
-        _, _, group, index = min(trained(source, chosen), key=lambda run: (abs(run[0] - sparsity), run[1]))
+    for m in chosen if plan.checkpoints else ():
+        name = f"-m{m}" if len(chosen) > 1 else ""
+        written.append(dimensionality_figure(source, m, target / f"dimensionality{name}.png"))
+        _, _, group, index = min(trained(source, m), key=lambda run: (abs(run[0] - sparsity), run[1]))
         kept = history(group)
         evolution = spectral_evolution([step for step, _, _ in kept], [weight[index] for _, weight, _ in kept])
-        written.append(evolution_figure(evolution, target / "evolution.png"))
+        written.append(evolution_figure(evolution, target / f"evolution{name}.png"))
     return written
 
 
