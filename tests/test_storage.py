@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from patches import random_patch
 
 from thought_kernels.patches import storage
+from thought_kernels.patches.card import CARD_FILE
 from thought_kernels.patches.patch import ThoughtPatch
 from thought_kernels.patches.site import SitePatch
 from thought_kernels.patches.storage import RECORD_FILE, TENSOR_FILE
@@ -52,7 +53,7 @@ def test_a_folder_gives_back_the_patch(index: int, tmp_path: Path) -> None:
     patch = patches()[index]
     patch.save_pretrained(tmp_path / "deep" / "folder")
     assert_same(ThoughtPatch.from_pretrained(tmp_path / "deep" / "folder"), patch)
-    assert {path.name for path in (tmp_path / "deep" / "folder").iterdir()} == {TENSOR_FILE, RECORD_FILE}
+    assert {path.name for path in (tmp_path / "deep" / "folder").iterdir()} == {TENSOR_FILE, RECORD_FILE, CARD_FILE}
     assert math.inf in [entry.fit.condition for entry in patch.entries.values()] or index == 2
 
 

@@ -28,6 +28,7 @@ from thought_kernels.cli import (
     import_vector,
     inspect,
     options,
+    push,
     tokens,
     toy,
     transmute,
@@ -91,6 +92,7 @@ app.command("evaluate")(evaluate.evaluate)
 app.command("inspect")(inspect.inspect)
 app.command("export")(export.export)
 app.command("import")(import_vector.import_vector)
+app.command("push")(push.push)
 app.command("bench")(bench.bench)
 app.add_typer(experiment.app, name="experiment")
 app.add_typer(toy.app, name="toy")

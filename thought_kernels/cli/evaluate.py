@@ -116,6 +116,8 @@ def evaluate(
     place = options.patch_model(model_name or model, {} if made is None else made.provenance)
     options.check_layers(place, None if chosen is None else chosen.layers, offline)
     found, tokenizer = options.load_model(place, dtype, device, offline)
+    if made is not None:
+        made.check(found, tokenizer)
     with options.progress("evaluate") as progress:
         evaluation = run_evaluate(
             found, tokenizer, scorer=grader, sections=wanted, output=output, recipe=chosen, inputs=inputs,

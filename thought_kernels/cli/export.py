@@ -85,6 +85,7 @@ def export(
         ),
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer measured on.")] = 64,
+    mismatch: options.Mismatch = "warn",
     dtype: options.Dtype = "auto",
     device: options.Device = "cpu",
     offline: options.Offline = False,
@@ -107,6 +108,7 @@ def export(
         questions += [found.messages[-1]["content"] for found in load_examples(examples)]
     replaced = (output / chosen.file).exists()
     found, tokenizer = options.load_model(options.patch_model(model, loaded.provenance), dtype, device, offline)
+    loaded.check(found, tokenizer, mismatch=mismatch)
     asked = questions or _stand_ins(loaded)
     accepts = questions or any((fold, drop, rank is not None, energy is not None))
     try:  # not after the export is there

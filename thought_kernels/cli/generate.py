@@ -23,6 +23,7 @@ def generate(
     model: options.PatchModel = None,
     format: options.Format = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 64,
+    mismatch: options.Mismatch = "warn",
     dtype: options.Dtype = "auto",
     device: options.Device = "cpu",
     offline: options.Offline = False,
@@ -37,6 +38,8 @@ def generate(
     if compare and not told:
         raise typer.BadParameter("--compare needs a patch that knows its instruction, or --instruction")
     found, tokenizer = options.load_model(options.patch_model(model, provenance), dtype, device, offline)
+    if loaded is not None:
+        loaded.check(found, tokenizer, mismatch=mismatch)
     written: dict[str, Any] = {
         "format": provenance.get("format") if format is None else options.unescaped(format),
         "max_new_tokens": max_new_tokens,

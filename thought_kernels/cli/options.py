@@ -48,6 +48,7 @@ PatchModel = Annotated[
         show_default=False,
     ),
 ]
+Mismatch = Annotated[str, typer.Option(help="Of another model than the patch was made for: warn, refuse or ignore.")]
 Dtype = Annotated[str, typer.Option(help="auto (as stored), float64, float32, bfloat16 or float16.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")]
 Offline = Annotated[bool, typer.Option("--offline", help="Never ask the hub; use its local cache.")]

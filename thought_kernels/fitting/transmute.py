@@ -15,6 +15,7 @@ from thought_kernels.models.decoder import Decoder
 from thought_kernels.ops.caller import warn
 from thought_kernels.ops.checks import as_integer
 from thought_kernels.pairing.pairings import MEMORY_BUDGET
+from thought_kernels.patches.identity import identity
 from thought_kernels.patches.patch import ThoughtPatch
 from thought_kernels.prompts.everyday import everyday
 from thought_kernels.prompts.examples import Example, load_examples
@@ -138,7 +139,7 @@ def transmute(
     encoded, written = _rows(decoder, tokenizer, prompt, examples, resolved, writing)
     described = {
         "instruction": _told(instruction), "without": None if without is None else _told(without),
-        "separator": separator, "format": format, **_model(decoder), **written,
+        "separator": separator, "format": format, **_model(decoder, tokenizer), **written,
         "completions": resolved.completions, "max_new_tokens": max_new_tokens, "seed": seed,
     }  # fmt: skip
     return fit(
@@ -175,13 +176,14 @@ def _told(instruction: Instruction) -> str | list[dict[str, Any]]:
     return instruction if isinstance(instruction, str) else [dict(turn) for turn in instruction]
 
 
-def _model(decoder: Decoder) -> dict[str, Any]:
+def _model(decoder: Decoder, tokenizer: Any) -> dict[str, Any]:
     """What a patch remembers of the model that it was made for."""
     return {
         "model": getattr(decoder.config, "_name_or_path", "") or None,
         "model_type": decoder.config.model_type,
         "hidden_size": decoder.hidden_size,
         "num_hidden_layers": len(decoder.blocks),
+        "base": identity(decoder, tokenizer),
     }
 
 

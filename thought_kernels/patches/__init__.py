@@ -7,5 +7,7 @@ summary         what a patch prints
 apply, merge    a patch in a model: by hooks, or in the weights
 vectors         the vectors' place among the biases
 storage         a patch as a folder
+card, hub       its model card; the folder as a repository
+identity        which model it was made for
 exports         a patch for other programs: PEFT, transformers, llama.cpp; a file for each format
 """

@@ -11,10 +11,14 @@ from typing import Any
 
 import torch
 
+from thought_kernels.ops.checks import as_path
 from thought_kernels.patches import storage
 from thought_kernels.patches.apply import AppliedPatch
+from thought_kernels.patches.card import base_name, model_card
 from thought_kernels.patches.control_vector import read_control_vector
 from thought_kernels.patches.exports import Exports
+from thought_kernels.patches.hub import fetched, push
+from thought_kernels.patches.identity import check_base
 from thought_kernels.patches.merge import MergedPatch
 from thought_kernels.patches.summary import blocks, summary
 
@@ -85,13 +89,57 @@ class ThoughtPatch(Exports):
         """
         return MergedPatch(self, model, fold=fold, backup_device=backup_device)
 
-    def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
-        """Writes ``thought_patch.safetensors`` and ``thought_patch.json`` to a folder, replacing each in one step.
+    def save_pretrained(
+        self, directory: str | os.PathLike[str], *, evaluation: Mapping[str, Any] | None = None
+    ) -> None:
+        """Writes ``thought_patch.safetensors``, ``thought_patch.json`` and a model card, README.md, to a folder.
+
+        Each is replaced in one step; a README.md that this package did not write is left alone. The record and the card
+        hold the instruction, and the record the inputs that the model wrote.
+
+        Args:
+            directory: created if it does not exist.
+            evaluation: what ``tk.evaluate(...).to_dict()`` gives, for the card.
 
         Raises:
-            ValueError: NaN in the patch, a provenance that JSON cannot hold, or a path that is not a folder.
+            ValueError: NaN in the patch, a provenance that JSON cannot hold, an evaluation of another form, or a path
+                that is not a folder.
         """
-        storage.save(self.entries, self.provenance, directory)
+        storage.save(self.entries, self.provenance, directory, card=model_card(self, evaluation))
+
+    def push_to_hub(
+        self,
+        repository: str,
+        *,
+        evaluation: Mapping[str, Any] | None = None,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        message: str | None = None,
+    ) -> str:
+        """Uploads what ``save_pretrained`` writes to a repository of the Hugging Face hub, made if there is none.
+
+        Of a model that was read from a folder or file here, only that one's name goes along.
+
+        Args:
+            repository: "owner/name".
+            evaluation: for the card, as ``save_pretrained`` takes it.
+            private: whether a new repository is, None for the owner's default.
+            token: an access token, None for the one that is logged in with.
+            message: of the commit.
+
+        Returns:
+            The repository's address.
+
+        Raises:
+            ValueError: as ``save_pretrained``, or a name that is no repository's. What the hub itself refuses is
+                raised as huggingface_hub raises it.
+        """
+        shared = ThoughtPatch(self.entries, {**self.provenance, "model": base_name(self.provenance)})
+
+        def write(folder: Path) -> None:
+            shared.save_pretrained(folder, evaluation=evaluation)
+
+        return push(repository, write, private=private, token=token, message=message)
 
     @classmethod
     def from_control_vector(cls, file: str | os.PathLike[str]) -> ThoughtPatch:
@@ -105,20 +153,60 @@ class ThoughtPatch(Exports):
         return cls(*read_control_vector(file))
 
     @classmethod
-    def from_pretrained(cls, directory: str | os.PathLike[str], *, device: torch.device | str = "cpu") -> ThoughtPatch:
-        """Reads a folder written by ``save_pretrained``.
+    def from_pretrained(
+        cls,
+        directory: str | os.PathLike[str],
+        *,
+        device: torch.device | str = "cpu",
+        model: Any = None,
+        tokenizer: Any = None,
+        mismatch: str = "warn",
+        revision: str | None = None,
+    ) -> ThoughtPatch:
+        """Reads a folder that ``save_pretrained`` wrote, or a repository of the Hugging Face hub.
+
+        Args:
+            directory: the folder, or "owner/name" where no such folder is here.
+            device: where the tensors go.
+            model: the model that it is for, to be checked as by ``check``; None to check nothing.
+            tokenizer: that model's tokenizer, checked too.
+            mismatch: as ``check`` takes it.
+            revision: of a repository.
 
         Raises:
             ValueError: a file that is missing, truncated, altered, of another version, or holds NaN; it names the file.
+                Also as ``check``.
             TypeError: a directory that is no path.
         """
-        entries, provenance = storage.load(directory)
+        folder = fetched(as_path("from_pretrained", "directory", directory), revision)
+        entries, provenance = storage.load(folder)
         try:
             patch = cls(entries, provenance)
         except ValueError as error:
-            path = Path(directory) / storage.TENSOR_FILE
+            path = folder / storage.TENSOR_FILE
             raise storage.damaged(path, "hold a patch's tensors", str(error)) from error
+        if model is not None:
+            patch.check(model, tokenizer, mismatch=mismatch)
         return patch.to(device=device)
+
+    def check(self, model: Any, tokenizer: Any = None, *, mismatch: str = "warn") -> list[str]:
+        """Holds a model against the one that the patch was made for: its shape, config, some weights and tokenizer.
+
+        Args:
+            model: a transformers model.
+            tokenizer: its tokenizer; None leaves it out.
+            mismatch: "warn" of a model that fits but is another, "refuse" it, or "ignore" what it is.
+
+        Returns:
+            How it differs, a clause each; none where it is the same as far as the patch remembers.
+
+        Raises:
+            ValueError: a model that the patch does not fit, or under "refuse" another than it was made for.
+
+        Warns:
+            UserWarning: under "warn", of another model than it was made for.
+        """
+        return check_base(self, model, tokenizer, mismatch)
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> ThoughtPatch:
         """The same patch with its tensors on another device or in another floating dtype."""

@@ -22,6 +22,7 @@ import safetensors.torch
 from torch import Tensor
 
 from thought_kernels.ops.checks import as_path
+from thought_kernels.patches.card import CARD_FILE, is_ours
 from thought_kernels.patches.site import DTYPES, SITES, Fit, SitePatch, is_finite
 
 FORMAT = "thought_kernels patch, version 1"
@@ -32,8 +33,10 @@ TENSOR_NAMES = ("matrix", "left", "right", "vector", "activation_mean")
 Entries = Mapping[tuple[int, str], SitePatch]
 
 
-def save(entries: Entries, provenance: Mapping[str, Any], directory: str | os.PathLike[str]) -> None:
-    """Writes a patch folder; both files are complete under temporary names before either replaces an older one.
+def save(
+    entries: Entries, provenance: Mapping[str, Any], directory: str | os.PathLike[str], *, card: str | None = None
+) -> None:
+    """Writes a patch folder; its files are complete under temporary names before any replaces an older one.
 
     Should the machine stop between the two replacements, ``load`` refuses the folder by its checksum.
 
@@ -41,6 +44,7 @@ def save(entries: Entries, provenance: Mapping[str, Any], directory: str | os.Pa
         entries: SitePatch per (block, site).
         provenance: values that JSON can hold.
         directory: created if it does not exist.
+        card: README.md, written unless there is one by somebody else; None for none.
 
     Raises:
         ValueError: NaN or an infinity in a tensor, a provenance that JSON cannot hold, or a path that is not a folder.
@@ -69,7 +73,8 @@ def save(entries: Entries, provenance: Mapping[str, Any], directory: str | os.Pa
     except (TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"save_pretrained: provenance must hold JSON values only, got {error}") from error
 
-    replace_files(folder, {TENSOR_FILE: payload, RECORD_FILE: text})
+    cards = {CARD_FILE: card.encode()} if card is not None and is_ours(folder / CARD_FILE) else {}
+    replace_files(folder, {TENSOR_FILE: payload, RECORD_FILE: text, **cards})
 
 
 def replace_files(folder: Path, contents: Mapping[str, bytes]) -> None:

@@ -1,0 +1,156 @@
+"""Which model a patch was made for, as few values that travel with it, and how another model differs from that one.
+
+Weights are told by numbers taken evenly from a few of them: their sha256 after rounding to bfloat16, which is the same
+in every wider dtype that the model is loaded in, and some of the numbers themselves, from which follows how far weights
+are apart that are not the same: the same model quantised by some percent, another model wholly.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from thought_kernels.models import describe
+from thought_kernels.models.linear import linear_weight
+from thought_kernels.ops.caller import warn
+from thought_kernels.patches.apply import targets
+from thought_kernels.patches.data import PatchData
+
+_FIELDS = (
+    "model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
+    "intermediate_size", "vocab_size",
+)  # fmt: skip
+_OLD = ("hidden_size", "num_hidden_layers", "model_type")  # what patches remember without an identity
+MISMATCH = ("warn", "refuse", "ignore")
+_HASHED, _KEPT = 4096, 16  # numbers of each weight
+_ANOTHER = 0.5  # relative distance beyond which weights have nothing to do with each other; four bits leave about 0.1
+
+
+def identity(model: Any, tokenizer: Any = None) -> dict[str, Any]:
+    """What tells a model and its tokenizer from others.
+
+    Args:
+        model: a transformers model that ``describe`` knows.
+        tokenizer: a transformers tokenizer, or None to leave it out.
+
+    Returns:
+        {"config": {field: value}, "weights": {name: {"sha256", "numbers"}}, "tokenizer": {"vocabulary", "template"}},
+        JSON values only. Weights that are packed or elsewhere are not among them.
+    """
+    decoder = describe(model)
+    config = json.loads(json.dumps(decoder.config.to_dict(), default=str))
+    found: dict[str, Any] = {
+        "config": {name: config[name] for name in _FIELDS if config.get(name) is not None},
+        "weights": {name: _told(weight) for name, weight in _weights(decoder)},
+    }
+    if tokenizer is not None:
+        found["tokenizer"] = {
+            "vocabulary": _digest(json.dumps(sorted(tokenizer.get_vocab().items())).encode()),
+            "template": _digest(str(tokenizer.chat_template or "").encode()),
+        }
+    return found
+
+
+def differences(recorded: Mapping[str, Any], model: Any, tokenizer: Any = None) -> list[str]:
+    """How a model differs from a recorded one, a clause each; none where it is the same as far as is recorded.
+
+    Args:
+        recorded: what ``identity`` made, or some of it.
+        model: a transformers model.
+        tokenizer: its tokenizer, or None where it is not to be compared.
+    """
+    found = identity(model, tokenizer)
+    return [
+        *_of_config(recorded.get("config", {}), found["config"]),
+        *_of_weights(recorded.get("weights", {}), found["weights"]),
+        *_of_tokenizer(recorded.get("tokenizer", {}), found.get("tokenizer", {})),
+    ]
+
+
+def check_base(patch: PatchData, model: Any, tokenizer: Any, mismatch: str) -> list[str]:
+    """Holds a model against the patch's own; ``ThoughtPatch.check`` is the public form and says more."""
+    if mismatch not in MISMATCH:
+        raise ValueError(f"check: mismatch must be one of {', '.join(MISMATCH)}, got {mismatch!r}")
+    for _ in targets("check", patch, model):
+        pass  # raises for a model that it does not fit
+    made = patch.provenance
+    recorded = made.get("base") or {"config": {name: made[name] for name in _OLD if made.get(name) is not None}}
+    found = differences(recorded, model, tokenizer)
+    if not found or mismatch == "ignore":
+        return found
+    sentence = f"check: model should be the one that the patch was made for, got another: {'; '.join(found)}"
+    if mismatch == "refuse":
+        raise ValueError(sentence.replace("should", "must", 1))
+    warn(sentence)
+    return found
+
+
+def _of_config(recorded: Mapping[str, Any], found: Mapping[str, Any]) -> Iterator[str]:
+    for name, value in recorded.items():
+        if name in found and found[name] != value:
+            yield f"its {name} is {found[name]}, not {value}"
+
+
+def _of_weights(recorded: Mapping[str, Any], found: Mapping[str, Any]) -> Iterator[str]:
+    common = [name for name in recorded if name in found]
+    changed = [name for name in common if recorded[name]["sha256"] != found[name]["sha256"]]
+    if recorded and not common:
+        yield "its weights cannot be compared"
+    if not changed:
+        return
+    distance = max(_distance(recorded[name]["numbers"], found[name]["numbers"]) for name in changed)
+    if distance > _ANOTHER:
+        yield f"its weights are others ({len(changed)} of {len(common)} compared, {changed[0]} among them)"
+    else:
+        yield (
+            f"its weights differ by up to {100 * distance:.2g} % in {len(changed)} of {len(common)} compared, as those "
+            "of a model do that was quantised, rounded, tuned or patched"
+        )
+
+
+def _of_tokenizer(recorded: Mapping[str, Any], found: Mapping[str, Any]) -> Iterator[str]:
+    for name, what in (("vocabulary", "tokenizer has another vocabulary"), ("template", "chat template is another")):
+        if name in recorded and name in found and recorded[name] != found[name]:
+            yield f"its {what}"
+
+
+def _weights(decoder: Any) -> Iterator[tuple[str, Tensor]]:
+    """The embedding, and what is patched in the first, a middle and the last block, where it is plain numbers."""
+    named = [("embedding", decoder.embed_tokens)]
+    for index in sorted({0, len(decoder.blocks) // 2, len(decoder.blocks) - 1}):
+        block = decoder.blocks[index]
+        named += [(f"block {index}, attention", block.o_proj), (f"block {index}, down", block.down_proj)]
+    for name, module in named:
+        weight = getattr(module, "weight", None)
+        if isinstance(weight, Tensor) and weight.is_floating_point() and weight.dim() == 2 and not weight.is_meta:
+            # Of an embedding as it is; of a linear module as [d_out, d_in], however it is kept.
+            yield name, weight if name == "embedding" else linear_weight(module)
+
+
+@torch.no_grad()
+def _told(weight: Tensor) -> dict[str, Any]:
+    columns = weight.shape[1]
+    count = min(_HASHED, weight.numel())
+    # Evenly, in integers: float positions would not be exact in a large vocabulary's embedding.
+    places = torch.arange(count, dtype=torch.int64) * (weight.numel() // count)
+    numbers = weight[(places // columns).to(weight.device), (places % columns).to(weight.device)]
+    rounded = numbers.to("cpu", torch.bfloat16)
+    kept = rounded[:: max(1, count // _KEPT)][:_KEPT].float().tolist()
+    return {"sha256": _digest(rounded.view(torch.int16).numpy().tobytes()), "numbers": kept}
+
+
+def _distance(recorded: list[float], found: list[float]) -> float:
+    """‖a − b‖ / ‖a‖."""
+    a, b = (torch.tensor(numbers, dtype=torch.float64) for numbers in (recorded, found))
+    if len(a) != len(b):
+        return float("inf")
+    return float(torch.linalg.vector_norm(a - b) / torch.linalg.vector_norm(a).clamp_min(1e-300))
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:32]
