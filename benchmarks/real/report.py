@@ -71,8 +71,10 @@ def arguments(name: str, of: Task, inputs: int) -> dict[str, Any]:
 
 
 def announce(plan: Any) -> None:
-    share = f"{plan.share:.0%} of the sweeps"
-    print(f"expected: {plan.total / 60:.1f} minutes, {plan.memory_mib:.0f} MiB, {share}", flush=True)
+    print(
+        f"{plan.total / 60:.1f} minutes, {plan.memory_mib:.0f} MiB, {plan.inputs} and {plan.swept} inputs", flush=True
+    )
+    print({name: round(seconds) for name, seconds in plan.seconds.items()}, plan.left_out, flush=True)
 
 
 def main() -> None:

@@ -134,9 +134,13 @@ def evaluate(
 
 def _announce(plan: Any) -> None:
     """Prints what the report is expected to take, before it is made."""
-    share = "" if plan.share == 1 else f", with {plan.share:.0%} of the sweeps that were asked for"
-    text = f"about {duration(plan.total)} and {plan.memory_mib / 1024:.1f} GiB of memory are expected{share}"
-    options.err.print(text, highlight=False, soft_wrap=True)
+    options.err.print(
+        f"about {duration(plan.total)} and {plan.memory_mib / 1024:.1f} GiB of memory are expected, for {plan.inputs} "
+        f"held-out inputs and {plan.swept} in sweeps",
+        highlight=False, soft_wrap=True,
+    )  # fmt: skip
+    if plan.left_out:
+        options.err.print(f"not made: {', '.join(plan.left_out)}, too slow for these minutes", soft_wrap=True)
     slow = sorted(plan.seconds.items(), key=lambda item: -item[1])[:4]
     named = ", ".join(f"{name} {duration(seconds)}" for name, seconds in slow)
     options.err.print(f"the longest sections: {named}", highlight=False, soft_wrap=True, style="dim")

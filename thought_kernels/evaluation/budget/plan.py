@@ -30,6 +30,7 @@ class Plan:
         left_out: baselines that are not made.
         seconds: of each section; those that the plan itself took are not in it.
         memory_mib: largest resident memory of the process, MiB.
+        inputs, swept: held-out inputs, and those of them that sweeps, controls and baselines use.
         fits: whether it all fits into the minutes that were given.
     """
 
@@ -37,6 +38,8 @@ class Plan:
     left_out: tuple[str, ...]
     seconds: Mapping[str, float]
     memory_mib: float
+    inputs: int
+    swept: int
     fits: bool
 
     @property
@@ -81,13 +84,19 @@ def plan(subject: Subject, names: Sequence[str], minutes: float | None) -> Plan:
             break
         share = _STEP**step
         less = reduced(subject, share)
-        left_out = tuple(
-            name for name, work in rival_works(less).items() if rates.seconds(work) > LARGEST_BASELINE * left
-        )
+        left_out = _slow(rates, less, LARGEST_BASELINE * left)
         less = reduced(subject, share, left_out)
         found = _seconds(less, names, rates)
     fits = left is None or sum(found.values()) <= left
-    return Plan(share, left_out, found, peak.host_mib + _kept_mib(less, names, rates), fits)
+    swept = min(less.sweep_inputs, len(less.held_out.questions))
+    memory = peak.host_mib + _kept_mib(less, names, rates)
+    return Plan(share, left_out, found, memory, len(less.held_out.questions), swept, fits)
+
+
+def _slow(rates: Rates, subject: Subject, most: float) -> tuple[str, ...]:
+    """Baselines that take more than so many seconds; never the quickest, so that there is one to compare with."""
+    seconds = {name: rates.seconds(work) for name, work in rival_works(subject).items()}
+    return tuple(name for name, taken in seconds.items() if taken > max(most, min(seconds.values())))
 
 
 def reduced(subject: Subject, share: float, left_out: Sequence[str] = ()) -> Subject:

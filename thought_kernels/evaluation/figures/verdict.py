@@ -151,6 +151,9 @@ def _gentle(section: Section | None) -> Line:
     text = f"KL on unrelated prompts {_interval(changed)} nats a token"
     if told and not math.isnan(told.value):
         text += f", {_interval(told)} where the model is told the instruction"
+    text_drift = section.get("patched", "text KL")
+    if text_drift:
+        text += f"; on ordinary text {_interval(text_drift)}"
     lost = [
         off.value - on.value
         for off, on in zip(

@@ -18,7 +18,7 @@ TEMPLATE = Path(__file__).with_name("template.html.jinja")
 
 # Quantities that are shares, shown in per cent.
 SHARES = {
-    "accuracy", "bare", "prompted", "same token", "harmed", "accuracy, patch off",
+    "accuracy", "accuracy left", "bare", "prompted", "same token", "harmed", "accuracy, patch off",
     "accuracy, patch on", "answers as bare",
 }  # fmt: skip
 # Quantities that are read block by block or token by token off the plot; their rows are in the JSON and the CSV.
@@ -66,7 +66,7 @@ def render(report: Report) -> str:
     ]
     settings = report.settings
     return template.render(
-        title=_shown_setting(settings.get("instruction", "a patch")),
+        title=_title(settings.get("instruction", "a patch")),
         summary=summary(report.verdict), verdict=report.verdict, rules=RULES, warnings=report.warnings,
         sections=sections, seconds=f"{report.seconds:.0f}",
         settings={name.replace("_", " "): _shown_setting(value) for name, value in settings.items()},
@@ -177,6 +177,24 @@ def _settings_line(settings: dict[str, Any]) -> str:
         f"{settings.get('examples', 0)} examples, {settings.get('held_out', 0)} held-out inputs, "
         f"scorer {settings.get('scorer', '')}, {settings.get('date', '')}"
     )
+
+
+def _title(instruction: Any) -> str:
+    """The instruction in a line: a text, a system message, or demonstrations by their number and the first of them."""
+    if isinstance(instruction, str):
+        return _cut(instruction)
+    system = [turn["content"] for turn in instruction if turn["role"] == "system"]
+    asked = [turn["content"] for turn in instruction if turn["role"] == "user"]
+    answered = [turn["content"] for turn in instruction if turn["role"] == "assistant"]
+    if not answered:
+        return _cut(" ".join([*system, *asked]))
+    shown = f"{len(answered)} demonstrations: {_cut(asked[0], 30)} → {_cut(answered[0], 30)}, …"
+    return _cut(f"{system[0]}, {shown}" if system else shown)
+
+
+def _cut(text: str, most: int = 90) -> str:
+    text = " ".join(text.split())
+    return text if len(text) <= most else text[: most - 1].rstrip() + "…"
 
 
 def _shown_setting(value: Any) -> str:

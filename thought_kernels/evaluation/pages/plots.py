@@ -314,7 +314,7 @@ def _combination(section: Section, canvas: Any) -> bool:
         axes.plot([], [], "o", color=colour, label=name)
     name_rows(axes, [name for name, *_ in rows])
     axes.set_xlim(FLOOR - 0.05, 1.06)
-    axes.set_title("recovered effect, or share of being told that is undone")
+    axes.set_title("recovered, or undone")
     axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
     return True
 

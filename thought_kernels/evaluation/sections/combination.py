@@ -24,6 +24,9 @@ def combination(subject: Subject, section: Section) -> None:
         section.note("Adding needs another instruction and the examples; one of them was not given.")
     _negated(subject, section)
     section.note(
+        "Added: the sum of both patches, held against the model that is told this instruction, that one, or both."
+    )
+    section.note(
         "Foretold: as if the log-probabilities of every next token changed by the sum of what each patch alone changes "
         "them by. Nothing of it was fitted, and the patches were not run together for it."
     )
@@ -48,13 +51,13 @@ def _added(subject: Subject, section: Section, name: str) -> None:
     both = ours + theirs
     inputs = (other.inputs or Inputs(subject.held_out.questions, None)).first(subject.sweep_inputs)
     trial = subject.new_trial(other.instruction, inputs)
-    _report(subject, section, f"patch of “{name}”, on “{name}”", subject.measure(theirs, trial), trial)
-    asked = {"on this instruction": subject.sweep, f"on “{name}”": trial}
+    _report(subject, section, f"“{name}” alone", subject.measure(theirs, trial), trial)
+    asked = {"this one told": subject.sweep, "that one told": trial}
     if isinstance(subject.instruction, str) and isinstance(other.instruction, str):
         told = f"{subject.instruction}{subject.separator}{other.instruction}"
-        asked["on both told at once"] = subject.new_trial(told, subject.held_out.first(subject.sweep_inputs))
+        asked["both told"] = subject.new_trial(told, subject.held_out.first(subject.sweep_inputs))
     for where, tried in asked.items():
-        label = f"“{name}” added, {where}"
+        label = f"“{name}” added, beside {where}"
         _report(subject, section, label, subject.measure(both, tried), tried)
         foretold = _recovered(subject, tried, _foretold(subject, tried, [ours, theirs]))
         section.add(label, "recovered, foretold", foretold, inputs=len(tried))
@@ -100,7 +103,7 @@ def _negated(subject: Subject, section: Section) -> None:
         for row, other in zip(rows, (told, _read(subject, prompt, answer, minus), summed(told, [-moved])), strict=True):
             row += divergence([bare], [other])
     kept, undone, foretold = (sums(row) for row in rows)
-    section.add(name, "accuracy", mean_interval(grades, seed=subject.seed), inputs=len(trial))
+    section.add(name, "accuracy left", mean_interval(grades, seed=subject.seed), inputs=len(trial))
     section.add(name, "undone", recovered_interval(undone, kept, seed=subject.seed), inputs=len(trial))
     section.add(name, "undone, foretold", recovered_interval(foretold, kept, seed=subject.seed), inputs=len(trial))
     section.note(
