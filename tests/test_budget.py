@@ -71,6 +71,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     watch(drift, "completion_logprobs", "texts", lambda _: 1)
     watch(subjects, "completed", "writes", lambda args: 2 * len(EXAMPLES))
     watch(subjects, "transmute", "fits", lambda _: 1)
+    watch(subjects, "fit", "fits", lambda _: 1)
     watch(subjects, "refit", "refits", lambda _: 1)
     return counts
 

@@ -161,7 +161,7 @@ def evaluate(
     )  # fmt: skip
     evaluation.settings["wall_clock_of_this_run"] = time.monotonic() - started
     if planned is not None:
-        evaluation.settings |= {"minutes": minutes, "share_of_what_was_asked_for": planned.share}
+        evaluation.settings |= {"minutes": minutes, "expected_seconds": planned.total}
         evaluation.settings["expected_memory_mib"] = planned.memory_mib
         evaluation.warnings += warnings_of_plan(planned, minutes)
     if folder is not None:

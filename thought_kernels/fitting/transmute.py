@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -132,20 +132,46 @@ def transmute(
     memory_budget = as_integer("transmute", "memory_budget", memory_budget, least=1)
     max_new_tokens = as_integer("transmute", "max_new_tokens", max_new_tokens, least=1)
     seed = as_integer("transmute", "seed", seed)
+    prompt = Prompt(instruction, without, separator, format)
+    writing = Writing(recipe.completions, max_new_tokens, batch_size, seed, progress)
+    found = prepared(model, tokenizer, prompt, examples, recipe, writing)
+    return fit(
+        found.decoder, found.recipe, found.rows, batch_size=batch_size, memory_budget=memory_budget,
+        provenance=found.provenance, progress=progress,
+    )  # fmt: skip
+
+
+class Prepared(NamedTuple):
+    """All that a fit is given.
+
+    Attributes:
+        decoder: the model, described.
+        recipe: for this model.
+        rows: the examples, and what the model wrote beside them.
+        provenance: what the patch remembers beside the recipe.
+    """
+
+    decoder: Decoder
+    recipe: ResolvedRecipe
+    rows: list[EncodedExample]
+    provenance: dict[str, Any]
+
+
+@torch.no_grad()
+def prepared(
+    model: Any, tokenizer: Any, prompt: Prompt, examples: Any, recipe: Recipe, writing: Writing
+) -> Prepared:  # fmt: skip
+    """What transmute fits, before it does; arguments as transmute's, those of the prompt and of writing together."""
     decoder = in_memory("transmute", model)
     resolved = recipe.for_model(decoder)
-    prompt = Prompt(instruction, without, separator, format)
-    writing = Writing(resolved.completions, max_new_tokens, batch_size, seed, progress)
     encoded, written = _rows(decoder, tokenizer, prompt, examples, resolved, writing)
     described = {
-        "instruction": _told(instruction), "without": None if without is None else _told(without),
-        "separator": separator, "format": format, **_model(decoder, tokenizer), **written,
-        "completions": resolved.completions, "max_new_tokens": max_new_tokens, "seed": seed,
+        "instruction": _told(prompt.instruction),
+        "without": None if prompt.without is None else _told(prompt.without),
+        "separator": prompt.separator, "format": prompt.format, **_model(decoder, tokenizer), **written,
+        "completions": resolved.completions, "max_new_tokens": writing.max_new_tokens, "seed": writing.seed,
     }  # fmt: skip
-    return fit(
-        decoder, resolved, encoded, batch_size=batch_size, memory_budget=memory_budget, provenance=described,
-        progress=progress,
-    )  # fmt: skip
+    return Prepared(decoder, resolved, encoded, described)
 
 
 def _rows(

@@ -59,8 +59,10 @@ class _Shared:
         return self.once("text", Work(texts=1))
 
     def encoded(self) -> Work:
-        """The examples' completions, written again."""
-        count = 0 if self._subject.examples[0].completion is not None else rows_of(self._subject)
+        """The completions that a given patch was fitted on, written again."""
+        subject = self._subject
+        written = subject.given_patch is not None and subject.examples[0].completion is None
+        count = rows_of(subject) if written else 0
         return self.once("encoded", Work(writes=count))
 
     def other(self, name: str) -> Work:

@@ -20,8 +20,9 @@ from thought_kernels.evaluation.measures.trial import Score, Trial
 from thought_kernels.evaluation.rivals.refit import Solver, refit
 from thought_kernels.evaluation.sections.amounts import Amounts
 from thought_kernels.fitting.encoding import Prompt, Writing, completed, with_inputs
+from thought_kernels.fitting.fit import fit
 from thought_kernels.fitting.recipe import Recipe
-from thought_kernels.fitting.transmute import transmute
+from thought_kernels.fitting.transmute import Prepared, prepared, transmute
 from thought_kernels.models import describe
 from thought_kernels.models.decoder import Decoder
 from thought_kernels.patches.patch import ThoughtPatch
@@ -29,6 +30,7 @@ from thought_kernels.prompts.prompt import EncodedExample, Example, Instruction,
 
 # Hyper-parameters of the baselines are chosen on this many of the examples at most: a choice needs no more.
 CHOICE_EXAMPLES = 32
+FIT_BATCH = 32  # transmute's own
 
 
 class Intervention(Protocol):
@@ -148,7 +150,16 @@ class Subject:
     @cached_property
     def patch(self) -> ThoughtPatch:
         """The patch that is evaluated."""
-        return self.given_patch if self.given_patch is not None else self.fit(self.instruction, self.examples)
+        if self.given_patch is not None:
+            return self.given_patch
+        found = self._prepared
+        return fit(found.decoder, found.recipe, found.rows, batch_size=FIT_BATCH, provenance=found.provenance)
+
+    @cached_property
+    def _prepared(self) -> Prepared:
+        prompt = Prompt(self.instruction, self.without, self.separator, self.format)
+        writing = Writing(self.recipe.completions, batch_size=FIT_BATCH, **self.writing)
+        return prepared(self.model, self.tokenizer, prompt, self.examples, self.recipe, writing)
 
     @cached_property
     def trial(self) -> Trial:
@@ -191,9 +202,11 @@ class Subject:
 
     @cached_property
     def encoded(self) -> list[EncodedExample]:
-        """The examples as token ids, completed as the patch's were where they had no completion."""
+        """The rows that the patch was fitted on: of one that was given, written again as its provenance says."""
         self.need_examples("controls")
-        made = self.patch.provenance
+        if self.given_patch is None:
+            return self._prepared.rows
+        made = self.given_patch.provenance
         writing = Writing(made.get("completions", 1), batch_size=self.batch_size, **self.writing)
         prompt = Prompt(self.instruction, self.without, self.separator, self.format)
         rows, _ = with_inputs(
