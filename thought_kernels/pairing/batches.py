@@ -34,6 +34,62 @@ class Batch:
     examples: tuple[int, ...]
     shares: tuple[float, ...]
 
+    @property
+    def real(self) -> Tensor:
+        """Which tokens are no padding, [B, T]."""
+        return torch.arange(self.tokens.shape[1]) < self.lengths[:, None]
+
+    def example(self, row: int) -> int:
+        """The place in the user's list of the example that a token is of, by its row among the B·T."""
+        return self.examples[row // self.tokens.shape[1]]
+
+    def packed(self) -> Packed:
+        """The same without padding."""
+        places = self.real.flatten().nonzero()[:, 0]
+        return Packed(self, places, self.weights.flatten()[places][None])
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A batch's N real tokens one after the other: attention alone needs them in rows of one length.
+
+    Attributes:
+        batch: the padded rows.
+        places: of the tokens among the B·T, [N].
+        weights: as the batch's, [1, N].
+    """
+
+    batch: Batch
+    places: Tensor
+    weights: Tensor
+
+    @property
+    def real(self) -> Tensor:
+        """As the batch's: all are, [1, N]."""
+        return torch.ones_like(self.weights, dtype=torch.bool)
+
+    @property
+    def columns(self) -> Tensor:
+        """Each token's place in its row, [1, N]."""
+        return self.places[None] % self.batch.tokens.shape[1]
+
+    def example(self, row: int) -> int:
+        """As the batch's, by the token's place among the N."""
+        return self.batch.example(int(self.places[row]))
+
+    def pack(self, rows: Tensor) -> Tensor:
+        """[S, B, T, width] to [S, N, width]."""
+        flat = rows.flatten(1, 2)
+        return flat if len(self.places) == flat.shape[1] else flat.index_select(1, self.places.to(flat.device))
+
+    def unpack(self, heads: Tensor) -> Tensor:
+        """[S, heads, N, D] to [S·B, heads, T, D], with zeros for padding; in memory heads come after tokens."""
+        flat = heads.transpose(1, 2)
+        if len(self.places) < self.batch.tokens.numel():
+            packed, flat = flat, flat.new_zeros(len(flat), self.batch.tokens.numel(), *flat.shape[2:])
+            flat[:, self.places.to(flat.device)] = packed
+        return flat.unflatten(1, self.batch.tokens.shape).flatten(0, 1).transpose(1, 2)
+
 
 @dataclass(frozen=True)
 class Group:

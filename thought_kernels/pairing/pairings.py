@@ -99,16 +99,17 @@ def _layerwise_batch(
 def _two_pass_batch(
     run: Run, group: Group, prefixes: list[BlockPrefix], batch: Batch, stage: frozenset[str], patch: ThoughtPatch | None
 ) -> None:
-    x = group.streams(run.decoder, batch.tokens).flatten(0, 1)
+    packed = batch.packed()
+    x = packed.pack(group.streams(run.decoder, batch.tokens))
     for block, prefix in zip(run.blocks, prefixes, strict=True):
-        o = attend(run, block, x, group, [prefix.with_context, prefix.without_context], batch)
+        o = attend(run, block, x, group, [prefix.with_context, prefix.without_context], packed)
         if block.index in run.layers:
-            observe_streams(run, block, x, o, batch, stage, patch)
+            observe_streams(run, block, x, o, packed, stage, patch)
         if block.index < run.last:
             h = block.attention_residual(x, o.to(x.dtype))
             del o
             x = through_mlp(block, h, x)
-            run.check_output(block, x, batch)
+            run.check_output(block, x, packed)
         run.tick()
 
 

@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor
 
 from thought_kernels.estimation.accumulator import ThoughtAccumulator
 from thought_kernels.estimation.rows import NonFiniteRows
 from thought_kernels.models.decoder import Block, Decoder
-from thought_kernels.pairing.batches import Batch, BlockPrefix, Group, prefix_blocks
+from thought_kernels.pairing.batches import Batch, BlockPrefix, Group, Packed, prefix_blocks
 from thought_kernels.patches.patch import ThoughtPatch
 from thought_kernels.patches.site import STAGES, is_finite
 
@@ -85,7 +84,7 @@ class Run:
         delta: Tensor,
         activation: Tensor | None,
         weights: Tensor,
-        batch: Batch | None = None,
+        batch: Batch | Packed | None = None,
     ) -> None:
         """Adds a batch's rows, or H's where there is no batch, to the sums of one block and site.
 
@@ -96,29 +95,25 @@ class Run:
         try:
             self.accumulator.update(block.index, site, delta, activation, weights.to(delta.device))
         except NonFiniteRows as error:
-            place = "H" if batch is None else _example(batch, error.row)
+            place = "H" if batch is None else f"examples[{batch.example(error.row)}]"
             raise ValueError(_not_finite(f"{error.name} of {place}", f"block {block.index}, site {site!r}")) from error
 
-    def check_output(self, block: Block, y: Tensor, batch: Batch) -> None:
+    def check_output(self, block: Block, y: Tensor, batch: Batch | Packed) -> None:
         """Raises ValueError, with block and example, unless y is finite at every token.
 
         Args:
             block: whose output y is.
-            y: [B, T, d], or [2B, T, d] for two streams.
-            batch: the B examples.
+            y: [B, T, d] of a batch; one or two streams [S, N, d] of a packed one.
+            batch: whose tokens they are.
         """
         if is_finite(y):  # one reduction and no copy
             return
-        real = torch.arange(y.shape[1]) < batch.lengths[:, None]
+        real = batch.real
         bad = ~y.isfinite().all(dim=-1).cpu() & real.repeat(len(y) // len(real), 1)
         if bad.any():
-            row = int(bad.flatten().nonzero()[0]) % real.numel()
-            raise ValueError(_not_finite(f"the block's output for {_example(batch, row)}", f"block {block.index}"))
-
-
-def _example(batch: Batch, row: int) -> str:
-    # Not the token: kernels multiply hidden values by weights of 0, so NaN may reach tokens before it.
-    return f"examples[{batch.examples[row // batch.tokens.shape[1]]}]"
+            # Not the token: kernels multiply hidden values by weights of 0, so NaN may reach tokens before it.
+            example = batch.example(int(bad.flatten().nonzero()[0]) % real.numel())
+            raise ValueError(_not_finite(f"the block's output for examples[{example}]", f"block {block.index}"))
 
 
 def _not_finite(what: str, where: str) -> str:

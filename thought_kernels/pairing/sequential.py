@@ -1,8 +1,8 @@
 """The sequential pairing: block by block over all examples, each block solved before the next is run.
 
 Each stream passes each block once, attention and MLP: what a block needs again when a patch of it has been solved is
-kept, in float32 at least. Memory, of all batches together and bounded by a budget (spill.py), for every padded token,
-Hq·D the attention's width, d the hidden size and f the MLP's width:
+kept, in float32 at least. Memory, of all batches together and bounded by a budget (spill.py), for every token, Hq·D
+the attention's width, d the hidden size and f the MLP's width:
 
     2 d              the two streams between blocks
     2 Hq·D           both attention outputs, once the attention site is summed; the one without context where no other
@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from thought_kernels.models.decoder import Block
-from thought_kernels.pairing.batches import Batch, BlockPrefix, Group, moved_keys, own_attention
+from thought_kernels.pairing.batches import BlockPrefix, Group, Packed, moved_keys, own_attention
 from thought_kernels.pairing.run import Run
 from thought_kernels.pairing.spill import buffers
 from thought_kernels.pairing.streams import (
@@ -78,7 +78,7 @@ class _Way:
     """One batch on its way through the blocks.
 
     Attributes:
-        streams: with context, then patched without, [2, B, T, d], entering the block. The first is what leaves it once
+        streams: with context, then patched without, [2, N, d], entering the block. The first is what leaves it once
             its last stage of sites is observed.
         room: for what is kept within a block.
         reached: the last stage that was observed in this block; empty before the first.
@@ -86,18 +86,18 @@ class _Way:
 
     group: Group
     prefixes: list[BlockPrefix]
-    batch: Batch
+    batch: Packed
     streams: Tensor
     room: Tensor
     reached: frozenset[str] = frozenset()
     _kept: list[Tensor] = field(default_factory=list)
 
     def entering(self, block: Block) -> Tensor:
-        """Both streams, [2B, T, d]."""
-        return self.streams.to(block.device).flatten(0, 1)
+        """Both streams, [2, N, d]."""
+        return self.streams.to(block.device)
 
     def keep(self, stage: frozenset[str], *tensors: Tensor) -> None:
-        """Keeps tensors [..., T, width] until the next stage, in place of what was kept before."""
+        """Keeps tensors [S, N, width] until the next stage, in place of what was kept before."""
         self.reached, self._kept, start = stage, [], 0
         for tensor in tensors:
             place = self.room[start : start + tensor.numel()].view(tensor.shape)
@@ -111,15 +111,15 @@ class _Way:
 
 def _ways(run: Run) -> list[_Way]:
     """Every batch with its streams entering block 0; first streams, then rooms take what the budget has in memory."""
-    decoder, batches = run.decoder, list(run.batches())
+    decoder, batches = run.decoder, [(group, prefixes, batch.packed()) for group, prefixes, batch in run.batches()]
     wide = torch.promote_types(decoder.dtype, torch.float32)
     width = _kept_width(run) * wide.itemsize // decoder.dtype.itemsize
-    shapes = [(2, *batch.tokens.shape, decoder.hidden_size) for _, _, batch in batches]
-    shapes += [(batch.tokens.numel() * width,) for _, _, batch in batches]
+    shapes: list[tuple[int, ...]] = [(2, len(batch.places), decoder.hidden_size) for _, _, batch in batches]
+    shapes += [(len(batch.places) * width,) for _, _, batch in batches]
     found = buffers(shapes, decoder.dtype, decoder.device, run.memory_budget)
     ways = []
     for (group, prefixes, batch), streams, room in zip(batches, found, found[len(batches) :], strict=False):
-        streams.copy_(group.streams(decoder, batch.tokens))
+        streams.copy_(batch.pack(group.streams(decoder, batch.batch.tokens)))
         ways.append(_Way(group, prefixes, batch, streams, room.view(wide)))
     return ways
 
@@ -201,10 +201,10 @@ def _leave(run: Run, block: Block, way: _Way, without: KeysValues | None, patch:
     _overwrite(run, block, way.streams[1:], y, way.batch)
 
 
-def _overwrite(run: Run, block: Block, streams: Tensor, y: Tensor, batch: Batch) -> None:
-    """Puts streams [1 or 2, B, T, d] that leave a block in the place of those that entered it."""
+def _overwrite(run: Run, block: Block, streams: Tensor, y: Tensor, batch: Packed) -> None:
+    """Puts streams [S, N, d] that leave a block in the place of those that entered it."""
     run.check_output(block, y, batch)
-    streams.copy_(y.view(streams.shape))
+    streams.copy_(y)
 
 
 def _rest(block: Block, x: Tensor, o: Tensor, patch: ThoughtPatch | None) -> Tensor:

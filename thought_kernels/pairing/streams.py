@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from thought_kernels.models.decoder import Block
 from thought_kernels.ops.shared_prefix_attention import shared_prefix_attention
-from thought_kernels.pairing.batches import Batch, Group, heads_last
+from thought_kernels.pairing.batches import Batch, Group, Packed, heads_last
 from thought_kernels.pairing.before_norm import before_norm
 from thought_kernels.pairing.run import Run
 from thought_kernels.patches.patch import ThoughtPatch
@@ -35,7 +35,7 @@ def shifted(patch: ThoughtPatch | None, layer: int, site: str, rows: Tensor) -> 
 
 
 def attend(
-    run: Run, block: Block, x: Tensor, group: Group, prefixes: Sequence[KeysValues | None], batch: Batch
+    run: Run, block: Block, x: Tensor, group: Group, prefixes: Sequence[KeysValues | None], packed: Packed
 ) -> Tensor:
     """Attention output of one batch in as many streams as there are prefixes, each stream behind its own prefix.
 
@@ -43,53 +43,53 @@ def attend(
     rounding (theory §4).
 
     Args:
-        x: residual streams, one below the other, [streams · B, T, d].
+        x: residual streams, [streams, N, d].
         prefixes: keys and values, each [Hkv, P, D], of each stream's prefix; None for none.
 
     Returns:
-        [streams · B, T, Hq·D], float32 or float64.
+        [streams, N, Hq·D], float32 or float64.
     """
-    wide = torch.promote_types(x.dtype, torch.float32)
+    wide, batch = torch.promote_types(x.dtype, torch.float32), packed.batch
     q, k, v = block.qkv(x)
-    cos, sin = run.decoder.rotary(block.index, group.positions(x.shape[1]))
+    cos, sin = run.decoder.rotary(block.index, group.start + packed.columns)
     numbers, count = [], 0
     for prefix in prefixes:
         numbers += [-1 if prefix is None else count] * len(batch.lengths)
         count += prefix is not None
     o = shared_prefix_attention(
-        block.rotate(q, cos, sin), block.rotate(k, cos, sin), v, list(filter(None, prefixes)),
+        packed.unpack(block.rotate(q, cos, sin)), packed.unpack(block.rotate(k, cos, sin)), packed.unpack(v),
+        list(filter(None, prefixes)),
         torch.tensor(numbers, device=q.device), lengths=batch.lengths.to(q.device).repeat(len(prefixes)),
         window=block.window, scale=block.scale, softcap=block.softcap, output_dtype=wide,
     )  # fmt: skip
-    return heads_last(o)
+    return packed.pack(heads_last(o).unflatten(0, (len(prefixes), -1)))
 
 
 def through_mlp(block: Block, h: Tensor, x: Tensor, patch: ThoughtPatch | None = None) -> Tensor:
-    """The block's output y, written over h, a few examples at a time; with the patch of its sites from the MLP on.
+    """The block's output y, written over h, a few rows at a time; with the patch of its sites from the MLP on.
 
     Args:
-        h: residual stream after attention, [B, T, d]; overwritten.
-        x: residual stream entering the block, [B, T, d].
+        h: residual streams after attention, [S, N, d]; overwritten.
+        x: residual streams entering the block, [S, N, d].
         patch: None for none.
 
     Returns:
-        y, [B, T, d], in h's memory.
+        y, [S, N, d], in h's memory.
     """
-    for part in _parts(h):
-        u = patched(patch, block.index, "mlp", block.mlp_input(h[part], x[part]))
+    h = h.contiguous()  # so that its parts are views
+    for here, entering in zip(_parts(h), _parts(x), strict=True):
+        u = patched(patch, block.index, "mlp", block.mlp_input(here, entering))
         if patch is None or (block.index, "down") not in patch.entries:
-            y = block.mlp_output(h[part], u, x=x[part])
+            y = block.mlp_output(here, u, x=entering)
         else:
-            y = block.mlp_residual(h[part], _patched_mlp(block, u, patch)[0], x=x[part])
-        h[part] = patched(patch, block.index, "residual", y)
+            y = block.mlp_residual(here, _patched_mlp(block, u, patch)[0], x=entering)
+        here.copy_(patched(patch, block.index, "residual", y))
     return h
 
 
-def _parts(h: Tensor) -> Iterator[slice]:
-    """Slices of h's examples, as many at a time as should go through an MLP together."""
-    rows = MLP_ROWS.get(h.device.type, MLP_ROWS_ELSEWHERE)
-    step = max(1, rows // max(1, h.shape[1]))
-    return (slice(start, start + step) for start in range(0, len(h), step))
+def _parts(rows: Tensor) -> tuple[Tensor, ...]:
+    """Rows [S, N, width] as parts [1, n, width], as many at a time as should go through an MLP together."""
+    return rows.reshape(1, -1, rows.shape[-1]).split(MLP_ROWS.get(rows.device.type, MLP_ROWS_ELSEWHERE), dim=1)
 
 
 def _patched_mlp(block: Block, u: Tensor, patch: ThoughtPatch | None) -> tuple[Tensor, Tensor]:
@@ -123,7 +123,7 @@ def observe_difference(
 
 
 def observe_streams(
-    run: Run, block: Block, x: Tensor, o: Tensor, batch: Batch, stage: frozenset[str], patch: ThoughtPatch | None
+    run: Run, block: Block, x: Tensor, o: Tensor, batch: Packed, stage: frozenset[str], patch: ThoughtPatch | None
 ) -> None:
     """Rows of a block whose two sides have streams of their own: the first half of x and o saw the instruction."""
     if "attention" in stage:
@@ -135,20 +135,20 @@ def observe_streams(
             observe_down(run, block, x, h, batch, patch)
 
 
-def observe_attention(run: Run, block: Block, x: Tensor, o: Tensor, batch: Batch) -> None:
+def observe_attention(run: Run, block: Block, x: Tensor, o: Tensor, batch: Packed) -> None:
     """Rows of the attention site, from both streams' attention outputs."""
     prime, plain = o.chunk(2)
     run.update(block, "attention", prime - plain, plain.to(x.dtype), batch.weights, batch)
 
 
 def after_attention(block: Block, x: Tensor, o: Tensor, patch: ThoughtPatch | None) -> Tensor:
-    """Both streams after attention, [2B, T, d], float32 or float64; the one without context with its patch."""
+    """Both streams after attention, [2, N, d], float32 or float64; the one without context with its patch."""
     prime, plain = o.chunk(2)
     o = torch.cat([prime, patched(patch, block.index, "attention", plain)]).to(x.dtype)
     return block.attention_residual(x, o).to(torch.promote_types(x.dtype, torch.float32))
 
 
-def observe_residual(run: Run, block: Block, x: Tensor, h: Tensor, batch: Batch, stage: frozenset[str]) -> None:
+def observe_residual(run: Run, block: Block, x: Tensor, h: Tensor, batch: Packed, stage: frozenset[str]) -> None:
     """Rows of the sites that are read at the attention's output, from both streams h after it."""
     prime, plain = h.chunk(2)
     if "residual" in stage:
@@ -159,12 +159,12 @@ def observe_residual(run: Run, block: Block, x: Tensor, h: Tensor, batch: Batch,
 
 
 def observe_down(
-    run: Run, block: Block, x: Tensor, h: Tensor, batch: Batch, patch: ThoughtPatch | None
+    run: Run, block: Block, x: Tensor, h: Tensor, batch: Packed, patch: ThoughtPatch | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Rows of the down site, from both streams h after attention.
 
     Returns:
-        What down_proj gives with context, and without, [B, T, d], and what it multiplies without, z [B, T, mlp_width].
+        What down_proj gives with context, and without, [1, N, d], and what it multiplies without, z [1, N, mlp_width].
         The last two are the block's with the patch of its sites up to the mlp.
     """
     prime, plain = h.chunk(2)
@@ -173,25 +173,26 @@ def observe_down(
 
 
 def _observe_down(
-    run: Run, block: Block, prime: Tensor, plain: Tensor, delta_h: Tensor, batch: Batch, patch: ThoughtPatch | None
-) -> tuple[Tensor, Tensor, Tensor]:
+    run: Run, block: Block, prime: Tensor, plain: Tensor, delta_h: Tensor, batch: Batch | Packed,
+    patch: ThoughtPatch | None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Rows of the down site: z, and what down_proj must add for the block's output to be the one with context.
 
     The MLP runs in float32 at least: a difference of two bf16 outputs is mostly their rounding where it is small
     (theory §4).
 
     Args:
-        prime, plain: MLP inputs with context, and without as the mlp site's patch finds it, [B, T, d], float32 or
+        prime, plain: MLP inputs with context, and without as the mlp site's patch finds it, [S, N, d], float32 or
             float64.
-        delta_h: difference of the residual streams after attention, [B, T, d].
+        delta_h: difference of the residual streams after attention, [S, N, d].
 
     Returns:
         As observe_down.
     """
     plain = patched(patch, block.index, "mlp", plain)
-    m_prime = torch.cat([block.mlp_activation(prime[part])[0] for part in _parts(prime)])
-    found = [block.mlp_activation(plain[part]) for part in _parts(plain)]
-    m, z = (torch.cat(tensors) for tensors in zip(*found, strict=True))
+    m_prime = torch.cat([block.mlp_activation(part)[0] for part in _parts(prime)], dim=1).view(prime.shape)
+    found = [block.mlp_activation(part) for part in _parts(plain)]
+    m, z = (torch.cat(parts, dim=1).view(*plain.shape[:-1], -1) for parts in zip(*found, strict=True))
     delta_m = m_prime.to(delta_h.dtype) - m
     shift = shifted(patch, block.index, "residual", delta_h)
     delta_h = delta_h if shift is None else delta_h - shift
