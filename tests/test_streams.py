@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -255,3 +256,23 @@ def test_examples_keep_their_place_in_the_users_list() -> None:
     examples = [EXAMPLES[0], EXAMPLES[1], EXAMPLES[0], EXAMPLES[2], EXAMPLES[1], EXAMPLES[0]]
     with pytest.raises(ValueError, match=r"examples\[3\]; block 0"):
         tk.transmute(model, TOKENIZER, INSTRUCTION, examples, layers=[0])
+
+
+@pytest.mark.parametrize("sites", [("attention",), ("attention", "down"), SITES], ids="+".join)
+def test_sequential_runs_each_stream_through_each_block_once(sites: tuple[str, ...]) -> None:
+    """Whatever the sites, and without the padding: the rows that projections and MLPs were given tell."""
+    model, rows = model_of(5), encoded()
+    task = run_of(model, rows, sites)
+    task.groups = group_examples(rows, 3, "all", torch.float64)
+    counted = {"q_proj": [0, 0, 0], "mlp": [0, 0, 0]}
+
+    def count(module: Any, args: tuple[torch.Tensor, ...], *, name: str, index: int) -> None:
+        counted[name][index] += args[0].shape[:-1].numel()
+
+    for index, layer in enumerate(model.model.layers):
+        layer.self_attn.q_proj.register_forward_pre_hook(partial(count, name="q_proj", index=index))
+        layer.mlp.register_forward_pre_hook(partial(count, name="mlp", index=index))
+    run("sequential", task)
+    streams, before = 2 * sum(len(row.tokens) for row in rows), len(task.groups[0].without_prefix)
+    last = streams if "down" in sites else 0  # the last block's output is nothing that anyone reads
+    assert counted == {"q_proj": [streams + before] * 3, "mlp": [streams + before] * 2 + [last]}
