@@ -20,9 +20,10 @@ import thought_kernels as tk
 from thought_kernels.demo import CHECKPOINT
 from thought_kernels.evaluation import evaluate as package_module  # noqa: F401  the function's own module
 from thought_kernels.evaluation.figures.headings import HEADINGS
-from thought_kernels.evaluation.figures.report import Line
+from thought_kernels.evaluation.figures.report import Line, Report
 from thought_kernels.evaluation.figures.section import Section
 from thought_kernels.evaluation.figures.verdict import summary, verdict
+from thought_kernels.evaluation.pages.page import render
 from thought_kernels.evaluation.pages.plots import PLOTS
 from thought_kernels.evaluation.report import Evaluation
 from thought_kernels.evaluation.sections import sections as registry
@@ -482,3 +483,26 @@ def test_the_command_writes_a_report_and_refuses_with_a_sentence(
         shown = " ".join(refused.output.split())
         assert (refused.exit_code, sentence in shown) == (code, True), (arguments, refused.output)
     assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.parametrize(
+    ("instruction", "title"),
+    [
+        ("Sum\n the numbers", "“Sum the numbers”"),
+        ("word " * 40, "“" + ("word " * 18)[:89].rstrip() + "…”"),
+        ([{"role": "system", "content": "Be brief"}], "“Be brief”"),
+        (
+            [{"role": role, "content": text} for role, text in zip(("user", "assistant") * 2, "abcd", strict=True)],
+            "2 demonstrations: a → b, …",
+        ),
+    ],
+)  # fmt: skip
+def test_a_page_is_named_in_a_line(instruction: Any, title: str) -> None:
+    report = Report({"instruction": instruction}, {"effect": good()["effect"]}, verdict(good()), [], 0.0)
+    assert f"<h1>Can {title} be trusted as a patch?</h1>" in render(report)
+
+
+def test_long_tables_are_folded() -> None:
+    few, many = (section("data", *((f"row {i}", "accuracy", 0.5) for i in range(count))) for count in (3, 40))
+    pages = [render(Report({}, {"data": one}, [Line("", "yes", "")] * 5, [], 0.0)) for one in (few, many)]
+    assert ["40 rows</summary>" in page for page in pages] == [False, True]

@@ -16,6 +16,7 @@ from thought_kernels.evaluation.pages.plots import plot
 
 TEMPLATE = Path(__file__).with_name("template.html.jinja")
 
+FOLDED = 16  # rows of a table; one that has more is opened by who wants it
 # Quantities that are shares, shown in per cent.
 SHARES = {
     "accuracy", "accuracy left", "bare", "prompted", "same token", "harmed", "accuracy, patch off",
@@ -66,6 +67,7 @@ def render(report: Report) -> str:
     ]
     settings = report.settings
     return template.render(
+        FOLDED=FOLDED,
         title=_title(settings.get("instruction", "a patch")),
         summary=summary(report.verdict), verdict=report.verdict, rules=RULES, warnings=report.warnings,
         sections=sections, seconds=f"{report.seconds:.0f}",
@@ -182,14 +184,14 @@ def _settings_line(settings: dict[str, Any]) -> str:
 def _title(instruction: Any) -> str:
     """The instruction in a line: a text, a system message, or demonstrations by their number and the first of them."""
     if isinstance(instruction, str):
-        return _cut(instruction)
+        return f"“{_cut(instruction)}”"
     system = [turn["content"] for turn in instruction if turn["role"] == "system"]
     asked = [turn["content"] for turn in instruction if turn["role"] == "user"]
     answered = [turn["content"] for turn in instruction if turn["role"] == "assistant"]
     if not answered:
-        return _cut(" ".join([*system, *asked]))
+        return f"“{_cut(' '.join([*system, *asked]))}”"
     shown = f"{len(answered)} demonstrations: {_cut(asked[0], 30)} → {_cut(answered[0], 30)}, …"
-    return _cut(f"{system[0]}, {shown}" if system else shown)
+    return f"“{_cut(system[0])}” with {shown}" if system else shown
 
 
 def _cut(text: str, most: int = 90) -> str:
