@@ -17,7 +17,10 @@ from typer.testing import CliRunner
 
 from thought_kernels.cli import app
 from thought_kernels.spectral import classify_features, empirical_spectral_density, saturation
-from thought_kernels.spectral.inspect import StoredMatrix, inspect_matrix, inspect_model, stored_matrices
+from thought_kernels.spectral.inspect import inspect_matrix, inspect_model
+from thought_kernels.spectral.inspect_summary import summarise
+from thought_kernels.spectral.nulls import marchenko_pastur, null_saturation, shuffled
+from thought_kernels.spectral.stored import StoredMatrix, stored_matrices, token_names
 
 # Two float64 decompositions of the same small matrix.
 SAME = 1e-9
@@ -113,14 +116,116 @@ def test_tiny_and_huge_weights_have_the_same_figures() -> None:
     W = normal(60, 80, dtype=torch.float64)
     expected = inspect_matrix(W)
     assert expected.pop("note") == ""
-    for factor in (1e-200, 1e200):
-        scaled = inspect_matrix(W * factor)
+    alpha, logs = expected["alpha"], ("log_norm", "log_spectral_norm", "alpha_weighted", "log_alpha_norm")
+    for power in (-200, 200):
+        scaled = inspect_matrix(W * 10.0**power)
         assert scaled.pop("note") == ""
+        for name in logs:
+            scaled[name] -= 2 * power * (alpha if "alpha" in name else 1)
         assert scaled == pytest.approx(expected, rel=1e-6)  # the factors are no powers of two
 
 
+@pytest.mark.parametrize("shape", [(60, 300), (300, 60), (80, 80)])
+@pytest.mark.parametrize("features", ["rows", "columns"])
+def test_noise_is_its_own_null(shape: tuple[int, int], features: str) -> None:
+    """Whatever side is taken for features, independent entries are where their shuffled ones are."""
+    found = inspect_matrix(normal(*shape), features=features)
+    m, n = shape if features == "columns" else shape[::-1]
+    # Means over n features or of short spectra, which scatter by a few per cent at these sizes.
+    assert found["saturation"] == pytest.approx(null_saturation(m, n), rel=0.05)
+    for name in ("saturation", "stable_rank", "effective_rank", "residual"):
+        assert found[name] == pytest.approx(found[f"{name}_null"], rel=0.15), name
+    assert found["half_width"] == pytest.approx(found["half_width_null"], abs=0.15)
+    assert found["spikes"] == 0 and found["spike_share"] == 0
+    assert found["bulk_distance"] < 0.1 and found["shuffle_distance"] < 0.1
+
+
+def test_the_null_is_that_of_the_shuffled_matrix() -> None:
+    W = normal(30, 4) @ normal(4, 200, seed=1) + 0.3 * normal(30, 200, seed=2)
+    found, other = inspect_matrix(W), inspect_matrix(shuffled(W, 5))
+    assert found["spikes"] == 4 and found["spike_share"] > 0.5 and found["shuffle_distance"] > 0.3
+    for name in ("saturation", "stable_rank", "effective_rank", "residual"):
+        assert found[f"{name}_null"] == pytest.approx(other[name], rel=0.1)
+        assert abs(found[name] / other[name] - 1) > 0.2
+    values = torch.linalg.svdvals(W.double()).square()
+    bulk = marchenko_pastur(values, 30, 200)
+    assert (found["spikes"], found["bulk_distance"]) == (bulk.spikes, pytest.approx(bulk.distance, rel=1e-6))
+
+
+def test_log_norms_are_their_definitions() -> None:
+    W = normal(60, 90, dtype=torch.float64) * torch.logspace(0, 1, 90, dtype=torch.float64)
+    found, values = inspect_matrix(W), torch.linalg.svdvals(W).square()
+    assert found["log_norm"] == pytest.approx(float(values.sum().log10()), rel=SAME)
+    assert found["log_spectral_norm"] == pytest.approx(float(values[0].log10()), rel=SAME)
+    assert found["alpha_weighted"] == pytest.approx(found["alpha"] * found["log_spectral_norm"], rel=SAME)
+    assert found["log_alpha_norm"] == pytest.approx(float((values ** found["alpha"]).sum().log10()), rel=SAME)
+
+
+def test_matrices_come_as_the_model_runs_through_them(tmp_path: Path) -> None:
+    names = ["lm_head.weight", "model.embed_tokens.weight"]
+    names += [f"model.layers.{i}.mlp.{kind}.weight" for i in (0, 1, 2, 10, 11) for kind in ("down_proj", "up_proj")]
+    save_file({name: normal(4, 5) for name in names}, tmp_path / "model.safetensors")
+    found = [matrix.name for matrix in stored_matrices(tmp_path)]
+    assert found == [names[1], *names[2:], names[0]]
+    summaries = summarise(list(inspect_model(tmp_path)))
+    assert [one.kind for one in summaries] == [
+        "model.embed_tokens", "model.layers.mlp.down_proj", "model.layers.mlp.up_proj", "lm_head", "all",
+    ]  # fmt: skip
+    assert [one.matrices for one in summaries] == [1, 5, 5, 1, 12]
+    assert summaries[-1].saturation == pytest.approx(inspect_matrix(normal(4, 5))["saturation"], rel=SAME)
+
+
+def test_a_gguf_file_is_read_block_by_block(tmp_path: Path) -> None:
+    gguf = pytest.importorskip("gguf")
+    wide, plain, experts = normal(32, 64), normal(8, 32, seed=1), normal(2, 6, 32, seed=2)
+    writer = gguf.GGUFWriter(tmp_path / "model.gguf", "llama")
+    writer.add_token_list(["<s>", "a", "ä"])
+    packed = gguf.quants.quantize(wide.numpy(), gguf.GGMLQuantizationType.Q8_0)
+    writer.add_tensor("blk.0.ffn_up.weight", packed, raw_dtype=gguf.GGMLQuantizationType.Q8_0)
+    writer.add_tensor("token_embd.weight", plain.numpy())
+    writer.add_tensor("blk.1.ffn_exps.weight", experts.numpy())
+    writer.add_tensor("output_norm.weight", normal(8).numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    for where in (tmp_path, tmp_path / "model.gguf"):
+        found = {matrix.name: matrix for matrix in stored_matrices(where)}
+        assert list(found) == [
+            "token_embd.weight", "blk.0.ffn_up.weight", "blk.1.ffn_exps.weight[0]", "blk.1.ffn_exps.weight[1]",
+        ]  # fmt: skip
+        assert [found[name].dtype for name in list(found)[:2]] == ["F32", "Q8_0"]
+        assert torch.equal(found["token_embd.weight"].read(), plain)
+        assert torch.equal(found["blk.1.ffn_exps.weight[1]"].read(), experts[1])
+        # Blocks of 32 share a scale and are rounded to 8 bits.
+        read = found["blk.0.ffn_up.weight"].read()
+        assert read.shape == wide.shape and float((read - wide).abs().max()) < float(wide.abs().max()) / 120
+        assert token_names(where) == ["<s>", "a", "ä"]
+        rows = list(inspect_model(where))
+        assert all(row.rank is not None for row in rows)
+    (tmp_path / "model.gguf").write_bytes(b"GGUF nothing")
+    with pytest.raises(ValueError, match=r"model.gguf must be a readable, undamaged file"):
+        stored_matrices(tmp_path)
+
+
+def test_token_names_of_a_folder(tmp_path: Path) -> None:
+    save_file({"a.weight": normal(3, 4)}, tmp_path / "model.safetensors")
+    assert token_names(tmp_path) is None
+    record: dict[str, Any] = {"model": {"vocab": {"b": 1, "a": 0}}, "added_tokens": [{"id": 3, "content": "<end>"}]}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(record))
+    assert token_names(tmp_path) == ["a", "b", "", "<end>"]
+    record["model"]["vocab"] = [["x", -1.0], ["y", -2.0]]
+    (tmp_path / "tokenizer.json").write_text(json.dumps(record))
+    assert token_names(tmp_path) == ["x", "y", "", "<end>"]
+    (tmp_path / "tokenizer.json").write_text("{")
+    with pytest.raises(ValueError, match="tokenizer.json must be a readable, undamaged file"):
+        token_names(tmp_path)
+
+
 def test_refusals_name_the_file(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="stored_matrices: model must be a folder or a .safetensors file, got"):
+    with pytest.raises(
+        ValueError, match="stored_matrices: model must be a folder, a .safetensors or a .gguf file, got"
+    ):
         stored_matrices(tmp_path / "nowhere")
     with pytest.raises(ValueError, match="stored_matrices: model must hold .safetensors files, got none"):
         stored_matrices(tmp_path)
@@ -162,6 +267,7 @@ def test_the_command_writes_rows_and_a_picture(folder: Path, tmp_path: Path) -> 
     )
     assert picture.read_bytes().startswith(b"\x89PNG")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["rows.csv", "rows.png"]
+    assert "above" in result.stdout and "all" in result.stdout
     limited = run("inspect", folder, "--limit", 1)
     assert limited.exit_code == 0 and "embed_tok" in limited.stdout.replace("\n", "") and "o_proj" not in limited.stdout
 
@@ -187,6 +293,11 @@ def test_an_interrupted_run_goes_on_from_its_rows(
     with whole.open() as file:
         matrices = len(list(csv.DictReader(file)))
     assert count == 1 + matrices  # none was read twice, but for the one that failed
+    assert run("inspect", folder, "--csv", resumed).exit_code == 0
+    assert count == 1 + matrices  # and none again: the finished file is used
+    assert run("inspect", folder, "--csv", resumed, "--features", "rows").exit_code == 0
+    assert count == 1 + 2 * matrices  # rows of another side are not those
+    assert run("inspect", folder, "--csv", resumed).exit_code == 0
     assert resumed.read_text() == whole.read_text()
     assert not list(tmp_path.glob("*.partial"))
 
@@ -218,6 +329,7 @@ def test_rows_of_another_model_and_damaged_ones_are_not_taken(
     interrupted(folder, 4)
     assert run("inspect", other, "--csv", mixed).exit_code == 0
     assert mixed.read_text() == alone.read_text()
+    mixed.unlink()  # or its rows would be used again
     interrupted(other, 4)
     head, first, second, *rest = partial.read_text().splitlines(keepends=True)
     damaged = first.replace(",", ",x", 2)
@@ -250,3 +362,45 @@ def test_the_command_refuses_in_a_sentence(folder: Path, tmp_path: Path) -> None
         result = run("inspect", *arguments)
         assert result.exit_code == code, result.output
         assert sentence in " ".join(result.stderr.replace("│", " ").split())
+
+
+def test_tokens_and_neurons_are_told_with_their_neighbours(tmp_path: Path) -> None:
+    model = tiny_gemma3()
+    embedding = model.get_input_embeddings().weight
+    with torch.no_grad():
+        embedding[5] = 1.1 * embedding[3] + 0.01 * embedding[4]  # two that are nearly one
+    model.save_pretrained(tmp_path)
+    path = tmp_path / "who.json"
+    result = run("inspect", tmp_path, "--neighbours", path)
+    assert result.exit_code == 0, result.output
+    found = json.loads(path.read_text())
+    assert sorted(name.split(".")[-2] for name in found) == ["down_proj"] * 3 + ["embed_tokens"]
+    (name,) = (name for name in found if "embed" in name)
+    assert found[name]["features"] == len(embedding)
+    assert ["3", "5"] in [sorted(cluster["names"]) for cluster in found[name]["clusters"]]
+    save_file({"a.weight": normal(3, 4)}, tmp_path / "model.safetensors")
+    result = run("inspect", tmp_path / "model.safetensors", "--neighbours", path)
+    assert result.exit_code == 1 and "--neighbours must find an embedding or a down_proj" in result.stderr
+
+
+def test_two_models_are_compared(folder: Path, tmp_path: Path) -> None:
+    (file,) = folder.glob("*.safetensors")
+    tensors = load_file(file)
+    names = [name for name, tensor in tensors.items() if tensor.dim() == 2]
+    tensors[names[0]] = tensors[names[0]] + 0.1 * torch.outer(normal(len(tensors[names[0]])), tensors[names[0]][0])
+    del tensors[names[1]]
+    save_file(tensors, tmp_path / "model.safetensors")
+    rows = tmp_path / "changes.csv"
+    result = run("inspect", folder, "--compare", tmp_path, "--csv", rows)
+    assert result.exit_code == 0, result.output
+    with rows.open() as lines:
+        found = {line["name"]: line for line in csv.DictReader(lines)}
+    assert list(found) == [matrix.name for matrix in stored_matrices(folder)]
+    assert "nothing of this name in the other model" in found[names[1]]["note"]
+    assert float(found[names[0]]["change"]) > 0 and float(found[names[0]]["stable_rank"]) == pytest.approx(1, abs=1e-4)
+    assert all(float(found[name]["change"]) == 0 for name in names[2:])
+    other = tmp_path / "other"
+    other.mkdir()
+    save_file({"b.weight": normal(3, 4)}, other / "model.safetensors")
+    result = run("inspect", folder, "--compare", other)
+    assert result.exit_code == 1 and "compare_models: other must have a matrix of the same name" in result.stderr

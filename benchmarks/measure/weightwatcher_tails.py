@@ -5,7 +5,7 @@
     PYTHONPATH=DIR python benchmarks/measure/weightwatcher_tails.py [--model DIR] [--output results/weightwatcher.csv]
 
 A directory of its own, since weightwatcher pins nothing and would pull other versions of what is installed here. The
-last three columns repeat the tail with weightwatcher's choices (eigenvalues above 1e-5, tails of two or more): they
+last columns repeat the tail with weightwatcher's choices (eigenvalues above 1e-5, tails of two or more): they
 show that nothing else differs. What the differences are is said in docs/spectral_models.md.
 """
 
@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import csv
 import logging
+import math
 from pathlib import Path
 
 import numpy as np
@@ -21,13 +22,16 @@ import torch
 from torch import Tensor, nn
 
 from thought_kernels.demo import CHECKPOINT
-from thought_kernels.spectral.inspect import inspect_matrix, stored_matrices
+from thought_kernels.spectral.inspect import inspect_matrix
+from thought_kernels.spectral.stored import stored_matrices
 from thought_kernels.spectral.tails import power_law_tail
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
 COLUMNS = ("matrix", "rows", "columns", "rank", "ww_rank", "stable_rank", "ww_stable_rank", "effective_rank",
-           "ww_effective_rank", "alpha", "ww_alpha", "tail", "ww_tail", "distance", "ww_distance", "alpha_by_ww_rules",
-           "tail_by_ww_rules", "distance_by_ww_rules")  # fmt: skip
+           "ww_effective_rank", "log_norm", "ww_log_norm", "log_spectral_norm", "ww_log_spectral_norm",
+           "alpha", "ww_alpha", "tail", "ww_tail", "distance", "ww_distance", "alpha_weighted", "ww_alpha_weighted",
+           "log_alpha_norm", "ww_log_alpha_norm", "alpha_by_ww_rules", "tail_by_ww_rules", "distance_by_ww_rules",
+           "alpha_weighted_by_ww_rules", "log_alpha_norm_by_ww_rules")  # fmt: skip
 WW_EIGENVALUE = 1e-5  # weightwatcher.constants.EVALS_THRESH
 
 
@@ -69,6 +73,8 @@ def by_weightwatcher(matrices: dict[str, Tensor]) -> dict[str, dict[str, float]]
         found[names[line["longname"]]] = {
             "ww_rank": line["matrix_rank"], "ww_stable_rank": line["stable_rank"],
             "ww_effective_rank": float(np.exp(line["entropy"] * np.log(line["matrix_rank"]))),
+            "ww_log_norm": line["log_norm"], "ww_log_spectral_norm": line["log_spectral_norm"],
+            "ww_alpha_weighted": line["alpha_weighted"], "ww_log_alpha_norm": line["log_alpha_norm"],
             "ww_alpha": line["alpha"], "ww_tail": line["num_pl_spikes"], "ww_distance": line["D"],
         }  # fmt: skip
     return found
@@ -90,9 +96,14 @@ def main() -> None:
         row = {
             "matrix": name, "rows": W.shape[0], "columns": W.shape[1], **theirs[name],
             **{figure: ours[figure] for figure in
-               ("rank", "stable_rank", "effective_rank", "alpha", "tail", "distance")},
+               ("rank", "stable_rank", "effective_rank", "log_norm", "log_spectral_norm", "alpha", "tail", "distance",
+                "alpha_weighted", "log_alpha_norm")},
             "alpha_by_ww_rules": same and same.alpha, "tail_by_ww_rules": same and same.length,
             "distance_by_ww_rules": same and same.distance,
+            "alpha_weighted_by_ww_rules": same and same.alpha * float(values[0].log10()),
+            "log_alpha_norm_by_ww_rules": same and float(
+                torch.logsumexp(same.alpha * values[values > WW_EIGENVALUE].log(), 0) / math.log(10)
+            ),
         }  # fmt: skip
         rows.append({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()})
     temporary = settings.output.with_suffix(".tmp")

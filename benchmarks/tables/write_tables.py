@@ -18,6 +18,7 @@ from pathlib import Path
 from cpu_tables import CPU_TABLES
 from demo_tables import DEMO
 from experiment_tables import EXPERIMENTS
+from inspect_tables import INSPECT
 from real_picture import PICTURE, draw, is_current
 from real_tables import REAL
 from toy_tables import TOY
@@ -44,6 +45,7 @@ TABLES: dict[str, Callable[[], str]] = {
     **EXPERIMENTS,
     **REAL,
     **TOY,
+    **INSPECT,
 }
 
 

@@ -12,19 +12,24 @@
     tails         power laws of its largest eigenvalues
     nulls         what matrices without structure give: Marchenko-Pastur's law, shuffled entries
     dynamics      how the spectrum moves under gradient flow
-    inspect       all of it for the matrices of a model's files, one at a time
+    stored        a model's matrices in its files, and its tokens
+    inspect, inspect_summary      all of it for each matrix, beside its shuffled entries; by kind and for the model
+    neighbours    tokens and neurons: who shares dimensions with whom
+    comparison    two models, matrix by matrix
     diagnosis, site_diagnosis, overlap      what a patch touches in a model, and how two patches interfere
 
 W is [m, n] with features in columns throughout.
 """
 
 from thought_kernels.spectral.clusters import ClusterFit, TightFrame, projective_linearity, tight_frames
+from thought_kernels.spectral.comparison import Change, compare_matrices, compare_models
 from thought_kernels.spectral.density import SpectralDensity, empirical_spectral_density
 from thought_kernels.spectral.diagnosis import Diagnosis, diagnose, interference
 from thought_kernels.spectral.dynamics import GramFlow, angle_velocity, gradient_kernel
 from thought_kernels.spectral.frames import fractional_dimensionality, frame_operator, gram
 from thought_kernels.spectral.geometry import Component, identify_components, identify_geometry
-from thought_kernels.spectral.inspect import MatrixRow, inspect_matrix, inspect_model, stored_matrices
+from thought_kernels.spectral.inspect import MatrixRow, inspect_matrix, inspect_model
+from thought_kernels.spectral.inspect_summary import KindSummary, summarise
 from thought_kernels.spectral.measure import (
     FeatureMeasures,
     SpectralMeasure,
@@ -38,18 +43,21 @@ from thought_kernels.spectral.measure import (
     spectral_moment,
     support_bounds,
 )
+from thought_kernels.spectral.neighbours import SharedFeatures, shared_features
 from thought_kernels.spectral.nulls import Bulk, marchenko_pastur, null_saturation, shuffled
 from thought_kernels.spectral.overlap import Interference, Overlap
 from thought_kernels.spectral.permutations import centralizer_part, orbital_scheme, orbitals
 from thought_kernels.spectral.scheme import AssociationScheme, association_scheme
 from thought_kernels.spectral.site_diagnosis import FeatureChange, SiteDiagnosis
 from thought_kernels.spectral.spectrum import FrameSpectrum, frame_spectrum
+from thought_kernels.spectral.stored import StoredMatrix, stored_matrices, token_names
 from thought_kernels.spectral.tails import Tail, power_law_tail
 from thought_kernels.spectral.taxonomy import FeatureClasses, classify_features
 
 __all__ = [
     "AssociationScheme",
     "Bulk",
+    "Change",
     "ClusterFit",
     "Component",
     "Diagnosis",
@@ -59,17 +67,22 @@ __all__ = [
     "FrameSpectrum",
     "GramFlow",
     "Interference",
+    "KindSummary",
     "MatrixRow",
     "Overlap",
+    "SharedFeatures",
     "SiteDiagnosis",
     "SpectralDensity",
     "SpectralMeasure",
+    "StoredMatrix",
     "Tail",
     "TightFrame",
     "angle_velocity",
     "association_scheme",
     "centralizer_part",
     "classify_features",
+    "compare_matrices",
+    "compare_models",
     "diagnose",
     "eigenvector_residual",
     "empirical_spectral_density",
@@ -93,11 +106,14 @@ __all__ = [
     "projective_linearity",
     "rayleigh_quotient",
     "saturation",
+    "shared_features",
     "shuffled",
     "slack",
     "spectral_measure",
     "spectral_moment",
     "stored_matrices",
+    "summarise",
     "support_bounds",
     "tight_frames",
+    "token_names",
 ]

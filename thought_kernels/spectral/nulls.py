@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -10,10 +11,11 @@ import torch
 from torch import Tensor
 
 from thought_kernels.ops.library import message
-from thought_kernels.spectral.frames import check_matrix
-from thought_kernels.spectral.spectrum import decompose
+from thought_kernels.spectral.frames import triangle
 
 _GRID = 4096  # points of the Marchenko-Pastur distribution function; its error is far below any bulk's own scatter
+_AT_ONCE = 4 << 20  # entries that are shuffled at once
+_SAMPLE = 512  # features whose D and CV stand for all
 _EDGE = 4.0  # Tracy-Widom widths above the edge: beyond lies one eigenvalue in 2,000 noise matrices
 
 
@@ -116,10 +118,73 @@ def marchenko_pastur(eigenvalues: Tensor, m: int, n: int) -> Bulk:
     return Bulk(variance, lower, variance * long * top, short - kept, share, distance)
 
 
-def shuffled_spectrum(W: Tensor, seed: int = 0) -> Tensor:
-    """The positive eigenvalues of W Wᵀ with the entries shuffled, largest first, float64."""
-    check_matrix("shuffled_spectrum", W)
-    return decompose("shuffled_spectrum", shuffled(W, seed)).all_eigenvalues
+def bulk_half_width(m: int, n: int) -> float:
+    """(λ₊ − λ₋)/(λ₊ + λ₋) of the Marchenko-Pastur law's edges, 2 √(mn) / (m + n): Theorem 11's ω of a noise feature."""
+    return 2 * math.sqrt(m * n) / (m + n)
+
+
+class Shuffled(NamedTuple):
+    """Figures of a matrix whose entries were shuffled.
+
+    Attributes:
+        eigenvalues: of its frame operator ``[min(m, n)]`` float64, largest first.
+        saturation: Σ D_i / min(m, n).
+        residual: median CV_i.
+    """
+
+    eigenvalues: Tensor
+    saturation: float
+    residual: float
+
+
+def shuffled_figures(W: Tensor, seed: int = 0) -> Shuffled:
+    """What the entries of W give in another order, at a part of the cost of measuring W.
+
+    Features are taken in random order, and a few millions of entries at a time are shuffled: of a matrix of any size
+    only so many are in memory twice. D_i and CV_i are those of up to 512 of the features.
+
+    Args:
+        W: ``[m, n]``, features in columns, finite and not all zero.
+        seed: of the order.
+    """
+    m, n = W.shape
+    generator = torch.Generator().manual_seed(seed)
+    exponent = math.frexp(float(W.abs().max()))[1]  # squares of what is left are of any dtype's range
+    if m <= n:
+        F = torch.zeros(m, m, dtype=torch.float64)
+        blocks = _shuffled_blocks(W, exponent, generator)
+        samples = torch.zeros(m, 0, dtype=torch.float64)
+        for block in blocks:
+            F += block @ block.T
+            samples = samples if samples.shape[1] else block[:, :_SAMPLE].double()
+    else:  # the same Gram matrix in n dimensions
+        columns = triangle(shuffled(torch.ldexp(W.double(), torch.tensor(-exponent)), seed).T).T
+        F, samples = columns @ columns.T, columns[:, :_SAMPLE]
+    norms = samples.square().sum(0)
+    samples, norms = samples[:, norms > 0], norms[norms > 0]
+    image = F @ samples
+    rayleigh = (samples * image).sum(0) / norms
+    residuals = torch.linalg.vector_norm(image - rayleigh * samples, dim=0) / (rayleigh * norms.sqrt())
+    eigenvalues = torch.linalg.eigvalsh(F).flip(0).clamp(min=0) * 4.0**exponent
+    return Shuffled(eigenvalues, float((norms / rayleigh).mean()) * n / min(m, n), float(residuals.median()))
+
+
+def _shuffled_blocks(W: Tensor, exponent: int, generator: torch.Generator) -> Iterator[Tensor]:
+    """W / 2^exponent in blocks of columns in random order, the entries of each shuffled; float32, or W's float64."""
+    m, n = W.shape
+    order = torch.randperm(n, generator=generator).to(W.device)
+    wide = torch.float64 if W.dtype == torch.float64 else torch.float32
+    for chosen in order.split(max(_SAMPLE, _AT_ONCE // m)):
+        block = torch.ldexp(W[:, chosen].to("cpu", wide), torch.tensor(-exponent)).flatten()
+        yield block[torch.randperm(block.numel(), generator=generator)].view(m, -1)
+
+
+def spectral_distance(first: Tensor, second: Tensor, count: int) -> float:
+    """Kolmogorov-Smirnov distance between two spectra of ``count`` eigenvalues each; missing ones are 0."""
+    both = [torch.cat([values.new_zeros(count - len(values)), values.sort().values]) for values in (first, second)]
+    at = torch.cat(both)
+    below = [torch.searchsorted(values, at, right=True) for values in both]
+    return float((below[0] - below[1]).abs().max()) / count
 
 
 def _unit_law(ratio: float) -> tuple[Tensor, Tensor]:
