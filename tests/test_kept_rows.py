@@ -13,6 +13,7 @@ from torch import Tensor
 from thought_kernels.estimation import estimators
 from thought_kernels.estimation.accumulator import ThoughtAccumulator
 from thought_kernels.estimation.kept_rows import KeptRows
+from thought_kernels.estimation.sums import Sums
 from thought_kernels.patches.site import SitePatch
 
 D_OUT, D_IN = 12, 30
@@ -220,3 +221,21 @@ def test_the_condition_number_is_that_of_the_eigenvalues(smallest: float) -> Non
     gram = basis * torch.logspace(0, math.log10(smallest), 40, dtype=torch.float64) @ basis.T
     found = estimators.condition_number((gram + gram.T) / 2, rtol=1e-5)
     assert found == (pytest.approx(1 / smallest, rel=1e-6) if smallest > 1e-5 else math.inf)
+
+
+@pytest.mark.parametrize("count", [400, 600])
+def test_what_is_held_in_float32_is_solved_as_in_float64(count: int) -> None:
+    """To 1e-6 of what the patch does to the rows: most of them is common to all, as real ones are."""
+    generator = torch.Generator().manual_seed(3)
+    activation = torch.randn(count, 512, generator=generator) + 3 * torch.randn(1, 512, generator=generator)
+    narrow = filled((torch.randn(count, 32, generator=generator), activation, torch.ones(count)), dtype=torch.float32)
+    held, gram = narrow._sums[KEY], activation.double().T @ activation.double()
+    if isinstance(held, KeptRows):
+        wide: KeptRows | Sums = KeptRows(held.widths, torch.float64, held.device)
+        wide.add(*held.joined())
+    else:
+        wide = Sums(**{name: tensor.double() for name, tensor in held.tensors().items()})
+    assert isinstance(held, KeptRows) == (count < 512)
+    wanted = estimators.solve(wide, "ridge").dense()
+    error = narrow.solve("ridge").entries[KEY].dense().double() - wanted
+    assert ((error @ gram) * error).sum() <= 1e-12 * ((wanted @ gram) * wanted).sum()
