@@ -34,7 +34,7 @@ class Norm:
         dtype = wide(x.dtype)
         z = self._centre(x.to(dtype))
         normed = z * torch.rsqrt(z.square().mean(-1, keepdim=True) + self.eps)
-        out = self._plus_bias(normed * (self.weight_offset + self.module.weight.to(dtype)))
+        out = self._plus_bias(normed.mul_(self.weight_offset + self.module.weight.to(dtype)))
         return hooked(self.module, (x,), out.to(x.dtype))
 
     def pair(self, x: Tensor, delta: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
