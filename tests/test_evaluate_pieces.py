@@ -1,4 +1,4 @@
-"""The pieces of the report against their definitions: intervals, scorers, refits, steering, LoRA."""
+"""The pieces of the report against their definitions: intervals, scorers, refits."""
 
 from __future__ import annotations
 
@@ -10,36 +10,21 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from families import tiny as family
 from models import tiny_gemma3, tiny_tokenizer
-from patches import random_patch, same_bits, token_ids, weights
+from patches import random_patch
 
 import thought_kernels as tk
 from thought_kernels.estimation.accumulator import ThoughtAccumulator
 from thought_kernels.evaluation import resume
-from thought_kernels.evaluation.figures.section import Section
 from thought_kernels.evaluation.measures.intervals import mean_interval, recovered_interval
 from thought_kernels.evaluation.measures.memory import MemoryPeak
 from thought_kernels.evaluation.measures.scorers import Each, Judge, ScorerError, as_scorer
 from thought_kernels.evaluation.measures.trial import Trial
 from thought_kernels.evaluation.records import digests
-from thought_kernels.evaluation.rivals.lora import train_lora
-from thought_kernels.evaluation.rivals.refit import MeanDifferences, Shuffled, known_recipe, rank_one, split
-from thought_kernels.evaluation.rivals.steering import (
-    Steering,
-    _answer_means,
-    _written_by,
-    answer_positions,
-    common_suffix,
-    mean_differences,
-)
-from thought_kernels.evaluation.sections.baselines import BASELINES
+from thought_kernels.evaluation.rivals.refit import MeanDifferences, Shuffled, known_recipe, split
 from thought_kernels.evaluation.sections.controls import randomised
 from thought_kernels.evaluation.sections.subject import Inputs, Subject, Tolerant
 from thought_kernels.evaluation.settings import warnings_of
-from thought_kernels.models import describe
-from thought_kernels.patches.patch import ThoughtPatch
-from thought_kernels.patches.site import SitePatch
 from thought_kernels.prompts.prompt import load_examples
 
 TOKENIZER = tiny_tokenizer()
@@ -264,36 +249,6 @@ def test_shuffling_keeps_what_the_rows_are_alone() -> None:
     assert float((ours.cross - theirs.cross).norm()) > 0.1 * float(theirs.cross.norm())
 
 
-def test_a_rank_one_edit_gives_the_mean_activation_its_mean_difference() -> None:
-    generator = torch.Generator().manual_seed(1)
-    delta, activation = (torch.randn(40, 6, dtype=torch.float64, generator=generator) + 1 for _ in range(2))
-    accumulator = ThoughtAccumulator(dtype=torch.float64)
-    accumulator.update(0, "mlp", delta, activation)
-    sums = accumulator.sums(0, "mlp")
-    assert sums is not None
-    edit = rank_one(sums, "mlp")
-    torch.testing.assert_close(edit.dense() @ activation.mean(0), delta.mean(0))
-    assert torch.linalg.matrix_rank(edit.dense()) == 1
-
-
-@pytest.mark.parametrize(
-    ("name", "sites"), [("mixtral", {"attention"}), ("qwen3_moe, dense below", {"attention", "mlp"})]
-)
-def test_a_rank_one_edit_is_tried_at_the_sites_that_there_are(
-    name: str, sites: set[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    found, tried = subject(family(name)), set()
-
-    def first(self: Subject, candidates: Any) -> list[Any]:
-        listed = list(candidates)
-        tried.update(label[0] for label, _ in listed)
-        return listed[:1]
-
-    monkeypatch.setattr(Subject, "rank", first)
-    label, _ = BASELINES["rank-one edit"](found, Section("baselines", "Baselines"))
-    assert tried == sites and label.startswith("attention site")
-
-
 def test_a_patch_is_taken_apart() -> None:
     patch = random_patch()
     matrices, vectors = split(patch, part="matrix"), split(patch, part="vector")
@@ -323,102 +278,6 @@ def test_a_random_control_has_the_patch_s_spectrum_and_other_directions() -> Non
         if entry.vector is not None:
             assert other.vector is not None
             torch.testing.assert_close(other.vector.norm(), entry.vector.norm())
-
-
-def test_the_answer_starts_at_the_last_token_of_the_prompt(model: Any) -> None:
-    prompts = [[9, 8, 7, 3, 4], [6, 5, 3, 4]]
-    assert common_suffix(prompts) == [3, 4]
-    ids = torch.tensor([[3, 4, 9, 3, 4, 11, 12], [0, 6, 5, 3, 4, 3, 13]])
-    with answer_positions(model, [3, 4]) as positions:
-        model(input_ids=ids)
-        assert positions().int().tolist() == [[0, 0, 0, 0, 1, 1, 1], [0, 0, 0, 0, 1, 1, 1]]
-        model(ids[:, :1])  # a step of cached generation
-        assert positions().all()
-    assert not model._forward_pre_hooks
-
-
-def test_steering_everywhere_is_a_residual_vector(model: Any) -> None:
-    vector, ids = torch.randn(36, generator=torch.Generator().manual_seed(0)), token_ids()
-    patch = ThoughtPatch({(1, "residual"): SitePatch(vector=2 * vector)})
-    with patch.applied(model):
-        wanted = model(ids).logits
-    with (2 * Steering(1, vector)).applied(model):
-        torch.testing.assert_close(model(ids).logits, wanted)
-    plain = model(ids).logits
-    suffix = ids[0, 3:5].tolist()
-    with Steering(1, vector, suffix).applied(model):
-        steered = model(ids[:1]).logits
-    torch.testing.assert_close(steered[:, :4], plain[:1, :4])
-    assert float((steered[:, 4] - plain[0, 4]).abs().max()) > 1e-3
-
-
-def test_mean_differences_are_those_of_the_models_own_hidden_states(model: Any) -> None:
-    trial = Trial(model, TOKENIZER, INSTRUCTION, QUESTIONS, None, max_new_tokens=4)
-    found = mean_differences(trial, model)
-
-    def states(prompts: list[list[int]]) -> torch.Tensor:
-        rows = [
-            model(torch.tensor([[*prompt, *answer]]), output_hidden_states=True).hidden_states[1][
-                0, len(prompt) - 1 : -1
-            ]
-            for prompt, answer in zip(prompts, trial.written, strict=True)
-        ]
-        return torch.cat(rows).mean(0)
-
-    torch.testing.assert_close(found[0], states(trial.prompts) - states(trial.bare_prompts), rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize("rival", ["mean difference", "LoRA"])
-def test_a_rival_does_not_depend_on_the_mode_that_the_model_was_left_in(rival: str) -> None:
-    def made(wild: bool) -> dict[Any, torch.Tensor]:
-        model = tiny_gemma3(vocab_size=len(TOKENIZER), attention_dropout=0.5)
-        trial = Trial(model, TOKENIZER, INSTRUCTION, QUESTIONS, None, max_new_tokens=4)
-        model.train(wild)
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=wild):
-            if rival == "mean difference":
-                return dict(mean_differences(trial, model))
-            generator = torch.Generator().manual_seed(0)
-            return train_lora(model, trial, steps=2, rate=1e-2, generator=generator).state
-
-    calm, wild = made(False), made(True)
-    assert calm.keys() == wild.keys() and all(torch.equal(calm[key], wild[key]) for key in calm)
-
-
-def test_heads_together_write_what_the_attention_writes(model: Any) -> None:
-    decoder = describe(model)
-    projections = {block.index: block.o_proj for block in decoder.blocks}
-    prompts, answers = [[5, 6, 7, 8]], [[9, 10]]
-    means = _answer_means(model, prompts, answers, projections, inside=True)
-    block = decoder.blocks[1]
-    written = sum(_written_by(decoder, means, 1, head) for head in range(block.num_attention_heads))
-    assert block.post_attention_norm is not None
-    torch.testing.assert_close(written, block.post_attention_norm(block.o_proj(means[1])), rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize("name", ["gpt2", "granite with biases", "pythia", "olmo2"])
-def test_heads_together_write_what_the_attention_adds_to_the_stream(name: str) -> None:
-    block = describe(family(name, dtype=torch.float64)).blocks[1]
-    mean = torch.randn(block.attention_width, generator=torch.Generator().manual_seed(0))
-    decoder = describe(family(name))
-    written = sum(_written_by(decoder, {1: mean}, 1, head) for head in range(block.num_attention_heads))
-    x = torch.zeros(1, 1, len(written), dtype=torch.float64)
-    wanted = block.attention_residual(x, mean.double()[None, None])
-    if block.post_attention_norm is None:
-        wanted = wanted - block.attention_residual(x, torch.zeros_like(mean).double()[None, None])  # o_proj's bias
-    torch.testing.assert_close(written.double(), wanted[0, 0], rtol=1e-4, atol=1e-5)
-
-
-def test_a_lora_learns_and_leaves_the_model_as_it_was(model: Any) -> None:
-    before, flags, names = weights(model), [p.requires_grad for p in model.parameters()], set(vars(model))
-    kinds = [type(module) for module in model.modules()]
-    trial = Trial(model, TOKENIZER, INSTRUCTION, QUESTIONS, None, max_new_tokens=4)
-    bare = trial.effect(model).bare
-    trained = train_lora(model, trial, steps=12, rate=1e-2, generator=torch.Generator().manual_seed(0))
-    assert trained.divergence < 0.8 * bare
-    with trained.applied(model):
-        assert trial.effect(model).patched == pytest.approx(trained.divergence, rel=1e-3)
-    assert same_bits(model, before) and [p.requires_grad for p in model.parameters()] == flags
-    assert set(vars(model)) == names and [type(module) for module in model.modules()] == kinds
 
 
 def test_a_span_knows_the_peaks_of_spans_within_it() -> None:

@@ -17,7 +17,7 @@ import thought_kernels as tk
 from thought_kernels.evaluation.measures.answers import contains, exact, final_value, value_tokens
 from thought_kernels.evaluation.measures.metrics import effect
 from thought_kernels.evaluation.measures.trial import Trial, bare_texts, prompted_texts
-from thought_kernels.evaluation.rivals.lora import _losses
+from thought_kernels.evaluation.rivals.lora import losses
 from thought_kernels.generation import logprobs as reading
 from thought_kernels.generation.completions import Ending, complete
 from thought_kernels.generation.logprobs import completion_logprobs, divergence
@@ -91,8 +91,8 @@ def test_a_lora_learns_from_padded_rows_what_it_would_from_each(name: str) -> No
     model, teacher = tiny(name), tiny(name, seed=1)
     told = list(completion_logprobs(teacher, PROMPTS, ANSWERS, batch_size=1))
     rows: Any = SimpleNamespace(bare_prompts=PROMPTS, written=ANSWERS, prompted_logprobs=told)
-    together = _losses(model, rows, range(len(PROMPTS)))
-    assert_same(together, torch.cat([_losses(model, rows, [index]) for index in range(len(PROMPTS))]))
+    together = losses(model, rows, range(len(PROMPTS)))
+    assert_same(together, torch.cat([losses(model, rows, [index]) for index in range(len(PROMPTS))]))
     assert together.min() > 0.01
 
 

@@ -3,7 +3,7 @@
 evaluate, arguments, settings, resume, report
               the report: its function, its input, what it depends on, its progress on disk, what is returned
 measures      trials, scorers, divergences, intervals, overlap of patches
-rivals        other uses of the same examples: steering vectors, LoRA, refits, the paper's recipe
+rivals        other uses of the same examples: steering vectors, an edit, LoRA, refits, the paper's recipe
 figures       the report as data, and the verdict
 sections      a subject goes in, figures come out
 budget        what a report will take, and what fits into given minutes

@@ -6,17 +6,16 @@ import itertools
 import time
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 
-from thought_kernels.evaluation.budget.units import Work
-from thought_kernels.evaluation.budget.work import rows_of
+from thought_kernels.evaluation.budget.units import Work, rows_of
 from thought_kernels.evaluation.measures.drift import Drift
 from thought_kernels.evaluation.rivals.lora import injected, optimised
+from thought_kernels.evaluation.rivals.rows import Rows
 from thought_kernels.evaluation.sections.controls import randomised
 from thought_kernels.evaluation.sections.subject import Subject
 from thought_kernels.fitting.fit import fit
@@ -41,18 +40,6 @@ class _Answered(NamedTuple):
     bare: list[list[int]]
     written: list[list[int]]
     seconds: float
-
-
-@dataclass
-class _Rows:
-    """What a LoRA learns from, see rivals.lora.Rows."""
-
-    bare_prompts: list[list[int]]
-    written: list[list[int]]
-    prompted_logprobs: list[Tensor] | None
-
-    def __len__(self) -> int:
-        return len(self.written)
 
 
 class Rates:
@@ -159,7 +146,7 @@ class Rates:
         """A row of a gradient step, the second one: the first makes what later ones use again."""
         subject, asked = self._subject, self._answered
         told, bare, written = asked.told[:TRAINED], asked.bare[:TRAINED], asked.written[:TRAINED]
-        rows = _Rows(bare, written, list(self._logprobs(told, written)))
+        rows = Rows([], told, bare, written, (), [], list(self._logprobs(told, written)))
         try:
             with injected(subject.model):
                 steps = optimised(subject.model, rows, steps=2, rate=1e-4, generator=subject.generator("probe"))

@@ -2,26 +2,38 @@
 
 from __future__ import annotations
 
-from thought_kernels.evaluation.budget.units import Work
+from thought_kernels.evaluation.budget.units import Work, rows_of
+from thought_kernels.evaluation.rivals.choice import CHOICE_ROWS, FEW_ROWS, FINALISTS, spread
+from thought_kernels.evaluation.rivals.function_vector import TOLD_TRIALS
 from thought_kernels.evaluation.rivals.lora import BATCH, RATES
 from thought_kernels.evaluation.rivals.paper import C1_FACTORS
-from thought_kernels.evaluation.rivals.steering import PLACES
-from thought_kernels.evaluation.sections.baselines import EDIT_SCALES, LORA_SHORT, MAX_LAYERS, VECTOR_SCALES
-from thought_kernels.evaluation.sections.subject import CHOICE_EXAMPLES, Subject
+from thought_kernels.evaluation.rivals.rank_one import DEPTHS, STEPS, TEXTS, VALUE_ROWS
+from thought_kernels.evaluation.rivals.rank_one import RATES as VALUE_RATES
+from thought_kernels.evaluation.rivals.steering import PLACES, SCALES
+from thought_kernels.evaluation.sections.baselines import LORA_SHORT
+from thought_kernels.evaluation.sections.subject import Subject
 
 
 def rival_works(subject: Subject) -> dict[str, Work]:
     """The work of making each baseline, its choice of settings included; what all share is not in it."""
-    count, blocks = len(subject.examples), subject.decoder.blocks
-    chosen, tried = min(CHOICE_EXAMPLES, count), min(len(blocks), MAX_LAYERS)
-    steered = tried * len(PLACES) * len(VECTOR_SCALES) * chosen
-    heads = sum(block.num_attention_heads for block in blocks) * chosen
-    edits = 2 * 2 * tried * len(EDIT_SCALES) * chosen  # two sites, two kinds of rows
+    rows, blocks = rows_of(subject), subject.decoder.blocks
+    vectors, values = len(spread(len(blocks))) * len(SCALES), len(DEPTHS) * len(VALUE_RATES)
+    heads = sum(block.num_attention_heads for block in blocks)
     steps = subject.lora_steps + len(RATES) * max(1, subject.lora_steps // LORA_SHORT)
     return {
-        "mean-difference vector": Work(reads=steered + 2 * count),
-        "function vector": Work(reads=steered + heads + count),
-        "rank-one edit": Work(reads=edits, refits=4),
-        "paper's recipe": Work(reads=len(C1_FACTORS) * chosen, fits=(count,)),
-        "LoRA": Work(steps=steps * min(BATCH, count), reads=(1 + len(RATES)) * count),
+        "mean-difference vector": Work(reads=2 * rows + _chosen(len(PLACES) * vectors, rows)),
+        "function vector": Work(reads=rows + heads * min(TOLD_TRIALS, rows) + _chosen(vectors, rows)),
+        "rank-one edit": Work(
+            steps=values * (STEPS + 1) * min(VALUE_ROWS, rows), writes=TEXTS, reads=2 * rows + _chosen(values, rows)
+        ),
+        "paper's recipe": Work(refits=1, reads=_chosen(len(C1_FACTORS), rows)),
+        "LoRA": Work(steps=steps * min(BATCH, rows), reads=(2 + len(RATES)) * rows),
     }
+
+
+def _chosen(candidates: int, rows: int) -> int:
+    """Rows read by a choice among candidates."""
+    rows = min(CHOICE_ROWS, rows)
+    if candidates > FINALISTS and rows > FEW_ROWS:
+        return candidates * FEW_ROWS + FINALISTS * rows
+    return candidates * rows

@@ -1,8 +1,10 @@
-"""The kinds of work that are counted, and how they add up."""
+"""The kinds of work that are counted, and how they add up; the rows that much of it is done on."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+
+from thought_kernels.evaluation.sections.subject import Subject
 
 
 @dataclass(frozen=True)
@@ -36,3 +38,16 @@ class Work:
 
     def __mul__(self, times: int) -> Work:
         return Work(*(times * getattr(self, field.name) for field in fields(self)))
+
+
+def rows_of(subject: Subject, examples: int | None = None) -> int:
+    """The rows that a patch of so many examples is fitted on, inputs and completions that the model writes among them.
+
+    Args:
+        subject: with the recipe.
+        examples: how many; None for all that are given.
+    """
+    count = len(subject.examples) if examples is None else examples
+    if any(example.completion is not None for example in subject.pool[:count]):
+        return count
+    return subject.recipe.completions * count + subject.recipe.written_inputs

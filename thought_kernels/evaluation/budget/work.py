@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 
 from thought_kernels.evaluation.budget.rivals import rival_works
-from thought_kernels.evaluation.budget.units import Work
+from thought_kernels.evaluation.budget.units import Work, rows_of
+from thought_kernels.evaluation.rivals.choice import CHOICE_ROWS
 from thought_kernels.evaluation.sections.bystanders import OTHER_INPUTS
 from thought_kernels.evaluation.sections.controls import DRAWS
 from thought_kernels.evaluation.sections.effect import REPLAYED
@@ -76,19 +77,6 @@ class _Shared:
         return self.once(f"told {name}", Work(writes=3 * count))
 
 
-def rows_of(subject: Subject, examples: int | None = None) -> int:
-    """The rows that a patch of so many examples is fitted on, inputs and completions that the model writes among them.
-
-    Args:
-        subject: with the recipe.
-        examples: how many; None for all that are given.
-    """
-    count = len(subject.examples) if examples is None else examples
-    if any(example.completion is not None for example in subject.pool[:count]):
-        return count
-    return subject.recipe.completions * count + subject.recipe.written_inputs
-
-
 def _trial(count: int) -> Work:
     return Work(reads=2 * count, writes=2 * count)
 
@@ -127,14 +115,14 @@ def _parts(subject: Subject, shared: _Shared) -> Work:
 
 
 def _baselines(subject: Subject, shared: _Shared) -> Work:
-    count, kept = len(subject.examples), subject.amounts.baselines
+    count, rows, kept = len(subject.examples), rows_of(subject), subject.amounts.baselines
     if count < 2:
         return Work()
     made = [work for name, work in rival_works(subject).items() if kept is None or name in kept]
     each = _score(_swept(subject)) + Work(reads=len(subject.unrelated), texts=1)
-    work = shared.trial() + shared.bystander() + shared.text() + shared.encoded() + _trial(count)
+    work = shared.trial() + shared.bystander() + shared.text() + shared.encoded()
     # The patch is made once more, to be timed.
-    return sum(made, work + Work(fits=(count,)) + each * (1 + len(made)))
+    return sum(made, work + Work(fits=(count,), reads=min(CHOICE_ROWS, rows)) + each * (1 + len(made)))
 
 
 def _side_effects(subject: Subject, shared: _Shared) -> Work:

@@ -1,1 +1,1 @@
-"""Other uses of the same examples: steering vectors, LoRA, refits of a patch, the paper's recipe."""
+"""Other uses of the same examples, each by `fit(model, rows, choice)`: vectors, an edit, LoRA, the paper's recipe."""

@@ -6,12 +6,12 @@ import contextlib
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from thought_kernels.evaluation.measures.trial import Trial
+from thought_kernels.evaluation.rivals.rows import Rows
 from thought_kernels.generation.padding import may_pad, padded
 from thought_kernels.models import describe
 from thought_kernels.models.undisturbed import undisturbed
@@ -46,14 +46,14 @@ class TrainedLora:
             yield
 
 
-def train_lora(model: Any, trial: Trial, *, steps: int, rate: float, generator: torch.Generator) -> TrainedLora:
+def train_lora(model: Any, rows: Rows, *, steps: int, rate: float, generator: torch.Generator) -> TrainedLora:
     """Trains a LoRA on every linear layer to answer without the instruction as the model does with it.
 
         loss = mean over the answers' tokens of KL(prompted ‖ bare with LoRA)
 
     Args:
         model: unpatched; it is as it was afterwards.
-        trial: the examples, with divergences.
+        rows: that are read.
         steps: optimiser steps (AdamW, no weight decay), each on BATCH examples.
         rate: learning rate, falling linearly to zero.
         generator: of the initial factors and of the batches.
@@ -69,31 +69,21 @@ def train_lora(model: Any, trial: Trial, *, steps: int, rate: float, generator: 
     with injected(model, seed=seed) as peft_model:
         from peft import get_peft_model_state_dict
 
-        for _ in optimised(model, trial, steps=steps, rate=rate, generator=generator):
+        for _ in optimised(model, rows, steps=steps, rate=rate, generator=generator):
             pass
         seconds = time.monotonic() - started
         state = {name: tensor.detach().clone() for name, tensor in get_peft_model_state_dict(peft_model).items()}
-        return TrainedLora(state, rate, trial.effect(model).patched, seconds)
-
-
-class Rows(Protocol):
-    """What a LoRA learns from, a Trial with divergences among others; see Trial for the attributes."""
-
-    bare_prompts: list[list[int]]
-    written: list[list[int]]
-    prompted_logprobs: list[Tensor] | None
-
-    def __len__(self) -> int: ...
+        return TrainedLora(state, rate, rows.divergence(model), seconds)
 
 
 def optimised(
-    model: Any, trial: Rows, *, steps: int, rate: float, generator: torch.Generator, falling: bool = True
+    model: Any, rows: Rows, *, steps: int, rate: float, generator: torch.Generator, falling: bool = True
 ) -> Iterator[int]:
     """Takes optimiser steps on a LoRA that is in the model, as train_lora does.
 
     Args:
         model: with its LoRA, `injected`.
-        trial: the rows to learn from.
+        rows: to learn from, that are read.
         steps: how many steps to take.
         rate: learning rate.
         generator: of the batches.
@@ -106,35 +96,45 @@ def optimised(
     optimiser = torch.optim.AdamW(parameters, lr=rate, weight_decay=0.0)
     order: list[int] = []
     for step in range(steps):
-        if len(order) < min(BATCH, len(trial)):
-            order += torch.randperm(len(trial), generator=generator).tolist()
+        if len(order) < min(BATCH, len(rows)):
+            order += torch.randperm(len(rows), generator=generator).tolist()
         chosen, order = order[:BATCH], order[BATCH:]
         for group in optimiser.param_groups:
             group["lr"] = rate * (1 - step / steps) if falling else rate
-        together = [chosen] if may_pad(model) else [[index] for index in chosen]
         # The prompted model's answers, the loss's target, were read without dropout and autocast too.
         with torch.enable_grad(), undisturbed(model):
-            loss = torch.cat([_losses(model, trial, part) for part in together]).mean()
+            loss = losses(model, rows, chosen).mean()
             optimiser.zero_grad(set_to_none=True)
             loss.backward()
         optimiser.step()
         yield step + 1
 
 
-def _losses(model: Any, trial: Rows, chosen: Sequence[int]) -> Tensor:
-    """KL(prompted ‖ model) at each token of the chosen inputs' completions, one below the other."""
-    assert trial.prompted_logprobs is not None
-    rows = [[*trial.bare_prompts[i], *trial.written[i]] for i in chosen]
-    ids, mask, positions = padded(rows, model.get_input_embeddings().weight.device)
-    keep = max(len(trial.written[i]) for i in chosen) + 1
+def losses(model: Any, rows: Rows, chosen: Sequence[int]) -> Tensor:
+    """KL(prompted ‖ model) at each token of some rows' answers, nats, one below the other, [tokens].
+
+    Args:
+        model: as it is now; gradients are taken where they are enabled.
+        rows: that are read.
+        chosen: which of them.
+    """
+    together = [chosen] if may_pad(model) else [[index] for index in chosen]
+    return torch.cat([_padded_losses(model, rows, part) for part in together])
+
+
+def _padded_losses(model: Any, rows: Rows, chosen: Sequence[int]) -> Tensor:
+    assert rows.prompted_logprobs is not None
+    asked = [[*rows.bare_prompts[i], *rows.written[i]] for i in chosen]
+    ids, mask, positions = padded(asked, model.get_input_embeddings().weight.device)
+    keep = max(len(rows.written[i]) for i in chosen) + 1
     logits = model(
         input_ids=ids, attention_mask=mask, position_ids=positions, logits_to_keep=keep, use_cache=False
     ).logits.float()
     divergences = []
     for index, i in enumerate(chosen):
-        count = len(trial.written[i])
+        count = len(rows.written[i])
         student = torch.log_softmax(logits[index, keep - 1 - count : keep - 1], dim=-1)
-        teacher = trial.prompted_logprobs[i].to(student)
+        teacher = rows.prompted_logprobs[i].to(student)
         divergences.append((teacher.exp() * (teacher - student)).nan_to_num(0.0).sum(-1))
     return torch.cat(divergences)
 

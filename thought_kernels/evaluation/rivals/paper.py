@@ -8,6 +8,9 @@ from typing import Any
 
 from thought_kernels.estimation.scales import ScaleWarning
 from thought_kernels.evaluation.measures.trial import Trial
+from thought_kernels.evaluation.rivals.choice import Fitted, choose
+from thought_kernels.evaluation.rivals.refit import refit
+from thought_kernels.evaluation.rivals.rows import BATCH_SIZE, Rows
 from thought_kernels.fitting.recipe import paper_recipe
 from thought_kernels.fitting.transmute import transmute
 from thought_kernels.models import describe
@@ -84,3 +87,24 @@ def sweep_c1(
 def best_c1(tried: Sequence[Sequence[float]]) -> float:
     """The c1 of best accuracy, ties broken by recovered effect."""
     return max(tried, key=lambda row: tuple(row[1:]))[0]
+
+
+def fit(model: Any, rows: Rows, choice: Rows) -> Fitted:
+    """Algorithm 1 on the rows, a step each, with the effective c1 that suits them, c2 = 0.
+
+    Args:
+        model: unpatched.
+        rows: to fit.
+        choice: rows that are read, to choose c1 by.
+
+    Source: "Transmuting prompts into weights", Algorithm 1 and §4.1.
+    """
+    decoder = describe(model)
+    layers = paper_layers(len(decoder.blocks))
+    # Its matrices are linear in c1: one patch is fitted and scaled. Each example's completions share its weight.
+    steps = round(sum(row.share for row in rows.encoded))
+    unit = refit(decoder, rows.encoded, paper_recipe(c1=1.0, layers=layers, steps=steps), batch_size=BATCH_SIZE)
+    candidates = [(f"c1 {factor * PAPER_C1:g}", factor * PAPER_C1 * unit) for factor in C1_FACTORS]
+    found = choose(model, choice, candidates)
+    where = f"Algorithm 1 on blocks {layers[0]} to {layers[-1]}, effective {found.settings}, c2 0"
+    return found._replace(settings=where)

@@ -1,15 +1,14 @@
-"""The rows that a patch was fitted on, spoilt on purpose or solved in another way: controls and simple edits."""
+"""The rows that a patch was fitted on, spoilt on purpose or solved in another way: controls."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from thought_kernels.estimation.accumulator import ThoughtAccumulator
-from thought_kernels.estimation.sums import Sums
 from thought_kernels.fitting.recipe import Recipe, ResolvedRecipe
 from thought_kernels.models.decoder import Decoder
 from thought_kernels.models.undisturbed import undisturbed
@@ -19,9 +18,6 @@ from thought_kernels.pairing.run import Run
 from thought_kernels.patches.patch import ThoughtPatch
 from thought_kernels.patches.site import SitePatch
 from thought_kernels.prompts.prompt import EncodedExample
-
-# Solves one block's and site's sums; the site is told because it may scale.
-Solver = Callable[[Sums, str], SitePatch]
 
 
 class Shuffled(ThoughtAccumulator):
@@ -56,16 +52,15 @@ class MeanDifferences(ThoughtAccumulator):
 
 def refit(
     decoder: Decoder, encoded: Sequence[EncodedExample], recipe: Recipe, *, batch_size: int,
-    solver: Solver | None = None, accumulator: ThoughtAccumulator | None = None,
+    accumulator: ThoughtAccumulator | None = None,
 ) -> ThoughtPatch:  # fmt: skip
-    """Runs a recipe's pairing over examples, with sums or a solution of one's own.
+    """Runs a recipe's pairing over examples, with sums of one's own.
 
     Args:
         decoder: the model, described.
         encoded: the examples with their completions.
-        recipe: how; its estimator and scale are the solver's where there is one.
+        recipe: how.
         batch_size: examples in a batch at most.
-        solver: replaces the recipe's estimator, None keeps it.
         accumulator: receives the rows, None for a plain one.
 
     Returns:
@@ -74,7 +69,7 @@ def refit(
     dtype = torch.float64 if decoder.dtype == torch.float64 else torch.float32
     resolved = recipe.for_model(decoder)
     own = accumulator or ThoughtAccumulator(normalization=resolved.normalization, dtype=dtype)
-    solve = _Solve(own, resolved, solver, {"hidden_size": decoder.hidden_size})
+    solve = _Solve(own, resolved, {"hidden_size": decoder.hidden_size})
     layers, sites = frozenset(resolved.layers), frozenset(resolved.sites)
     run = Run(
         decoder=decoder, groups=group_examples(encoded, batch_size, resolved.tokens, dtype), layers=layers,
@@ -89,10 +84,8 @@ def refit(
 class _Solve:
     """Solves blocks and sites once each, as the pairing comes to need them."""
 
-    def __init__(
-        self, sums: ThoughtAccumulator, recipe: ResolvedRecipe, solver: Solver | None, provenance: dict[str, Any]
-    ) -> None:
-        self._sums, self._recipe, self._solver, self._provenance = sums, recipe, solver, provenance
+    def __init__(self, sums: ThoughtAccumulator, recipe: ResolvedRecipe, provenance: dict[str, Any]) -> None:
+        self._sums, self._recipe, self._provenance = sums, recipe, provenance
         self._solved: dict[tuple[int, str], SitePatch] = {}
 
     def __call__(self, layers: frozenset[int], sites: frozenset[str]) -> ThoughtPatch:
@@ -106,15 +99,10 @@ class _Solve:
 
     def _one(self, layer: int, site: str) -> SitePatch:
         recipe = self._recipe
-        if self._solver is None:
-            part = self._sums.solve_part(
-                recipe.estimator, scale=recipe.scale, ridge=recipe.ridge, layers=[layer], sites=[site]
-            )
-            return part.entries[layer, site]
-        sums = self._sums.sums(layer, site)
-        if sums is None:
-            raise ValueError(f"refit: rows must reach block {layer}, site {site!r}, got none")
-        return self._solver(sums, site)
+        part = self._sums.solve_part(
+            recipe.estimator, scale=recipe.scale, ridge=recipe.ridge, layers=[layer], sites=[site]
+        )
+        return part.entries[layer, site]
 
 
 def recipe_of(patch: ThoughtPatch) -> Recipe:
@@ -147,26 +135,6 @@ def known_recipe(patch: ThoughtPatch) -> Recipe:
             "transmute records that"
         )
     return recipe_of(patch)
-
-
-def rank_one(sums: Sums, site: str) -> SitePatch:
-    """Δ = δ̄ kᵀ, k = Z⁻¹ ā / (āᵀ Z⁻¹ ā): the mean activation gets the mean difference, others as little as can be.
-
-    The closed form of ROME's edit (Λ (C⁻¹ k*)ᵀ with Λ chosen so that the key gets its value), its key being the mean
-    activation, its value the mean activation with the instruction, and Z the second moment of the examples' rows.
-
-    Source: Meng et al., "Locating and editing factual associations in GPT", eq. 2.
-    """
-    if sums.gram is None or sums.activation_sum is None:
-        raise ValueError(f"rank_one: site must have a matrix, got {site!r}")
-    dtype = sums.delta_sum.dtype
-    total = sums.moments[0]
-    delta, mean, gram = sums.delta_sum.double() / total, sums.activation_sum.double() / total, sums.gram.double()
-    width = gram.shape[0]
-    shift = 0.01 * gram.trace() / width  # keeps Z invertible where the examples have fewer tokens than the width
-    solved = torch.linalg.solve(gram + shift * torch.eye(width, dtype=gram.dtype, device=gram.device), mean)
-    key = solved / mean.dot(solved)
-    return SitePatch(factors=(delta[:, None].to(dtype), key[:, None].to(dtype)))
 
 
 def split(patch: ThoughtPatch, *, part: str, sites: Sequence[str] | None = None) -> ThoughtPatch | None:

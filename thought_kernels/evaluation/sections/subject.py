@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import math
 import random
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
@@ -17,7 +16,11 @@ from thought_kernels.evaluation.measures.drift import Drift
 from thought_kernels.evaluation.measures.intervals import Interval, mean_interval, recovered_interval
 from thought_kernels.evaluation.measures.scorers import Scorer, ScorerError
 from thought_kernels.evaluation.measures.trial import Score, Trial
-from thought_kernels.evaluation.rivals.refit import Solver, refit
+from thought_kernels.evaluation.rivals.choice import CHOICE_ROWS, Intervention
+from thought_kernels.evaluation.rivals.function_vector import shuffled_prompts
+from thought_kernels.evaluation.rivals.places import prompt_end
+from thought_kernels.evaluation.rivals.refit import refit
+from thought_kernels.evaluation.rivals.rows import Rows
 from thought_kernels.evaluation.sections.amounts import Amounts
 from thought_kernels.fitting.encoding import Prompt, Writing, completed, with_inputs
 from thought_kernels.fitting.fit import fit
@@ -28,17 +31,7 @@ from thought_kernels.models.decoder import Decoder
 from thought_kernels.patches.patch import ThoughtPatch
 from thought_kernels.prompts.prompt import EncodedExample, Example, Instruction, encode
 
-# Hyper-parameters of the baselines are chosen on this many of the examples at most: a choice needs no more.
-CHOICE_EXAMPLES = 32
 FIT_BATCH = 32  # transmute's own
-
-
-class Intervention(Protocol):
-    """Anything that can be put to work in a model and taken out again."""
-
-    def applied(self, model: Any) -> Any:
-        """A context manager; the model is as it was after it."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -172,19 +165,25 @@ class Subject:
         return self.trial.first(self.sweep_inputs)
 
     @cached_property
-    def training(self) -> Trial:
-        """The examples, graded by agreement with the prompted model: what baselines are made from.
+    def rows(self) -> Rows:
+        """What baselines are made from: the rows that the patch was fitted on.
 
         Raises:
             ValueError: without examples.
         """
         self.need_examples("baselines")
-        return self.new_trial(self.instruction, Inputs(self.examples, None))
+        asked = self.examples[0]._replace(completion=None)
+
+        def ask(text: str) -> EncodedExample:
+            return self.encode(asked._replace(messages=(*asked.messages[:-1], {"role": "user", "content": text})))
+
+        shuffled = shuffled_prompts(self.encoded, self.instruction, lambda other: self.encode(asked, other))
+        return Rows.of(self.encoded, prompt_end(ask), shuffled)
 
     @cached_property
-    def choice(self) -> Trial:
-        """The examples that hyper-parameters are chosen on."""
-        return self.training.first(CHOICE_EXAMPLES)
+    def choice(self) -> Rows:
+        """The rows that hyper-parameters are chosen on."""
+        return self.rows.first(CHOICE_ROWS).read(self.model)
 
     @cached_property
     def drift(self) -> Drift:
@@ -235,13 +234,9 @@ class Subject:
             format=self.format, **self.writing, **(self.recipe if recipe is None else recipe),
         )  # fmt: skip
 
-    def refit(
-        self, recipe: Recipe, solver: Solver | None = None, accumulator: ThoughtAccumulator | None = None
-    ) -> ThoughtPatch:
-        """The examples fitted by a recipe, with sums or a solution of one's own; see rivals.refit."""
-        return refit(
-            self.decoder, self.encoded, recipe, batch_size=self.batch_size, solver=solver, accumulator=accumulator
-        )
+    def refit(self, recipe: Recipe, accumulator: ThoughtAccumulator | None = None) -> ThoughtPatch:
+        """The examples fitted by a recipe, with sums of one's own; see rivals.refit."""
+        return refit(self.decoder, self.encoded, recipe, batch_size=self.batch_size, accumulator=accumulator)
 
     def other_patch(self, name: str) -> ThoughtPatch:
         """Another instruction's patch from the same examples, fitted once."""
@@ -276,28 +271,6 @@ class Subject:
         """Adds the accuracies without and with the instruction."""
         for name, grades in (("bare", trial.base_grades), ("prompted", trial.prompted_grades)):
             section.add(name, "accuracy", mean_interval(grades, seed=self.seed), inputs=len(trial))
-
-    def rank(self, candidates: Iterable[tuple[Any, Intervention]]) -> list[tuple[Any, Any]]:
-        """Candidates by the KL to the prompted model that they leave on the examples; no label is looked at.
-
-        Args:
-            candidates: (label, intervention) each.
-
-        Returns:
-            (label, intervention), the best first; those without a finite divergence are left out.
-
-        Raises:
-            ValueError: none is left.
-        """
-        found = []
-        for label, candidate in candidates:
-            with candidate.applied(self.model):
-                divergence = self.choice.effect(self.model).patched
-            if math.isfinite(divergence):
-                found.append((divergence, label, candidate))
-        if not found:
-            raise ValueError("evaluate: candidates must leave a finite KL on the examples, got none that does")
-        return [(label, candidate) for _, label, candidate in sorted(found, key=lambda one: one[0])]
 
     def generator(self, purpose: str) -> torch.Generator:
         """A random generator for one purpose."""
