@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import hashlib
 import subprocess
 import sys
@@ -14,6 +15,8 @@ import pytest
 import torch
 from models import tiny_gemma3, tiny_tokenizer
 
+from thought_kernels.fitting import transmute as transmuting
+
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks" / "tables"))
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks" / "real"))
 
@@ -22,6 +25,7 @@ import pareto
 import pretrained
 import real_tables
 import report
+import rivals
 import run
 import styles
 import tasks
@@ -70,36 +74,67 @@ def test_what_counts_as_right() -> None:
 def options(output: Path, **others: Any) -> Namespace:
     return Namespace(
         **{
-            "reserved": False, "tasks": ["addition"], "seeds": [0], "inputs": [4], "recipe": [], "rival": None,
+            "reserved": False, "tasks": ["addition"], "seeds": [0], "inputs": [4], "recipe": [], "rival": [],
             "rates": [1e-3, 1e-2], "device": "cpu", "output": output, **others,
         }
     )  # fmt: skip
 
 
-def test_rows_are_written_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    opened = []
+@pytest.fixture
+def opened(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Tiny models and searches; the paths that models were read from."""
+    paths: list[str] = []
 
     def load(path: str, device: str) -> Any:
-        opened.append(path)
+        paths.append(path)
         return tiny_gemma3(0, torch.float32, vocab_size=len(TOKENIZER)), TOKENIZER
 
     monkeypatch.setattr(run, "load", load)
     monkeypatch.setattr(tasks, "HELD_OUT", 4)
-    for module in (measure, run):
+    for module in (rivals, run):
         monkeypatch.setattr(module, "CHECKPOINTS", (1, 2))
-    output = tmp_path / "real.csv"
+    return paths
+
+
+def test_rows_are_written_once(tmp_path: Path, opened: list[str]) -> None:
+    output, everyone = tmp_path / "real.csv", options(tmp_path / "real.csv", rival=["task-vector", "lora"])
     run.run(options(output), "qwen", "somewhere")
-    run.run(options(output, rival="lora"), "qwen", "somewhere")
+    run.run(everyone, "qwen", "somewhere")
     text = output.read_text()
-    rows = [dict(zip(run.COLUMNS, line.split(","), strict=False)) for line in text.splitlines()[1:]]
+    with output.open(newline="") as file:
+        rows = list(csv.DictReader(file))
     assert [(row["method"], row["rate"], row["steps"]) for row in rows] == [
-        ("patch", "", ""), *((run.LORA, rate, steps) for rate in ("0.001", "0.01") for steps in ("1", "2"))
+        ("patch", "", ""), ("task-vector", "", ""),
+        *((run.LORA, rate, steps) for rate in ("0.001", "0.01") for steps in ("1", "2")),
     ]  # fmt: skip
-    assert all(row["task"] == "addition" and row["bare"] and float(row["recovered"]) <= 1 for row in rows)
+    for row in rows:
+        assert row["task"] == "addition" and row["bare"] and float(row["recovered"]) <= 1
+        assert float(row["seconds"]) > 0 and float(row["drift"]) >= 0 and row["peak_mib"]
+        assert (row["method"] == "patch") == (not row["fitted"]) and bool(row["settings"]) == (
+            row["method"] in rivals.FITS
+        )
     assert len(opened) == 2
     run.run(options(output), "qwen", "somewhere")
-    run.run(options(output, rival="lora"), "qwen", "somewhere")
+    run.run(everyone, "qwen", "somewhere")
     assert output.read_text() == text and len(opened) == 2
+
+
+def test_rivals_are_made_from_the_rows_of_the_patch(opened: list[str]) -> None:
+    model, tokenizer = run.load("", "cpu")
+    measurement = measure.Measurement(model, tokenizer, tasks.task("addition", seed=0, inputs=4))
+    fitted: list[Any] = []
+
+    def fit(decoder: Any, recipe: Any, examples: Any, **settings: Any) -> Any:
+        fitted.extend(examples)
+        return original(decoder, recipe, examples, **settings)
+
+    original = transmuting.fit
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(transmuting, "fit", fit)
+        measurement.fit(4, {})
+    rows, _ = measurement.rows(4)
+    assert rows.encoded == fitted and measurement.rows(4)[0] is rows
+    assert rows.suffix and all(tuple(prompt[-len(rows.suffix) :]) == rows.suffix for prompt in rows.bare_prompts)
 
 
 def test_settings_are_python_values_or_texts() -> None:
@@ -118,16 +153,37 @@ def test_tables_take_means_over_seeds_and_the_best_rate(tmp_path: Path, monkeypa
     results.add({**patch, "patched": 0.7, "recovered": 0.9, "seconds": 4})
     results.add({**patch, "patched": 0.9, "recovered": 0.8, "seconds": 6, "seed": 1})
     results.add({**patch, "patched": 0.1, "recovered": 0.1, "seconds": 6, "recipe": "ridge=9"})
-    for rate, recovered in ((1e-3, 0.4), (1e-2, 0.6)):
+    assert real_tables.rivals() == "No rival has been measured yet."
+    for rate, recovered, fitted in ((1e-3, 0.4, 0.9), (1e-2, 0.6, 0.8)):
         for steps in (25, 200):
-            lora = {"method": run.LORA, "rate": rate, "steps": steps, "seconds": steps}
-            results.add({**row, **lora, "recovered": recovered})
+            lora = {"method": run.LORA, "rate": rate, "steps": steps, "seconds": steps, "peak_mib": 9, "drift": 0.2}
+            results.add({**row, **lora, "recovered": recovered, "fitted": fitted})
     assert "| 0.000 | 0.800 | 0.800 | 0.850 | 0.850 |" in real_tables.summary()
     assert real_tables.summary().splitlines()[-1].endswith("| no | 5 |")
     assert "| 0.850 | 0.800 to 0.900 | 5.0 | 1.0 |" in real_tables.tasks()
+    # The rate that fits best, which is not the one of best held-out effect; seconds of both.
     assert real_tables.rival().splitlines()[-1] == (
-        "| antonym | Gemma 3 270M | 0.900 in 4 s | 0.600 in 25 s | 0.600 in 200 s |"
+        "| antonym | Gemma 3 270M | 0.900 in 4 s | 0.400 in 50 s | 0.400 in 400 s |"
     )
+    other = {"method": "task-vector", "prompted": 0.8, "patched": 0.2, "seconds": 8, "peak_mib": 7, "drift": 0.1}
+    results.add({**row, **other, "recovered": 0.3})
+    results.add({**row, **other, "recovered": 0.9, "seed": 1})  # where no LoRA was trained
+    results.add({**patch, "patched": 0.4, "recovered": 0.8, "seconds": 5, "peak_mib": 6, "drift": 0.01, "seed": 0})
+    kind = real_tables.KINDS["word"]
+    ours, task_vector, *trained = real_tables.rivals().splitlines()[2:]
+    assert ours == f"| {kind} | Gemma 3 270M | patch | 1 | 0.800 | 0.50 | 0.010 | 5 | 6 MiB |"
+    assert task_vector == f"| {kind} | Gemma 3 270M | task vector | 1 | 0.300 | 0.25 | 0.100 | 8 | 7 MiB |"
+    assert trained[-1] == f"| {kind} | Gemma 3 270M | LoRA, 200 steps | 1 | 0.400 | – | 0.200 | 400 | 9 MiB |"
+    told = {**row, "model": "smol", "task": "pirate", "kind": "instruction", "seconds": 2, "peak_mib": 2, "drift": 0.3}
+    results.add({**told, "method": "patch", "recipe": "default", "recovered": 0.6})
+    results.add({**told, "method": "task-vector", "recovered": 0.1})
+    for steps in (25, 200):
+        results.add({**told, "method": run.LORA, "rate": 1e-3, "steps": steps, "recovered": 0.5, "fitted": 0.5})
+    lines = real_tables.rivals().splitlines()[2:]
+    assert lines[4].startswith(
+        f"| {real_tables.KINDS['instruction']} | SmolLM2 135M Instruct | patch | 1 | 0.600 | – |"
+    )
+    assert lines[-4] == "| all | all | patch | 2 | 0.700 | – | 0.155 | 4 | 4 MiB |"
 
 
 class Index:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import csv
-import ctypes
 import datetime
 import statistics
 import sys
@@ -20,11 +19,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measure import BATCH_SIZE, MAX_NEW_TOKENS
+from measure import BATCH_SIZE, MAX_NEW_TOKENS, cost
 from tasks import WORD_FORMAT, Task, task
 
 import thought_kernels as tk
-from thought_kernels.evaluation.measures.memory import MemoryPeak
 from thought_kernels.evaluation.measures.trial import prompted_texts
 from thought_kernels.prompts.prompt import encode
 
@@ -63,12 +61,9 @@ def measured(name: str, path: str) -> dict[str, Any]:
     rows = [[*row.with_prefix, *row.tokens] for row in encoded]
 
     def held(call: Any) -> float:
-        ctypes.CDLL("libc.so.6").malloc_trim(0)  # what was freed before is not to be taken for free of charge
-        with MemoryPeak(torch.device("cpu")) as before:
-            pass
-        with MemoryPeak(torch.device("cpu")) as during:
+        with cost(torch.device("cpu")) as found:
             call()
-        return during.host_mib - before.host_mib
+        return found["peak_mib"]
 
     def fit() -> None:
         tk.transmute(model, tokenizer, of.instruction, examples, **options)
@@ -81,7 +76,7 @@ def measured(name: str, path: str) -> dict[str, Any]:
         seconds.append(time.perf_counter() - started)
     return {
         "model": name, "task": of.name, "inputs": INPUTS, "tokens": sum(len(row.tokens) for row in encoded),
-        "seconds": round(statistics.median(seconds), 2), "peak_mib": round(fit_mib), "forward_mib": round(forward_mib),
+        "seconds": round(statistics.median(seconds), 2), "peak_mib": fit_mib, "forward_mib": forward_mib,
         "device": device_name("cpu"), "threads": torch.get_num_threads(), "torch": version("torch"),
         "transformers": version("transformers"), "date": datetime.date.today().isoformat(),
     }  # fmt: skip

@@ -3,7 +3,7 @@
     python benchmarks/real/run.py --development --models gemma=DIR smol=DIR qwen=DIR [--seeds 0 1 2]
     python benchmarks/real/run.py --reserved ...            the report; no recipe or default may be chosen by it
     python benchmarks/real/run.py ... --recipe ridge=0.3 "sites=('attention', 'down')"         a study
-    python benchmarks/real/run.py ... --rival lora --seeds 0                                   slow: 200 steps a rate
+    python benchmarks/real/run.py ... --rival all --seeds 0 --inputs 32              or some of rivals.FITS, and lora
 
 A model is a folder or a .gguf file; those not given are skipped. Rows that are there are kept: delete the file, or
 some of its rows, to measure them again.
@@ -22,10 +22,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measure import CHECKPOINTS, RANK, RATES, Measurement, Row
+from measure import Measurement, Row
+from rivals import CHECKPOINTS, FITS, LORA, RATES, made, trained
 from tasks import Task, names, task
 from tqdm import tqdm
 
+from thought_kernels.evaluation.measures.drift import Drift
 from thought_kernels.models.load import load
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "measure"))
@@ -33,14 +35,18 @@ from harness import device_name
 
 OUTPUT = Path(__file__).parents[1] / "results" / "real.csv"
 KINDS = {"gemma": ("word",), "smol": ("instruction",), "qwen": ("instruction", "system", "arithmetic")}
-LORA = f"LoRA of rank {RANK}"
+RIVALS = (*FITS, "lora")
 KEY = ("model", "task", "seed", "inputs", "method", "recipe", "rate", "steps", "device")
 COLUMNS = (
     "model", "task", "kind", "reserved", "seed", "inputs", "method", "recipe", "rate", "steps",
     "prompted", "bare", "patched", "recovered", "tokens", "seconds", "generation",
     "device", "threads", "torch", "transformers", "date",
+    "peak_mib", "drift", "fitted", "choosing", "settings",
 )  # fmt: skip
-SHOWN = ("task", "seed", "inputs", "rate", "steps", "prompted", "bare", "patched", "recovered", "seconds", "generation")
+SHOWN = (
+    "task", "seed", "inputs", "method", "rate", "steps", "prompted", "bare", "patched", "recovered", "fitted", "drift",
+    "seconds", "generation", "peak_mib", "settings",
+)  # fmt: skip
 
 
 class Results:
@@ -73,20 +79,24 @@ def wanted(options: argparse.Namespace, model: str, of: Task, device: str) -> It
             "model": model, "task": of.name, "kind": of.kind, "reserved": of.reserved, "seed": of.seed,
             "inputs": inputs, "device": device,
         }  # fmt: skip
-        if options.rival:
+        for rival in options.rival:
+            if rival != "lora":
+                yield {**row, "method": rival}
+                continue
             for rate in options.rates:
                 yield {**row, "method": LORA, "rate": rate, "steps": max(CHECKPOINTS)}
-        else:
+        if not options.rival:
             yield {**row, "method": "patch", "recipe": recipe}
 
 
 def measured(measurement: Measurement, row: Row, recipe: dict[str, Any]) -> Iterator[Row]:
     versions = {name: version(name) for name in ("torch", "transformers")}
-    for found in (
-        measurement.trained(row["inputs"], row["rate"])
-        if row["method"] == LORA
-        else [measurement.patched(row["inputs"], recipe)]
-    ):
+    method, inputs = row["method"], row["inputs"]
+    if method == LORA:
+        rows = trained(measurement, inputs, row["rate"])
+    else:
+        rows = iter([made(measurement, method, inputs) if method in FITS else measurement.patched(inputs, recipe)])
+    for found in rows:
         today = datetime.date.today().isoformat()
         yield {**row, **found, **versions, "threads": torch.get_num_threads(), "date": today}
 
@@ -114,8 +124,9 @@ def run(options: argparse.Namespace, name: str, path: str) -> None:
     if not todo:
         return
     model, tokenizer = load(path, device=options.device)
+    drift = Drift(model, tokenizer)
     for of, rows in tqdm(todo, desc=name):
-        measurement = Measurement(model, tokenizer, of)
+        measurement = Measurement(model, tokenizer, of, drift)
         for row in rows:
             for found in measured(measurement, row, recipe):
                 results.add(found)
@@ -132,11 +143,13 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--inputs", type=int, nargs="+", default=[32, 8], help="to fit on; 0 for the prompt alone")
     parser.add_argument("--recipe", nargs="+", default=[], metavar="KEY=VALUE", help="arguments of transmute")
-    parser.add_argument("--rival", choices=["lora"])
+    parser.add_argument("--rival", nargs="+", default=[], choices=[*RIVALS, "all"], help="in place of the patch")
     parser.add_argument("--rates", type=float, nargs="+", default=RATES)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--output", type=Path, default=OUTPUT)
     options = parser.parse_args()
+    if "all" in options.rival:
+        options.rival = list(RIVALS)
     for entry in options.models:
         if entry.partition("=")[0] not in KINDS or not entry.partition("=")[2]:
             parser.error(f"models must be NAME=PATH with a name of {', '.join(KINDS)}, got {entry!r}")

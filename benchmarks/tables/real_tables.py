@@ -112,24 +112,79 @@ def tasks() -> str:
     return markdown(head, lines)
 
 
-def best(rows: list[Row]) -> str:
-    """The row with the best held-out effect."""
-    row = max(rows, key=lambda row: float(row["recovered"]))
-    return f"{float(row['recovered']):.3f} in {float(row['seconds']):.0f} s"
+RIVALS = {
+    "patch": "patch", "mean-difference": "mean-difference vector", "function-vector": "function vector",
+    "task-vector": "task vector", "principal-direction": "principal direction", "probe-direction": "probe direction",
+    "rank-one": "rank-one edit", "paper": "the paper's recipe",
+}  # fmt: skip
+
+
+def chosen(rows: list[Row]) -> Row:
+    """Of a LoRA's rates the one of best effect on the rows that it learned from, with the seconds of all."""
+    row = max(rows, key=lambda row: float(row["fitted"] or "-inf"))
+    return {**row, "seconds": str(sum(float(row["seconds"]) for row in rows))}
+
+
+def loras() -> list[Row]:
+    """LoRAs from 32 inputs at each checkpoint."""
+    rows = [row for row in read(inputs="32") if row["steps"]]
+    return [chosen(mine) for mine in grouped(rows, "model", "task", "seed", "steps").values()]
+
+
+def rivals() -> str:
+    """Every method from 32 inputs, means over the tasks and seeds on which all methods were measured."""
+    rows = [row for row in read(inputs="32") if row["method"] in RIVALS and row["recipe"] in ("default", "")]
+    rows += [{**row, "method": f"LoRA, {row['steps']} steps"} for row in loras()]
+    groups = sorted(
+        grouped(rows, "kind", "model").items(), key=lambda item: (list(KINDS).index(item[0][0]), item[0][1])
+    )
+    lines, compared = [], []
+    for (kind, model), mine in groups:
+        kept = on_the_same(mine)
+        compared += kept
+        lines += [(KINDS[kind], MODELS[model], *line) for line in by_method(kept)]
+    if len({line[:2] for line in lines}) > 1:
+        lines += [("all", "all", *line) for line in by_method(on_the_same(compared))]
+    head = (
+        "kind", "model", "method", "tasks and seeds", "recovered", "accuracy of prompted", "drift", "seconds", "memory",
+    )  # fmt: skip
+    return markdown(head, lines) if lines else "No rival has been measured yet."
+
+
+def on_the_same(rows: list[Row]) -> list[Row]:
+    """The rows of models, tasks and seeds on which every method was measured; none where there is one method."""
+    methods = {row["method"] for row in rows}
+    measured = grouped(rows, "model", "task", "seed").values()
+    return [row for mine in measured if len({row["method"] for row in mine}) == len(methods) > 1 for row in mine]
+
+
+def by_method(rows: list[Row]) -> list[tuple[str, ...]]:
+    """A line for each method: recovered effect, accuracy, drift, seconds, memory."""
+    order = [*RIVALS, *(f"LoRA, {steps} steps" for steps in (25, 50, 100, 200))]
+    lines = []
+    for (method,), mine in sorted(grouped(rows, "method").items(), key=lambda item: order.index(item[0][0])):
+        judged = all(row["patched"] for row in mine)
+        memory = [float(row["peak_mib"]) for row in mine if row["peak_mib"]]
+        lines.append((
+            RIVALS.get(method, method), str(len(mine)), f"{average(mine, 'recovered'):.3f}",
+            f"{average(mine, 'patched') / average(mine, 'prompted'):.2f}" if judged else "–", shown(mine, "drift"),
+            f"{median(float(row['seconds']) for row in mine):.0f}",
+            f"{median(memory):.0f} MiB" if len(memory) == len(mine) else "–",
+        ))  # fmt: skip
+    return lines
 
 
 def rival() -> str:
-    """The patch, and a LoRA trained on the same rows: at each step the rate with the best held-out effect."""
+    """The patch, and a LoRA trained on the same rows, at each checkpoint."""
     lines = []
-    for (model, task, seed, inputs), rows in grouped(read(steps="200"), "model", "task", "seed", "inputs").items():
-        found = read(model=model, task=task, seed=seed, inputs=inputs)
-        ours = [row for row in found if row["method"] == "patch" and row["recipe"] == "default"]
+    for (model, task, seed), rows in grouped(loras(), "model", "task", "seed").items():
+        ours = patches(model=model, task=task, seed=seed, inputs="32")
         if not ours:
             continue
-        checkpoints = grouped((row for row in found if row["steps"]), "steps")
-        cells = [best(trained) for _, trained in sorted(checkpoints.items(), key=lambda item: int(item[0][0]))]
+        ordered = sorted(rows, key=lambda row: int(row["steps"]))
+        cells = [f"{float(row['recovered']):.3f} in {float(row['seconds']):.0f} s" for row in [*ours, *ordered]]
         star = r" \*" if rows[0]["reserved"] == "True" else ""
-        lines.append((task + star, MODELS[model], best(ours), *cells))
+        lines.append((task + star, MODELS[model], *cells))
     head = ("task", "model", "patch", "LoRA, 25 steps", "50", "100", "200")
     return markdown(head, lines) if lines else "No LoRA has been trained yet."
 
@@ -164,6 +219,7 @@ REAL: dict[str, Callable[[], str]] = {
     "real reserved": reserved,
     "real summary": summary,
     "real tasks": tasks,
+    "real rivals": rivals,
     "real rival": rival,
     "real recipes": recipes,
     "real given": given,
