@@ -21,6 +21,7 @@ from thought_kernels.evaluation.budget.units import Work
 from thought_kernels.evaluation.budget.work import works
 from thought_kernels.evaluation.figures.headings import HEADINGS
 from thought_kernels.evaluation.measures import drift, trial
+from thought_kernels.evaluation.rivals import function_vector, paper, rank_one, rows, states
 from thought_kernels.evaluation.sections import bystanders, combination
 from thought_kernels.evaluation.sections import subject as subjects
 from thought_kernels.evaluation.sections.amounts import SCALES
@@ -64,7 +65,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
 
         monkeypatch.setattr(module, name, watched)
 
-    for module in (trial, bystanders, combination):
+    for module in (trial, bystanders, combination, rows):
         watch(module, "completion_logprobs", "reads", lambda args: len(args[1]))
     for module in (trial, bystanders):
         watch(module, "complete", "writes", lambda args: len(args[1]))
@@ -72,7 +73,13 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     watch(subjects, "completed", "writes", lambda args: 2 * len(EXAMPLES))
     watch(subjects, "transmute", "fits", lambda _: 1)
     watch(subjects, "fit", "fits", lambda _: 1)
-    watch(subjects, "refit", "refits", lambda _: 1)
+    for module in (subjects, paper):
+        watch(module, "refit", "refits", lambda _: 1)
+    for module in (states, rank_one):
+        watch(module, "answer_states", "reads", lambda args: len(args[1]))
+    watch(function_vector._Trial, "probability", "reads", lambda args: len(args[0]._ids))
+    monkeypatch.setattr(rank_one, "TEXT_TOKENS", 4)
+    watch(rank_one, "continue_prompts", "writes", lambda args: len(args[1]))
     return counts
 
 

@@ -23,7 +23,7 @@ from thought_kernels.evaluation.rivals.function_vector import shuffled_prompts
 from thought_kernels.evaluation.rivals.places import prompt_end
 from thought_kernels.evaluation.rivals.rows import Rows
 from thought_kernels.fitting import encoding
-from thought_kernels.models import describe
+from thought_kernels.fitting.transmute import prepared
 from thought_kernels.patches.patch import ThoughtPatch
 from thought_kernels.prompts.examples import load_examples
 from thought_kernels.prompts.prompt import EncodedExample, encode
@@ -139,17 +139,13 @@ class Measurement:
 
     def _rows(self, inputs: int) -> tuple[Rows, float]:
         """The rows that transmute fits on by default, and the seconds of writing them; `rows` keeps the last."""
-        recipe, decoder = tk.Recipe(), describe(self.model)
+        recipe, examples = tk.Recipe(), load_examples([question for question, _ in self._task.inputs[:inputs]])
         prompt = encoding.Prompt(self._task.instruction, None, "\n", self._options.get("format"))
         writing = encoding.Writing(recipe.completions, self._max_new_tokens, BATCH_SIZE, seed=0)
-        examples = load_examples([question for question, _ in self._task.inputs[:inputs]])
-        asked = [prompt.encode(self._tokenizer, example, number) for number, example in enumerate(examples)]
         started = time.perf_counter()
-        texts = encoding.more_inputs(decoder, self._tokenizer, examples, recipe.written_inputs, writing)
-        asked, _ = encoding.with_inputs(decoder, self._tokenizer, prompt, examples, asked, texts)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "transmute: .* completions did not end")
-            written = encoding.completed(decoder, self._tokenizer, prompt, examples[0], asked, len(examples), writing)
+            written = prepared(self.model, self._tokenizer, prompt, examples, recipe, writing).rows
         seconds = time.perf_counter() - started
 
         def ask(text: Any, instruction: Any = self._task.instruction) -> EncodedExample:

@@ -18,13 +18,16 @@ def rival_works(subject: Subject) -> dict[str, Work]:
     """The work of making each baseline, its choice of settings included; what all share is not in it."""
     rows, blocks = rows_of(subject), subject.decoder.blocks
     vectors, values = len(spread(len(blocks))) * len(SCALES), len(DEPTHS) * len(VALUE_RATES)
+    searched = min(VALUE_ROWS, rows)
     heads = sum(block.num_attention_heads for block in blocks)
     steps = subject.lora_steps + len(RATES) * max(1, subject.lora_steps // LORA_SHORT)
     return {
         "mean-difference vector": Work(reads=2 * rows + _chosen(len(PLACES) * vectors, rows)),
-        "function vector": Work(reads=rows + heads * min(TOLD_TRIALS, rows) + _chosen(vectors, rows)),
+        "function vector": Work(reads=rows + (1 + heads) * min(TOLD_TRIALS, rows) + _chosen(vectors, rows)),
         "rank-one edit": Work(
-            steps=values * (STEPS + 1) * min(VALUE_ROWS, rows), writes=TEXTS, reads=2 * rows + _chosen(values, rows)
+            steps=values * (STEPS + 1) * searched,
+            writes=TEXTS,
+            reads=rows + TEXTS + values * searched + _chosen(values, rows),
         ),
         "paper's recipe": Work(refits=1, reads=_chosen(len(C1_FACTORS), rows)),
         "LoRA": Work(steps=steps * min(BATCH, rows), reads=(2 + len(RATES)) * rows),
