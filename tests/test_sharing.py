@@ -188,6 +188,9 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_a_patch_goes_to_the_hub_and_comes_back(hub: Path, tmp_path: Path) -> None:
     patch = random_patch(provenance={"instruction": "one", "model": "/srv/somebody/models/gemma"})
+    of_a_sum = patch + random_patch(1, provenance={"instruction": "two", "model": "/srv/somebody/models/gemma"})
+    of_a_sum.push_to_hub("me/sum")
+    assert b"somebody" not in (hub / "me" / "sum" / RECORD_FILE).read_bytes()
     assert patch.push_to_hub("me/patch", evaluation=report()) == "https://hub/me/patch"
     names = {TENSOR_FILE, RECORD_FILE, CARD_FILE}
     assert {path.name for path in (hub / "me" / "patch").iterdir()} == names

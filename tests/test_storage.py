@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import random
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -111,6 +112,28 @@ def test_any_damaged_byte_is_found(
         assert name == RECORD_FILE
         assert json.loads(bytes(content)) == json.loads(files[name])
         assert_same(loaded, patch)
+
+
+@pytest.mark.slow
+def test_ten_thousand_damaged_folders_are_refused(saved: Any, tmp_path: Path) -> None:
+    patch, files = saved
+    draw = random.Random(0)
+    loaded = 0
+    for _ in range(10_000):
+        name = draw.choice([TENSOR_FILE, RECORD_FILE])
+        content = bytearray(files[name])
+        for _ in range(draw.randint(1, 4)):
+            content[draw.randrange(len(content))] = draw.randrange(256)
+        del content[len(content) if draw.random() < 0.8 else draw.randrange(len(content)) :]
+        folder = write(tmp_path, {**files, name: bytes(content)})
+        try:
+            found = ThoughtPatch.from_pretrained(folder)
+        except ValueError as error:
+            assert str(error).startswith("from_pretrained: ")
+        else:
+            loaded += 1
+            assert_same(found, patch)
+    assert loaded < 100  # an unlucky draw may leave a byte as it was, or one blank of the JSON for another
 
 
 def forge(

@@ -7,7 +7,7 @@ Each argument is a name for the row, the model (benchmarks/real/pretrained.py fe
 llama.cpp is asked the same prompts as transformers and reads the same answers, bare, prompted and patched. What the two
 make of the bare model differs too, since llama.cpp rounds activations to 8 bits before it multiplies quantised weights:
 no adapter can agree better than that. `recovered` is 1 − Σ KL(prompted ‖ patched) / Σ KL(prompted ‖ bare), each within
-one engine.
+one engine. A subject that stands in the results is not measured again.
 """
 
 from __future__ import annotations
@@ -146,18 +146,36 @@ def main() -> None:
     parser.add_argument("--held-out", type=int, default=32)
     parser.add_argument("--output", type=Path, default=OUTPUT)
     arguments = parser.parse_args()
-    rows: list[dict[str, Any]] = []
+    rows = _read(arguments.output)
     for subject in arguments.subjects:
         name, _, rest = subject.partition("=")
         model, _, what = rest.rpartition(":")
+        wanted = {"model": name, "task": what, "inputs": str(arguments.inputs), "held_out": str(arguments.held_out)}
+        if any(wanted.items() <= row.items() for row in rows):
+            print(f"{subject} stands in {arguments.output} already; delete its rows to measure it again")
+            continue
         of = task(what, seed=0, inputs=max(arguments.inputs, arguments.held_out))
-        for row in measured(name, model, of, arguments.inputs, arguments.held_out):
-            print(row, flush=True)
-            rows.append(row)
-    with arguments.output.open("w", newline="") as file:
+        found = list(measured(name, model, of, arguments.inputs, arguments.held_out))
+        rows = [row for row in rows if (row["model"], row["task"]) != (name, what)] + found
+        _write(arguments.output, rows)
+        print(*found, sep="\n", flush=True)
+
+
+def _read(path: Path) -> list[dict[str, Any]]:
+    if not path.exists():
+        return []
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def _write(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Complete under a temporary name before it takes the old one's place."""
+    partial = path.with_name(f".{path.name}")
+    with partial.open("w", newline="") as file:
         writer = csv.DictWriter(file, rows[0].keys(), lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
+    partial.replace(path)
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from experiment_tables import EXPERIMENTS
 from inspect_tables import INSPECT
 from real_picture import PICTURE, draw, is_current
 from real_tables import REAL
+from serving_tables import SERVING
 from toy_tables import TOY
 
 from thought_kernels.evaluation.records.files import write_text
@@ -36,6 +37,7 @@ DOCUMENTS = (
     "docs/experiments.md",
     "docs/spectral_models.md",
     "docs/real_models.md",
+    "docs/serving.md",
 )
 
 
@@ -44,6 +46,7 @@ TABLES: dict[str, Callable[[], str]] = {
     **CPU_TABLES,
     **EXPERIMENTS,
     **REAL,
+    **SERVING,
     **TOY,
     **INSPECT,
 }

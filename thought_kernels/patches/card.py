@@ -53,6 +53,14 @@ def base_name(provenance: Mapping[str, Any]) -> str | None:
     return base if _is_hub_id(base) else Path(base).name
 
 
+def shareable(provenance: Mapping[str, Any]) -> dict[str, Any]:
+    """A provenance without the paths of somebody's disk, in the parts of a sum too."""
+    found = {**provenance, "model": base_name(provenance)} if "model" in provenance else dict(provenance)
+    if isinstance(found.get("parts"), list):
+        found["parts"] = [shareable(part) for part in found["parts"]]
+    return found
+
+
 def _is_hub_id(name: str) -> bool:
     return re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name) is not None and not name.endswith(".gguf")
 

@@ -14,7 +14,7 @@ import torch
 from thought_kernels.ops.checks import as_path
 from thought_kernels.patches import storage
 from thought_kernels.patches.apply import AppliedPatch
-from thought_kernels.patches.card import base_name, model_card
+from thought_kernels.patches.card import model_card, shareable
 from thought_kernels.patches.control_vector import read_control_vector
 from thought_kernels.patches.exports import Exports
 from thought_kernels.patches.hub import fetched, push
@@ -134,7 +134,7 @@ class ThoughtPatch(Exports):
             ValueError: as ``save_pretrained``, or a name that is no repository's. What the hub itself refuses is
                 raised as huggingface_hub raises it.
         """
-        shared = ThoughtPatch(self.entries, {**self.provenance, "model": base_name(self.provenance)})
+        shared = ThoughtPatch(self.entries, shareable(self.provenance))
 
         def write(folder: Path) -> None:
             shared.save_pretrained(folder, evaluation=evaluation)
