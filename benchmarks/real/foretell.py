@@ -12,7 +12,8 @@ and `additive`, the loss if log-probabilities moved by the sum of what each patc
 
 Rank correlations with their bootstrap intervals over instructions go to FILE_correlations.csv. Every pair is written as
 it is finished, patches are kept in FILE_patches/, and a run that was stopped goes on where it was. With --diagnosis,
-what each patch touches goes to a file too, a line for each block and site, with the neurons it moves most.
+what each patch touches goes to a file too, a line for each block and site, with the neurons it moves most and the
+tokens it writes towards.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ import thought_kernels as tk
 from thought_kernels.evaluation.measures.overlap import activation_moments, predictions, rank_correlation
 from thought_kernels.evaluation.measures.trial import Trial
 from thought_kernels.generation.logprobs import completion_logprobs, divergence
-from thought_kernels.spectral import diagnose, interference
+from thought_kernels.spectral import diagnose, interference, written_tokens
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
 FROM_WEIGHTS = ("felt", "felt_largest", "cosine", "inputs", "outputs", "norm")
@@ -83,7 +84,9 @@ class Asked:
         found = interference(patch, [made[other] for other in others], model)  # the weights are read once for all
         self.weights, self.patch = dict(zip(others, found, strict=True)), patch
         held_out = [text for text, _ in task(name, seed=0).held_out][: settings.inputs]
-        self.trial = Trial(model, tokenizer, task(name, seed=0).instruction, held_out, max_new_tokens=settings.tokens)
+        self.trial = Trial(
+            model, tokenizer, task(name, seed=0).instruction, held_out, None, max_new_tokens=settings.tokens
+        )
         self.model, self.bare = model, self.read(model)
         with patch.applied(model), activation_moments(model, patch) as moments:
             self.alone = self.read(model)
@@ -156,10 +159,11 @@ def interval(rows: Sequence[Row], predictor: str, instructions: Sequence[str]) -
     return float(low), float(high)
 
 
-def diagnosis(made: dict[str, Any], model: Any, path: Path, key: Row) -> None:
+def diagnosis(made: dict[str, Any], model: Any, tokens: Sequence[str], path: Path, key: Row) -> None:
     """What each patch touches, a line for each block and site."""
     rows = read_rows(path, key)
     for name in tqdm([name for name in made if name not in {row["instruction"] for row in rows}], desc="diagnosis"):
+        written = written_tokens(made[name], model, tokens, count=5)
         for site in diagnose(made[name], model).sites.values():
             figures = site.features.summary()
             shown = {
@@ -172,6 +176,7 @@ def diagnosis(made: dict[str, Any], model: Any, path: Path, key: Row) -> None:
                 **key, "instruction": name, "block": site.layer, "site": site.site,
                 **{figure: f"{value:.6g}" for figure, value in shown.items()},
                 "most_transported": " ".join(map(str, figures["most_transported"])),
+                "tokens": " ".join(f"{one.name}:{one.gain:.1f}" for one in written.get((site.layer, site.site), ())),
             })  # fmt: skip
         write_rows(path, rows)
 
@@ -209,7 +214,8 @@ def main() -> None:
     for line in lines:
         print(*line.values(), sep=", ")
     if settings.diagnosis:
-        diagnosis(made, model, settings.diagnosis, key)
+        tokens = tokenizer.convert_ids_to_tokens(range(model.get_input_embeddings().num_embeddings))
+        diagnosis(made, model, [str(token) for token in tokens], settings.diagnosis, key)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@
     neighbours    tokens and neurons: who shares dimensions with whom
     comparison    two models, matrix by matrix
     diagnosis, site_diagnosis, overlap      what a patch touches in a model, and how two patches interfere
+    written       the tokens that a patch writes towards
 
 W is [m, n] with features in columns throughout.
 """
@@ -53,6 +54,7 @@ from thought_kernels.spectral.spectrum import FrameSpectrum, frame_spectrum
 from thought_kernels.spectral.stored import StoredMatrix, stored_matrices, token_names
 from thought_kernels.spectral.tails import Tail, power_law_tail
 from thought_kernels.spectral.taxonomy import FeatureClasses, classify_features
+from thought_kernels.spectral.written import WrittenToken, written_tokens
 
 __all__ = [
     "AssociationScheme",
@@ -77,6 +79,7 @@ __all__ = [
     "StoredMatrix",
     "Tail",
     "TightFrame",
+    "WrittenToken",
     "angle_velocity",
     "association_scheme",
     "centralizer_part",
@@ -116,4 +119,5 @@ __all__ = [
     "support_bounds",
     "tight_frames",
     "token_names",
+    "written_tokens",
 ]

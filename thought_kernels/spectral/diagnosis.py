@@ -100,8 +100,8 @@ def diagnose(patch: Any, model: Any, *, other: Any = None) -> Diagnosis:
 
     Source: Spectral superposition, §1 (what steering touches), eq. 3.1-3.3; gains and overlaps are ours.
     """
-    ours, theirs = _edits(patch, "patch"), {} if other is None else _edits(other, "other")
-    weights = _weights(model, [("patch", ours), ("other", theirs)])
+    ours, theirs = edits_of(patch, "patch"), {} if other is None else edits_of(other, "other")
+    weights = weights_of(model, [("patch", ours), ("other", theirs)])
     sites, shared = {}, {}
     for key, (delta, resolution) in ours.items():
         X = _features(weights[key])
@@ -131,9 +131,9 @@ def interference(patch: Any, others: Sequence[Any], model: Any) -> list[Interfer
 
     Source: ours.
     """
-    ours = _edits(patch, "patch")
-    theirs = [_edits(other, "others") for other in others]
-    weights = _weights(model, [("patch", ours), *(("others", edits) for edits in theirs)])
+    ours = edits_of(patch, "patch")
+    theirs = [edits_of(other, "others") for other in others]
+    weights = weights_of(model, [("patch", ours), *(("others", edits) for edits in theirs)])
     shared: list[dict[Key, Overlap]] = [{} for _ in theirs]
     for key, edit in ours.items():
         F = _passed_on(key, _features(weights[key]))
@@ -149,7 +149,7 @@ def _interference(shared: Mapping[Key, Overlap], ours: Mapping[Key, Any], theirs
     return Interference(shared, felt**0.5, caused**0.5)
 
 
-def _edits(patch: Any, name: str) -> dict[Key, _Edit]:
+def edits_of(patch: Any, name: str) -> dict[Key, _Edit]:
     """A patch's nonzero matrices."""
     try:
         keys = [(layer, site) for layer in patch.layers for site in patch.sites if site in MATRIX_SITES]
@@ -172,7 +172,7 @@ def _edits(patch: Any, name: str) -> dict[Key, _Edit]:
     return edits
 
 
-def _weights(model: Any, named: Sequence[tuple[str, Mapping[Key, _Edit]]]) -> dict[Key, list[Tensor]]:
+def weights_of(model: Any, named: Sequence[tuple[str, Mapping[Key, _Edit]]]) -> dict[Key, list[Tensor]]:
     """The weights that edits multiply, after checking all edits, each with its argument's name, against the model."""
     decoder = describe(model)
     weights: dict[Key, list[Tensor]] = {}
