@@ -270,7 +270,8 @@ def test_a_probe_is_at_the_least_of_its_loss(size: float) -> None:
 def test_probes_find_the_heads_that_tell_the_instruction(model: Any) -> None:
     rows = rows_of()
     found = probe_direction.probes(model, rows)
-    assert len(found) == 12 and [p.accuracy for p in found] == sorted((p.accuracy for p in found), reverse=True)
+    assert len(found) == 12 and all(p.loss > 0 for p in found)
+    assert found == sorted(found, key=lambda p: (-p.accuracy, p.loss))
     modules = {block.index: block.o_proj for block in describe(model).blocks}
     for probe in found[:2]:
         told, bare = (
