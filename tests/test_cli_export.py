@@ -191,7 +191,7 @@ def test_export_refuses_in_a_sentence(folder: Path, tmp_path: Path) -> None:
         ((patch, "-o", tmp_path / "x", "-f", "gguf-vector"), "export_control_vector: patch must hold nothing but", 1),
         ((patch, "-o", file), "--output must be a folder, got the file", 2),
         ((patch, "-o", tmp_path / "x", "--rank", 0), "--rank", 2),
-        ((other, "-o", tmp_path / "x"), "export_peft: patch must have the model's hidden size 36, got 40", 1),
+        ((other, "-o", tmp_path / "x"), "check: patch must have the model's hidden size 36, got 40", 1),
         ((tmp_path, "-o", tmp_path / "x"), "from_pretrained:", 1),
     ):
         result = run("export", *arguments, "-m", folder)

@@ -15,7 +15,9 @@ import torch
 
 import thought_kernels as tk
 from thought_kernels.evaluation.measures.export_loss import export_loss
+from thought_kernels.generation.completions import complete, ending_of
 from thought_kernels.patches.patch import ThoughtPatch
+from thought_kernels.prompts.examples import load_examples
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks" / "real"))
 
@@ -101,6 +103,12 @@ def test_a_low_rank_keeps_most_of_the_effect(smol: Model, french: ThoughtPatch, 
     assert 0.8 < kept[16] < kept[64] + 0.02 and kept[64] > 0.9, kept
 
 
+def alike(answer: list[int], other: list[int]) -> float:
+    """Share of the leading tokens that two answers have in common."""
+    pairs = list(zip(answer, other, strict=False))
+    return next((place for place, (a, b) in enumerate(pairs) if a != b), len(pairs)) / max(len(answer), len(other))
+
+
 @pytest.mark.skipif(not llama_runner.available(), reason="runs llama.cpp; pip install xllamacpp")
 def test_llama_cpp_follows_the_adapter_on_the_same_file(
     file: Path, smol: Model, french: ThoughtPatch, prompts: list[list[int]], patched: list[torch.Tensor], tmp_path: Path
@@ -110,6 +118,14 @@ def test_llama_cpp_follows_the_adapter_on_the_same_file(
         bare = [served.logits(ids, 1)[0].double() for ids in prompts]
     with llama_runner.LlamaCpp(file, lora=written.file) as served:
         found = [served.logits(ids, 1)[0].double() for ids in prompts]
+        answers = [served.answer(ids, 8, {smol[1].eos_token_id}) for ids in prompts]
+    ending = ending_of(*smol, load_examples(["Hi"])[0])
+    with french.applied(smol[0]):
+        ours = complete(smol[0], prompts, ending=ending, max_new_tokens=8, batch_size=4)
+    without = complete(smol[0], prompts, ending=ending, max_new_tokens=8, batch_size=4)
+    # Roundings may turn a token, after which the answers go apart: of four, so much as one whole answer must agree.
+    agreed = sum(alike(a, b) for a, b in zip(answers, ours, strict=True))
+    assert agreed > 1 + sum(alike(a, b) for a, b in zip(without, ours, strict=True)), (answers, ours)
 
     def divergence(wanted: list[torch.Tensor], actual: list[torch.Tensor]) -> float:
         pairs = [(a.log_softmax(-1), b.log_softmax(-1)) for a, b in zip(wanted, actual, strict=True)]
