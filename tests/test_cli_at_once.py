@@ -176,7 +176,7 @@ def test_a_patch_goes_into_the_model_that_it_was_made_for(folder: str, tmp_path:
     assert named.exit_code == remembered.exit_code == 0 and named.stdout == remembered.stdout, remembered.output
     assert f"the patch was made for {folder}, which is used" in shown(remembered)
     assert run("export", saved, "-o", tmp_path / "adapter").exit_code == 0
-    assert "in place of the adapter there" in run("export", saved, "-o", tmp_path / "adapter").stdout
+    assert "in place of the export there" in run("export", saved, "-o", tmp_path / "adapter").stdout
 
     gone = tk.ThoughtPatch.from_pretrained(saved)
     gone.provenance["model"] = str(tmp_path / "gone")
