@@ -192,7 +192,7 @@ def main() -> None:
     parser.add_argument("--diagnosis", type=Path)
     settings = parser.parse_args()
     name, _, folder = settings.model.partition("=")
-    key = {"model": name, "examples": str(settings.examples), "inputs": str(settings.inputs),
+    key = {"model": name, "examples": str(settings.examples), "held_out": str(settings.inputs),
            "tokens": str(settings.tokens)}  # fmt: skip
     instructions = settings.instructions.split(",")
     rows = read_rows(settings.output, key)

@@ -57,24 +57,26 @@ def overlap(A: Tensor, B: Tensor, F: Tensor) -> Overlap:
     Returns:
         An Overlap.
     """
-    reads = _squared(A @ B.T) / _positive(_norm(A.T @ A) * _norm(B.T @ B))
-    FA, FB = F @ A, F @ B
-    own_a, own_b, cross = A.T @ FA, B.T @ FB, A.T @ FB
-    writes = _squared(cross) / _positive(_norm(own_a) * _norm(own_b))
-    trace_a, trace_b = float(own_a.diagonal().sum()), float(own_b.diagonal().sum())
-    alignment = float(cross.diagonal().sum()) / _positive(max(trace_a, 0.0) * max(trace_b, 0.0)) ** 0.5
+    # All in [d_out, d_out], which is the smaller side at down: ‖AᵀFB‖² = tr(F AAᵀ F BBᵀ), and ‖AᵀA‖ = ‖AAᵀ‖.
+    own_a, own_b, both = A @ A.T, B @ B.T, A @ B.T
+    reads = _squared(both) / _positive(_norm(own_a) * _norm(own_b))
+    through_a, through_b = F @ own_a, F @ own_b
+    sizes = [float((one * one.T).sum()) for one in (through_a, through_b)]
+    writes = float((through_a * through_b.T).sum()) / _positive(max(sizes[0], 0.0) * max(sizes[1], 0.0)) ** 0.5
+    trace_a, trace_b = (float(one.diagonal().sum()) for one in (through_a, through_b))
+    alignment = float((F * both).sum()) / _positive(max(trace_a, 0.0) * max(trace_b, 0.0)) ** 0.5
     return Overlap(
         read=min(reads, 1.0),
-        write=min(writes, 1.0),
+        write=max(0.0, min(writes, 1.0)),
         alignment=max(-1.0, min(alignment, 1.0)),
-        felt=_through(B, A, FB) / _positive(_through(A, A, FA)),
-        caused=_through(A, B, FA) / _positive(_through(B, B, FB)),
+        felt=_root((both @ F) * both) / _positive(_root(through_a * own_a)),
+        caused=_root((F @ both) * both) / _positive(_root(through_b * own_b)),
     )
 
 
-def _through(change: Tensor, reader: Tensor, weighted: Tensor) -> float:
-    """‖W C Rᵀ‖_F = √tr((C Rᵀ)ᵀ F C Rᵀ), given F C."""
-    return max(0.0, float(((change @ reader.T) * (weighted @ reader.T)).sum())) ** 0.5
+def _root(terms: Tensor) -> float:
+    """√Σ of a sum that is nonnegative but for rounding: ‖W C‖_F from C ⊙ FC."""
+    return max(0.0, float(terms.sum())) ** 0.5
 
 
 def _norm(matrix: Tensor) -> float:

@@ -74,16 +74,19 @@ def predictions(ours: ThoughtPatch, theirs: ThoughtPatch, moments: Mapping[Key, 
         for key in patch.entries:
             d = augmented(patch, key)
             squares["dot"][side] += float(d.square().sum())
-            squares["out"][side] += float((d @ d.T).square().sum())
-            squares["in"][side] += float((d.T @ d).square().sum())
+            outer = float((d @ d.T).square().sum())  # ‖DᵀD‖_F too, whose side is the longer one
+            squares["out"][side] += outer
+            squares["in"][side] += outer
             if key in moments:
-                squares["act"][side] += float(((d @ moments[key]) * d).sum())
+                moved = d @ moments[key]
+                squares["act"][side] += float((moved * d).sum())
+                if side and key in ours.entries:
+                    inner["act"] += float((moved * augmented(ours, key)).sum())
     for key in keys:
         a, b = augmented(ours, key), augmented(theirs, key)
         inner["dot"] += float((a * b).sum())
-        inner["out"] += float((a.T @ b).square().sum())  # tr(AAᵀ BBᵀ)
+        inner["out"] += float(((a @ a.T) * (b @ b.T)).sum())
         inner["in"] += float((a @ b.T).square().sum())
-        inner["act"] += float(((a @ moments[key]) * b).sum())
 
     def ratio(name: str) -> float:
         size = math.sqrt(squares[name][0] * squares[name][1])
