@@ -80,6 +80,10 @@ def test_rounding_and_quantising_are_told_from_other_weights() -> None:
     deeper = tiny_gemma3(layer_types=["full_attention"] * 4, vocab_size=65)
     assert {"its num_hidden_layers is 4, not 3", "its vocab_size is 65, not 64"} <= set(differences(recorded, deeper))
     assert json.loads(json.dumps(recorded)) == recorded
+    packed = tiny_gemma3()
+    for layer in packed.model.layers:  # quantised weights are integers, or tensors of a kind of their own
+        layer.self_attn.o_proj.weight = torch.nn.Parameter(torch.zeros(36, 40, dtype=torch.int8), requires_grad=False)
+    assert differences(recorded, packed) == [] and len(identity(packed)["weights"]) == 4
     text = identity(tiny_multimodal_gemma3())
     assert text["config"]["model_type"] == "gemma3_text" and len(text["weights"]) == 7
 

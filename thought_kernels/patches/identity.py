@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from thought_kernels.models import describe
-from thought_kernels.models.linear import linear_weight
+from thought_kernels.models.linear import is_plain, linear_weight
 from thought_kernels.ops.caller import warn
 from thought_kernels.patches.apply import targets
 from thought_kernels.patches.data import PatchData
@@ -126,8 +126,8 @@ def _weights(decoder: Any) -> Iterator[tuple[str, Tensor]]:
         block = decoder.blocks[index]
         named += [(f"block {index}, attention", block.o_proj), (f"block {index}, down", block.down_proj)]
     for name, module in named:
-        weight = getattr(module, "weight", None)
-        if isinstance(weight, Tensor) and weight.is_floating_point() and weight.dim() == 2 and not weight.is_meta:
+        weight: Any = getattr(module, "weight", None)
+        if is_plain(weight) and weight.dim() == 2:
             # Of an embedding as it is; of a linear module as [d_out, d_in], however it is kept.
             yield name, weight if name == "embedding" else linear_weight(module)
 
