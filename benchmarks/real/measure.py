@@ -115,7 +115,7 @@ class Measurement:
             warnings.filterwarnings("ignore", "transmute: .* completions did not end")  # and were cut, as held-out ones
             patch = tk.transmute(
                 self.model, self._tokenizer, self._task.instruction, questions,
-                max_new_tokens=self._max_new_tokens, **self._options, **recipe,
+                **{"max_new_tokens": self._max_new_tokens, **self._options, **recipe},
             )  # fmt: skip
         generation = inputs_written.seconds + completions_written.seconds
         return patch, {**found, "seconds": round(found["seconds"] - generation, 2), "generation": round(generation, 2)}
