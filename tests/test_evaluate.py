@@ -362,7 +362,8 @@ def good() -> dict[str, Section]:
         ),
         "baselines": section("baselines", ("patched", "recovered", 0.99), ("LoRA", "recovered", 0.9)),
         "side_effects": section(
-            "side_effects", ("patched", "unrelated KL", 0.001), ("told x", "accuracy, patch off", 1.0),
+            "side_effects", ("patched", "unrelated KL", 0.001), ("bare", "text perplexity", 20.0),
+            ("patched", "text KL", 0.002), ("told x", "accuracy, patch off", 1.0),
             ("told x", "accuracy, patch on", 0.98),
         ),
         "generalisation": section(
@@ -388,6 +389,7 @@ def test_the_verdict_says_yes_where_every_figure_is_good() -> None:
         ("controls", ("shuffled δ", "recovered", 0.3), 1, "partly"),
         ("baselines", ("LoRA", "recovered", 0.999), 2, "no"),
         ("side_effects", ("patched", "unrelated KL", 3.0), 3, "no"),
+        ("side_effects", ("patched", "text KL", 0.05), 3, "partly"),
         ("side_effects", ("told x", "accuracy, patch on", 0.9), 3, "partly"),
         ("generalisation", ("outside", "accuracy", 0.1), 4, "no"),
     ],
@@ -399,6 +401,14 @@ def test_each_line_turns_with_its_figures(name: str, figure: tuple[str, str, flo
     sections[name].add(*figure, inputs=100)
     statuses = [line.status for line in verdict(sections)]
     assert statuses[index] == status and statuses.count("yes") == 4
+
+
+def test_drift_on_text_that_a_model_does_not_know_is_no_harm() -> None:
+    sections = good()
+    sections["side_effects"].figures[:] = [f for f in sections["side_effects"].figures if "text" not in f.quantity]
+    sections["side_effects"].add("bare", "text perplexity", 1e5)
+    sections["side_effects"].add("patched", "text KL", 3.0)
+    assert verdict(sections)[3].status == "yes"
 
 
 def test_the_headline_names_what_to_look_at() -> None:

@@ -16,17 +16,21 @@ CONTROL = (0.2, 0.5)
 # KL on unrelated prompts, nats a token, and the loss of accuracy on other instructions.
 UNRELATED = (0.01, 0.1)
 OTHERS_LOST = (0.05, 0.25)
+# Perplexity of ordinary text below which a model knows such text, so that drift there is harm.
+KNOWN = 1000.0
 
 RULES = (
     f"Works: patched accuracy at least {KEPT[0]:.0%} of prompted and recovered effect at least {RECOVERED[0]:g} "
-    f"(partly: {KEPT[1]:.0%} and {RECOVERED[1]:g}). Cause: no control gains more than {CONTROL[0]:.0%} of the accuracy "
-    f"that the patch gains over bare, nor more than {CONTROL[1]:.0%} of its recovered effect (partly: {CONTROL[1]:.0%} "
-    "of the accuracy). Better: no baseline recovers more (partly: the "
-    "intervals overlap). Gentle: on unrelated prompts no further from bare than the model told the instruction is, "
-    f"or at most {UNRELATED[0]:g} nats a token, and at most {100 * OTHERS_LOST[0]:g} points of accuracy lost on "
-    f"average on other instructions (partly: {UNRELATED[1]:g} and {100 * OTHERS_LOST[1]:g}). Carries over: every case "
-    f"keeps at least {KEPT[0]:.0%} of the prompted accuracy (partly: {KEPT[1]:.0%} on average); cases that the "
-    "prompted model gets right less than half of the time are left out."
+    f"(partly: {KEPT[1]:.0%} and {RECOVERED[1]:g}).",
+    f"Cause: no control gains more than {CONTROL[0]:.0%} of the accuracy that the patch gains over bare, nor more than "
+    f"{CONTROL[1]:.0%} of its recovered effect (partly: {CONTROL[1]:.0%} of the accuracy).",
+    "Better: no baseline recovers more (partly: the intervals overlap).",
+    f"Gentle: on unrelated prompts at most {UNRELATED[0]:g} nats a token from bare, or no further than the model that "
+    f"is told the instruction; at most {UNRELATED[0]:g} on ordinary text, where the bare model's perplexity there is "
+    f"below {KNOWN:g}; at most {100 * OTHERS_LOST[0]:g} points of accuracy lost on average on other instructions "
+    f"(partly: {UNRELATED[1]:g}, {UNRELATED[1]:g} and {100 * OTHERS_LOST[1]:g}).",
+    f"Carries over: every case keeps at least {KEPT[0]:.0%} of the prompted accuracy (partly: {KEPT[1]:.0%} on "
+    "average); cases that the prompted model gets right less than half of the time are left out.",
 )
 
 _RANK = {"yes": 0, "partly": 1, "no": 2, "unknown": 3}
@@ -152,7 +156,9 @@ def _gentle(section: Section | None) -> Line:
     if told and not math.isnan(told.value):
         text += f", {_interval(told)} where the model is told the instruction"
     text_drift = section.get("patched", "text KL")
-    if text_drift:
+    known = section.get("bare", "text perplexity")
+    if text_drift and known and known.value < KNOWN:
+        statuses.append(_at_most(text_drift.value, UNRELATED))
         text += f"; on ordinary text {_interval(text_drift)}"
     lost = [
         off.value - on.value
