@@ -118,6 +118,7 @@ def main() -> None:
     parser.add_argument("--inputs", type=int, default=32)
     parser.add_argument("--held-out", type=int, default=32)
     parser.add_argument("--written", type=int, default=64, help="inputs that the model writes beside")
+    parser.add_argument("--knobs", nargs="+", choices=KNOBS, default=list(KNOBS))
     parser.add_argument("--output", type=Path, default=OUTPUT)
     options = parser.parse_args()
     held: set[tuple[str, ...]] = set()
@@ -128,8 +129,8 @@ def main() -> None:
         first = {"model": name, "task": TASKS[name], "inputs": options.inputs, "written": options.written}
         wanted = [
             (knob, value)
-            for knob, values in KNOBS.items()
-            for value in values
+            for knob in options.knobs
+            for value in KNOBS[knob]
             if tuple(str(cell) for cell in (*first.values(), knob, value)) not in held
         ]
         if wanted:
@@ -141,10 +142,10 @@ def measure(options: argparse.Namespace, first: dict[str, Any], path: str, wante
     subject = subject_of(model, tokenizer, task(first["task"], seed=0, inputs=options.inputs), options)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "transmute: .* completions did not end")
-        drift = Drift(model, tokenizer, MEASURED)
+        drift, trial = Drift(model, tokenizer, MEASURED), subject.trial  # of the bare model
         for knob, value, patch in patches(subject, wanted):
             with patch.applied(model):
-                score, reading = subject.trial.score(model), drift.read(model)
+                score, reading = trial.score(model), drift.read(model)
             row = {
                 **first, "knob": knob, "value": value, "recovered": round(score.effect.recovered, 5),
                 "text_kl": round(reading.divergence, 6), "text_perplexity": round(reading.perplexity, 4),

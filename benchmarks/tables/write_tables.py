@@ -19,6 +19,7 @@ from cpu_tables import CPU_TABLES
 from demo_tables import DEMO
 from experiment_tables import EXPERIMENTS
 from inspect_tables import INSPECT
+from pareto_tables import PARETO
 from real_picture import PICTURE, draw, is_current
 from real_tables import REAL
 from serving_tables import SERVING
@@ -38,6 +39,7 @@ DOCUMENTS = (
     "docs/spectral_models.md",
     "docs/real_models.md",
     "docs/serving.md",
+    "docs/report.md",
 )
 
 
@@ -47,6 +49,7 @@ TABLES: dict[str, Callable[[], str]] = {
     **EXPERIMENTS,
     **REAL,
     **SERVING,
+    **PARETO,
     **TOY,
     **INSPECT,
 }

@@ -1,0 +1,40 @@
+"""The table of effect against drift, from the rows of real/pareto.py."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Callable
+from pathlib import Path
+
+from markdown_table import markdown
+from real_tables import MODELS
+
+RESULTS = Path(__file__).resolve().parents[1] / "results" / "pareto.csv"
+KNOBS = {"scale": "scale λ", "ridge": "ridge ε", "text": "text in the metric, γ"}
+
+
+def pareto() -> str:
+    """A row for each setting of each knob, models beside each other; recovered effect and KL on ordinary text."""
+    with RESULTS.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    models = [model for model in MODELS if any(row["model"] == model for row in rows)]
+    found = {(row["model"], row["knob"], float(row["value"])): row for row in rows}
+    heads = ["knob", "value"]
+    for model in models:
+        tasks = {row["task"] for row in rows if row["model"] == model}
+        heads += [f"{MODELS[model]}, {', '.join(sorted(tasks))}: recovered", "text KL", "perplexity"]
+    lines = []
+    for knob, value in dict.fromkeys((knob, value) for _, knob, value in found):
+        line = [KNOBS[knob], f"{value:g}"]
+        for model in models:
+            row = found.get((model, knob, value))
+            figures = {"recovered": 3, "text_kl": 3, "text_perplexity": 1}
+            line += ["–" if row is None else f"{float(row[name]):.{digits}f}" for name, digits in figures.items()]
+        lines.append(line)
+    bare = ["none (bare)", "–"]
+    for model in models:
+        bare += ["0", "0", next(f"{float(row['bare_perplexity']):.1f}" for row in rows if row["model"] == model)]
+    return markdown(heads, [bare, *lines])
+
+
+PARETO: dict[str, Callable[[], str]] = {"effect against drift": pareto}
