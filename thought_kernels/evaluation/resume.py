@@ -14,6 +14,7 @@ from thought_kernels.evaluation.figures.report import FORMAT
 from thought_kernels.evaluation.figures.section import Section
 from thought_kernels.evaluation.records.digests import tensors_hash
 from thought_kernels.evaluation.records.files import write_json
+from thought_kernels.evaluation.sections.cost import Making
 from thought_kernels.evaluation.sections.subject import Subject
 from thought_kernels.patches.patch import ThoughtPatch
 from thought_kernels.version import __version__
@@ -47,6 +48,7 @@ class Progress:
             section = Section.from_dict(content["section"])
             if name == "patch" and subject.given_patch is None:
                 subject.given_patch = ThoughtPatch.from_pretrained(self._folder / "patch")
+                subject.making = Making.read(section, "patched", subject.decoder.device)
         except (OSError, ValueError, KeyError, TypeError) as error:
             if path.exists():
                 log.warning("section %s in %s is measured again: %s", name, path, error)

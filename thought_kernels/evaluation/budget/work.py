@@ -121,8 +121,8 @@ def _baselines(subject: Subject, shared: _Shared) -> Work:
     made = [work for name, work in rival_works(subject).items() if kept is None or name in kept]
     each = _score(_swept(subject)) + Work(reads=len(subject.unrelated), texts=1)
     work = shared.trial() + shared.bystander() + shared.text() + shared.encoded()
-    # The patch is made once more, to be timed.
-    return sum(made, work + Work(fits=(count,), reads=min(CHOICE_ROWS, rows)) + each * (1 + len(made)))
+    again = () if subject.given_patch is None else (count,)  # one that was given is made once more, to be timed
+    return sum(made, work + Work(fits=again, reads=min(CHOICE_ROWS, rows)) + each * (1 + len(made)))
 
 
 def _side_effects(subject: Subject, shared: _Shared) -> Work:

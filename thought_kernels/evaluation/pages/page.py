@@ -123,6 +123,7 @@ def _together(figures: list[Figure]) -> list[set[str]]:
 # What a column is called where its quantity's name would mislead, or is too long for a table.
 _HEADINGS = {
     "generalisation": {"accuracy": "patched"},
+    "patch": {"seconds to make": "seconds", "peak memory while made": "peak MiB"},
     "baselines": {"seconds to make": "seconds", "peak memory while made": "peak MiB"},
     "data": {"seconds to make": "seconds", "peak memory while made": "peak MiB"},
     "diagnosis": {

@@ -30,8 +30,11 @@ def baselines(subject: Subject, section: Section) -> None:
     bystander = bystander_of(subject)
     subject.report_references(section, subject.sweep)
     _report(subject, section, bystander, "patched", subject.patch)
-    with cost(section, "patched", subject.decoder.device):  # the patch may have been given: it is made once more
-        subject.fit(subject.instruction, subject.examples)
+    if subject.making is not None:
+        subject.making.report(section, "patched")
+    else:
+        with cost(section, "patched", subject.decoder.device):  # it was given, and is made once more
+            subject.fit(subject.instruction, subject.examples)
     section.note(
         "Unrelated KL: KL(bare ‖ changed) on the unrelated prompts, nats a token; text KL: the same on ordinary text. "
         "Smaller is gentler."

@@ -22,6 +22,8 @@ from thought_kernels.evaluation.sections.sweeps import data, scale
 def patch(subject: Subject, section: Section) -> None:
     """The patch itself: made if need be, and what it consists of."""
     found = subject.patch
+    if subject.making is not None:
+        subject.making.report(section, "patched")
     for (layer, site), entry in found.entries.items():
         if entry.matrix is not None or entry.factors is not None:
             section.add(f"{site} matrix", "norm", entry.norm(), x=layer)

@@ -22,6 +22,7 @@ from thought_kernels.evaluation.rivals.places import prompt_end
 from thought_kernels.evaluation.rivals.refit import refit
 from thought_kernels.evaluation.rivals.rows import Rows
 from thought_kernels.evaluation.sections.amounts import Amounts
+from thought_kernels.evaluation.sections.cost import Making
 from thought_kernels.fitting.encoding import Prompt, Writing, completed, with_inputs
 from thought_kernels.fitting.fit import fit
 from thought_kernels.fitting.recipe import Recipe
@@ -134,6 +135,7 @@ class Subject:
     other_patches: dict[str, ThoughtPatch] = field(default_factory=dict)
     told: dict[str, tuple[Interval, Interval, int]] = field(default_factory=dict)  # see bystanders.told_other
     bystander: Any = None  # see bystanders.bystander_of
+    making: Making | None = None  # of the patch; None where it was given, or not made yet
 
     @cached_property
     def decoder(self) -> Decoder:
@@ -145,8 +147,9 @@ class Subject:
         """The patch that is evaluated."""
         if self.given_patch is not None:
             return self.given_patch
-        found = self._prepared
-        return fit(found.decoder, found.recipe, found.rows, batch_size=FIT_BATCH, provenance=found.provenance)
+        with Making(self.decoder.device) as self.making:
+            found = self._prepared
+            return fit(found.decoder, found.recipe, found.rows, batch_size=FIT_BATCH, provenance=found.provenance)
 
     @cached_property
     def _prepared(self) -> Prepared:

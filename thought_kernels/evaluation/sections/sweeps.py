@@ -31,8 +31,9 @@ def data(subject: Subject, section: Section) -> None:
             f"Measured to {counts[-1]} examples: {len(subject.pool)} were given, {COUNTS[-1]} would complete the curve."
         )
     for count in counts:
-        if count == len(subject.examples) and subject.given_patch is None:
-            patch = subject.patch
+        patch = subject.patch
+        if count == len(subject.examples) and subject.making is not None:
+            subject.making.report(section, "patched", x=count)
         else:
             with cost(section, "patched", subject.decoder.device, x=count):
                 patch = subject.fit(subject.instruction, subject.pool[:count])
