@@ -17,7 +17,7 @@ from thought_kernels.spectral.scheme import GRAM_TOLERANCE, association_scheme, 
 
 SIMPLICES = {2: "digon", 3: "triangle", 4: "tetrahedron"}
 POLYGONS = {5: "pentagon", 6: "hexagon", 7: "heptagon", 8: "octagon"}
-BASIS = "orthonormal basis"
+BASIS, REPEATED = "orthonormal basis", "repeated vector"
 
 # Points and dimension, then the inner product of each relation of unit vectors and how many points are in it to a given
 # one. The cube and the square antiprism have the same first two and the same Gram spectrum. In a tight antiprism the
@@ -58,8 +58,10 @@ def identify_geometry(cluster: TightFrame | Tensor, *, tol: float = GRAM_TOLERAN
         cube (8, 3)    square antiprism (8, 3)    icosahedron (12, 3)    dodecahedron (20, 3)
 
     Equal figures in orthogonal subspaces are a "... union": a square is a "digon union" of two, an octahedron and every
-    other cross-polytope one of d. Single vectors are an "orthonormal basis" (up to scale), different figures
-    "... + ...".
+    other cross-polytope one of d. Single vectors are an "orthonormal basis" (up to scale), several of one direction a
+    "repeated vector", different figures "... + ...". Any other tight frame of up to 256 vectors whose Gram matrix lies
+    in the algebra of an association scheme is told by the scheme's parameters, "scheme (p, d; valencies)", those of the
+    relations from the largest inner product to the smallest: a tight triangular prism is a "scheme (6, 3; 1, 2, 2)".
 
     Args:
         cluster: a TightFrame, or its vectors W_C ``[m, p]`` in columns.
@@ -193,6 +195,8 @@ def _name(unit: Tensor, tol: float) -> str | None:
     if degrees is None:
         return None
     actual = dict(zip(values[1:].tolist(), degrees[1:].tolist(), strict=True))
+    if d == 1 and _match(actual, {1.0: p - 1}, tol):
+        return REPEATED
     if p == d + 1 and _match(actual, {-1 / d: d}, tol):
         return SIMPLICES.get(p, "simplex")
     if polygon:
