@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Tensor
 
-from thought_kernels.estimation.kept_rows import KeptRows, positive_factor, solve_rows, sphericity
+from thought_kernels.estimation.kept_rows import KeptRows, factorised, positive_factor, solve_rows, sphericity
 from thought_kernels.estimation.scales import linear_scale, second_order_scale
 from thought_kernels.estimation.sums import Sums
 from thought_kernels.ops.checks import check_choice, check_number
@@ -101,14 +101,14 @@ def _solve_matrix(sums: Sums, estimator: str, scale: float, ridge: float | Tenso
     total, _, energy, rows = sums.moments.tolist()
     dtype = sums.delta_sum.dtype
     delta_sum, cross, activation_sum = sums.delta_sum.double(), sums.cross.double(), sums.activation_sum.double()
-    gram = sums.gram.double()
+    gram = sums.gram if estimator == "ridge" else sums.gram.double()  # widened once, where it is factorised
     rtol = gram.shape[0] * torch.finfo(dtype).eps
     target, metric = cross, gram
     if estimator == "affine":
         target, metric = _centred(cross, gram, delta_sum, activation_sum, total, rtol)
     if estimator in ("ridge", "affine"):
         matrix = scale * ridge_solve(target, metric, ridge)
-        predicted = scale * target - matrix * _shift(metric, ridge)  # Δ (Z + s) = λ C tells Δ Z without a product
+        predicted = torch.addcmul(scale * target, matrix, _shift(metric, ridge), value=-1)  # for Δ (Z + s) = λ C
         if estimator == "affine":
             predicted += torch.outer(matrix @ activation_sum, activation_sum) / total
     else:
@@ -187,14 +187,16 @@ def ridge_solve(cross: Tensor, gram: Tensor, epsilon: float | Tensor) -> Tensor:
 
     Source: "Transmuting prompts into weights", A.2, whose ε is diagonal.
     """
-    if not gram.any():
+    if float(gram.trace()) == 0:
         return torch.zeros_like(cross)
-    return torch.cholesky_solve(cross.T, positive_factor(gram, _shift(gram, epsilon), epsilon)).T
+    factor = positive_factor(gram, _shift(gram, epsilon), epsilon)
+    whitened = torch.linalg.solve_triangular(factor.T, cross.double(), upper=True, left=False)
+    return torch.linalg.solve_triangular(factor, whitened, upper=False, left=False).contiguous()
 
 
-def _shift(gram: Tensor, epsilon: float | Tensor) -> float | Tensor:
-    """s = ε tr(Z)/d, one number or one for each input."""
-    return epsilon * (float(gram.trace()) / gram.shape[0])
+def _shift(gram: Tensor, epsilon: float | Tensor) -> Tensor:
+    """s = ε tr(Z)/d, float64, one number or one for each input."""
+    return epsilon * (gram.diagonal().sum(dtype=torch.float64) / len(gram))
 
 
 def second_order(cross: Tensor, gram: Tensor, scale: float) -> Tensor:
@@ -225,11 +227,11 @@ def condition_number(gram: Tensor, *, rtol: float) -> float:
     least = rtol * float(torch.linalg.vector_norm(x))
     if float(gram.diagonal().min()) <= least:
         return math.inf
-    lowered = gram.clone()
+    lowered = gram.to(torch.float64, copy=True)
     lowered.diagonal().sub_(least)
-    if int(torch.linalg.cholesky_ex(lowered).info):
+    if not factorised(lowered):
         return math.inf
-    eigenvalues = torch.linalg.eigvalsh(gram)
+    eigenvalues = torch.linalg.eigvalsh(gram.double())
     smallest, largest = float(eigenvalues[0]), float(eigenvalues[-1])
     return largest / smallest if smallest > rtol * largest else math.inf
 
@@ -253,4 +255,5 @@ def _fold_residual(gram: Tensor, activation_sum: Tensor, total: float) -> float 
     norm = float(activation_sum.dot(activation_sum))
     if norm == 0:
         return None
-    return max(0.0, total * float(activation_sum @ gram @ activation_sum) / norm**2 - 1)
+    along = activation_sum.dot((gram @ activation_sum.to(gram.dtype)).double())
+    return max(0.0, total * float(along) / norm**2 - 1)

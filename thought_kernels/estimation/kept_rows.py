@@ -16,6 +16,7 @@ from thought_kernels.estimation.scales import linear_scale, second_order_scale
 from thought_kernels.patches.site import Fit, SitePatch, factors_are_smaller, is_finite
 
 _PRODUCT_ROWS = 256  # below, the products of two blocks are too small to be fast
+_FACTOR_COLUMNS = 128
 
 
 @dataclass
@@ -193,21 +194,39 @@ def _products(inputs: Tensor) -> Tensor:
 
 
 def positive_factor(gram: Tensor, shift: float | Tensor, epsilon: float | Tensor) -> Tensor:
-    """The Cholesky factor of a Gram matrix plus diag(s), with s = ε times its mean eigenvalue.
+    """The float64 Cholesky factor of a Gram matrix plus diag(s), s = ε times its mean eigenvalue; the lower triangle.
 
     Raises:
         ValueError: the sum is not positive definite to rounding.
     """
-    shifted = gram.clone()
+    shifted = gram.to(torch.float64, copy=True)
     shifted.diagonal().add_(shift)
-    factor, info = torch.linalg.cholesky_ex(shifted)
-    if int(info) or not bool(torch.as_tensor(shift > 0).all()):
+    if not factorised(shifted) or not bool(torch.as_tensor(shift > 0).all()):
         least = float(torch.as_tensor(epsilon).min())
         raise ValueError(
             f"solve: ridge must make Z positive definite, got {least:g}; "
             "rounding in the sums outweighs it: raise it, accumulate in float64, or use estimator 'exact'"
         )
-    return factor
+    return shifted
+
+
+def factorised(matrix: Tensor) -> bool:
+    """Whether a symmetric matrix is positive definite to rounding; its lower triangle then holds its Cholesky factor.
+
+    torch's own factorisation copies a triangle element by element down its columns, which takes longer than LAPACK's
+    part: it is given blocks that stay in cache, and the rest is products of blocks.
+    """
+    for start in range(0, len(matrix), _FACTOR_COLUMNS):
+        stop = start + _FACTOR_COLUMNS
+        columns = matrix[start:, start:stop]
+        columns.addmm_(matrix[start:, :start], matrix[start:stop, :start].T, alpha=-1)
+        factor, info = torch.linalg.cholesky_ex(columns[:_FACTOR_COLUMNS])
+        if int(info):
+            return False
+        columns[:_FACTOR_COLUMNS] = factor
+        below = columns[_FACTOR_COLUMNS:]
+        below.copy_(torch.linalg.solve_triangular(factor.T, below, upper=True, left=False))
+    return True
 
 
 def _roots(activation: Tensor, w: Tensor, normalization: str) -> Tensor:
