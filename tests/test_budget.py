@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +71,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     for module in (trial, bystanders):
         watch(module, "complete", "writes", lambda args: len(args[1]))
     watch(drift, "completion_logprobs", "texts", lambda _: 1)
-    watch(subjects, "completed", "writes", lambda args: 2 * len(EXAMPLES))
+    watch(subjects, "completed", "writes", lambda args: tk.Recipe.completions * len(EXAMPLES))
     watch(subjects, "transmute", "fits", lambda _: 1)
     watch(subjects, "fit", "fits", lambda _: 1)
     for module in (subjects, paper):
@@ -153,7 +154,12 @@ def test_less_is_measured_and_nothing_else(model: Any) -> None:
 
 
 def test_every_baseline_has_its_work_counted(model: Any) -> None:
-    assert list(rival_works(whole(model))) == list(BASELINES)
+    subject = whole(model)
+    told = rival_works(subject)
+    assert list(told) == list(BASELINES)
+    turns = [{"role": role, "content": text} for role, text in (("user", "1 2"), ("assistant", "3")) * 2]
+    shown = rival_works(replace(subject, instruction=turns))  # of which it tries as many as were published
+    assert shown["function vector"].reads > told["function vector"].reads
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -200,3 +206,15 @@ def test_a_report_keeps_its_plan_and_says_what_was_expected(
     assert json.loads((tmp_path / "plan.json").read_text())["minutes"] == 0.001
     with pytest.raises(ValueError, match="evaluate: minutes must be finite and positive, got 0"):
         run(0)
+
+
+def test_a_plan_of_all_that_was_asked_for_changes_nothing(
+    model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = {"held_out": HELD_OUT, "sections": ["effect"], "output": tmp_path, "max_new_tokens": 3}
+    found = tk.evaluate(model, TOKENIZER, "Sum them", EXAMPLES, recipe={"written_inputs": 0}, **given)
+    monkeypatch.setattr(evaluation, "run_section", lambda *_: pytest.fail("measured again"))
+    announced: list[Plan] = []
+    given["announce"] = announced.append
+    again = tk.evaluate(model, TOKENIZER, "Sum them", EXAMPLES, recipe={"written_inputs": 0}, **given)
+    assert announced and again.sections["effect"].seconds == found.sections["effect"].seconds

@@ -122,6 +122,8 @@ def test_an_energy_is_kept_in_as_few_singular_values_as_hold_it(tmp_path: Path) 
             cut = float(values[rank:].norm() / values.norm())
             assert written.truncation == ({(1, "attention"): pytest.approx(cut)} if rank < 4 else {})
     assert patch.export_gguf_lora(tmp_path / "adapter.gguf", model, energy=0.96, rank=2).rank == 2
+    rough = ThoughtPatch({(1, "attention"): SitePatch(torch.randn(40, 40, dtype=torch.float64))})
+    assert rough.export_gguf_lora(tmp_path / "adapter.gguf", model, energy=1.0).rank == 40
     for energy in (0, 1.5, True, "1"):
         with pytest.raises(ValueError, match="energy must be above 0 and at most 1, or None"):
             patch.export_peft(tmp_path / "other", model, energy=energy)  # type: ignore[arg-type]
@@ -213,6 +215,7 @@ def test_a_repeng_vector_becomes_a_patch(dtype: Any, tmp_path: Path) -> None:
         ({1: np.ones(4, np.float32)}, {"model_hint": None}, "no controlvector.model_hint"),
         ({1: np.ones(4, np.float32)}, {"name": "token_embd"}, "a tensor named 'token_embd.1'"),
         ({-1: np.ones(4, np.float32)}, {}, "a tensor named 'direction.-1'"),
+        ({1: np.ones((0, 4), np.float32)}, {}, "a tensor without numbers"),
         ({1: np.ones((2, 4), np.float32)}, {}, r"direction.1 of the shape \[2, 4\]"),
         ({1: np.full(4, np.nan, np.float32)}, {}, "NaN or none in direction.1"),
         ({1: np.ones(4, np.float32), 2: np.ones(5, np.float32)}, {}, r"directions of the widths \[4, 5\]"),

@@ -93,9 +93,13 @@ def test_vectors_are_refused_folded_or_left_out(tmp_path: Path) -> None:
     assert len(folded.fold_residuals) == 6 and len(folded.dropped) == 2
 
 
-def test_a_folder_with_files_is_refused_and_an_empty_one_is_taken(tmp_path: Path) -> None:
+def test_a_folder_with_files_is_refused_and_an_empty_one_is_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "m").mkdir()
-    matrix_patch().export_merged(tmp_path / "m", tiny_gemma3())
+    monkeypatch.chdir(tmp_path / "m")
+    matrix_patch(provenance={"model": str(tmp_path / "gemma")}).export_merged(".", tiny_gemma3())
+    assert json.loads((tmp_path / "m" / PROVENANCE_FILE).read_text())["model"] == "gemma"
     with pytest.raises(ValueError, match="export_merged: directory must be empty or not there, got .*m, which holds"):
         matrix_patch().export_merged(tmp_path / "m", tiny_gemma3())
     (tmp_path / "file").touch()

@@ -153,9 +153,10 @@ def test_a_card_of_somebody_else_is_left_alone(tmp_path: Path) -> None:
     random_patch(1, provenance={"instruction": "two"}).save_pretrained(tmp_path)  # what was measured was another patch
     card = (tmp_path / CARD_FILE).read_text(encoding="utf-8")
     assert "# two" in card and "0.875" not in card
-    (tmp_path / CARD_FILE).write_text("my own words")
-    patch.save_pretrained(tmp_path)
-    assert (tmp_path / CARD_FILE).read_text() == "my own words"
+    for own in ("my own words", card.replace("# two", "# two, in my words")):
+        (tmp_path / CARD_FILE).write_text(own, encoding="utf-8")
+        patch.save_pretrained(tmp_path)
+        assert (tmp_path / CARD_FILE).read_text(encoding="utf-8") == own
     assert ThoughtPatch.from_pretrained(tmp_path).provenance["instruction"] == "one"
 
 
@@ -168,6 +169,12 @@ class Hub:
     def HfApi(self, token: Any = None) -> Hub:
         return self
 
+    def file_exists(self, repository: str, name: str) -> bool:
+        return (self.folder / repository / name).exists()
+
+    def hf_hub_download(self, repository: str, name: str) -> str:
+        return str(self.folder / repository / name)
+
     def create_repo(self, repository: str, *, private: Any, exist_ok: bool) -> str:
         (self.folder / repository).mkdir(parents=True, exist_ok=exist_ok)
         return f"https://hub/{repository}"
@@ -176,7 +183,11 @@ class Hub:
         for name in allow_patterns:
             shutil.copy(Path(folder_path) / name, self.folder / repo_id / name)
 
-    def snapshot_download(self, repository: str, *, revision: Any, allow_patterns: list[str]) -> str:
+    def snapshot_download(
+        self, repository: str, *, revision: Any, allow_patterns: list[str], local_files_only: bool
+    ) -> str:
+        if local_files_only:
+            raise OSError("not in the cache")
         if revision == "gone" or not (self.folder / repository).exists():
             raise OSError("404 Client Error")
         return str(self.folder / repository)
@@ -205,6 +216,8 @@ def test_a_patch_goes_to_the_hub_and_comes_back(hub: Path, tmp_path: Path) -> No
     for name, revision in (("me/nothing", None), ("me/patch", "gone")):
         with pytest.raises(ValueError, match=f"from_pretrained: .*, got '{name}', where no folder is; .* 404 Client"):
             ThoughtPatch.from_pretrained(name, revision=revision)
+    with pytest.raises(ValueError, match="from_pretrained: .* not in the cache"):
+        ThoughtPatch.from_pretrained("me/patch", offline=True)
     with pytest.raises(ValueError, match="push_to_hub: repository must be 'owner/name', got 'patch'"):
         patch.push_to_hub("patch")
     with pytest.raises(ValueError, match="model_card: evaluation"):
@@ -213,6 +226,31 @@ def test_a_patch_goes_to_the_hub_and_comes_back(hub: Path, tmp_path: Path) -> No
     patch.save_pretrained(tmp_path / "here")
     with pytest.raises(ValueError, match="from_pretrained: revision must be None for a folder here, got 'main'"):
         ThoughtPatch.from_pretrained(tmp_path / "here", revision="main")
+
+
+def test_a_card_on_the_hub_that_somebody_changed_is_left_alone(hub: Path) -> None:
+    patch, there = random_patch(provenance={"instruction": "one"}), hub / "me" / "patch" / CARD_FILE
+    patch.push_to_hub("me/patch")
+    patch.push_to_hub("me/patch", evaluation=report())
+    assert "0.875" in there.read_text(encoding="utf-8")
+    there.write_text("my own words")
+    patch.push_to_hub("me/patch")
+    assert there.read_text() == "my own words"
+    patch.push_to_hub("me/patch", card="other words")
+    assert there.read_text() == "other words"
+
+
+def test_a_sum_remembers_the_model_of_each_part() -> None:
+    model, other = tiny_gemma3(0), tiny_gemma3(1)
+    patch, vector = made_for(model, instruction="one"), random_patch(1, provenance={"control_vector": "happy"})
+    for joined in (patch + vector, vector + patch, patch + made_for(model, instruction="two")):
+        assert joined.check(model, mismatch="refuse") == []
+        with pytest.raises(ValueError, match="check: model must be the one .* its weights are others"):
+            joined.check(other, mismatch="refuse")
+    mixed = patch + made_for(other, instruction="two")
+    for each in (model, other):
+        with pytest.raises(ValueError, match="its weights are others"):
+            mixed.check(each, mismatch="refuse")
 
 
 def test_commands_push_and_check(hub: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -236,6 +274,10 @@ def test_commands_push_and_check(hub: Path, tmp_path: Path, monkeypatch: pytest.
     refused = run(*asked, "-m", tmp_path / "model 1", "--mismatch", "refuse")
     assert refused.exit_code == 1 and "check: model must be the one that the patch was made for" in refused.stderr
     assert run(*asked, "-m", tmp_path / "model 0", "--mismatch", "refuse").exit_code == 0
+    (tmp_path / "patch" / CARD_FILE).write_text("my own words")
+    assert run("push", tmp_path / "patch", "me/patch").exit_code == 0
+    assert (hub / "me" / "patch" / CARD_FILE).read_text() == "my own words"
+    assert run("push", tmp_path / "nowhere", "me/patch").exit_code == 2
     (tmp_path / "evaluation.json").write_text("{")
     wrong = run("push", tmp_path / "patch", "me/patch", "--evaluation", tmp_path / "evaluation.json")
     assert wrong.exit_code == 2 and "--evaluation must be a JSON file" in wrong.stderr

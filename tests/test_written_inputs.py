@@ -94,6 +94,7 @@ def test_the_patch_is_that_of_the_examples_and_the_inputs_that_it_remembers() ->
     prompt, decoder = encoding.Prompt(TOLD, None, "\n", None), describe(MODEL)
     rows = [prompt.encode(TOKENIZER, load_examples([text])[0], number) for number, text in enumerate([*GIVEN, *texts])]
     stops = Ending((1, TOKENIZER.convert_tokens_to_ids("<end_of_turn>")), "", TOKENIZER)
+    rows[3:] = [row._replace(share=0.5) for row in rows[3:]]
     written = with_completions(
         MODEL, rows, ending=stops, max_new_tokens=5, batch_size=32, numbers=[[0, 1]] * 3 + [[1]] * len(texts)
     )

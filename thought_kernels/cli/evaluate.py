@@ -97,7 +97,7 @@ def evaluate(
     check_page()
     options.check_folder(output)
     chosen = _recipe(recipe)
-    made = None if patch is None else ThoughtPatch.from_pretrained(patch)
+    made = None if patch is None else ThoughtPatch.from_pretrained(patch, offline=offline)
     subject: Any = made
     if made is None and any(part is not None for part in (instruction, demonstrations, system)):
         subject = options.read_instruction(instruction, demonstrations, system)

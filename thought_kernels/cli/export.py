@@ -102,7 +102,7 @@ def export(
     choices = _Choices(rank, energy, fold, drop, pad, max_shard_size)
     _check(format_name, chosen, choices)
     options.check_folder(output)
-    loaded = scale * ThoughtPatch.from_pretrained(patch)
+    loaded = scale * ThoughtPatch.from_pretrained(patch, offline=offline)
     questions = list(example or [])
     if examples is not None:
         questions += [found.messages[-1]["content"] for found in load_examples(examples)]

@@ -32,7 +32,7 @@ def generate(
     from thought_kernels.evaluation.measures.trial import bare_texts, prompted_texts
     from thought_kernels.patches.patch import ThoughtPatch
 
-    loaded = None if patch is None else scale * ThoughtPatch.from_pretrained(patch)
+    loaded = None if patch is None else scale * ThoughtPatch.from_pretrained(patch, offline=offline)
     provenance = {} if loaded is None else loaded.provenance
     told = instruction if instruction is not None else provenance.get("instruction")
     if compare and not told:

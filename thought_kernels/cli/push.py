@@ -12,7 +12,7 @@ from thought_kernels.cli import options
 
 
 def push(
-    patch: Annotated[Path, typer.Argument(help="A folder written by transmute.")],
+    patch: Annotated[Path, typer.Argument(exists=True, file_okay=False, help="A folder written by transmute.")],
     repository: Annotated[str, typer.Argument(help="owner/name; made if there is none.")],
     evaluation: Annotated[
         Path | None,
@@ -20,14 +20,17 @@ def push(
     ] = None,
     private: Annotated[bool | None, typer.Option("--private/--public", help="Of a new repository.")] = None,
 ) -> None:
-    """Share a patch on the Hugging Face hub, with a model card of how it was made and what it was found to do.
+    """Share a patch on the Hugging Face hub, with the folder's model card or, given an evaluation, a new one.
 
     Log in before with `hf auth login`. The instruction, and the inputs that the model wrote, go along.
     """
+    from thought_kernels.patches.card import CARD_FILE
     from thought_kernels.patches.patch import ThoughtPatch
 
     told = None if evaluation is None else _read(evaluation)
-    address = ThoughtPatch.from_pretrained(patch).push_to_hub(repository, evaluation=told, private=private)
+    own = patch / CARD_FILE
+    card = own.read_text(encoding="utf-8") if told is None and own.exists() else None
+    address = ThoughtPatch.from_pretrained(patch).push_to_hub(repository, evaluation=told, card=card, private=private)
     options.out.print(f"pushed to {address}", markup=False, soft_wrap=True)
 
 

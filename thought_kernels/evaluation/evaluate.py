@@ -143,7 +143,9 @@ def evaluate(
     if announce is not None and planned is not None:
         announce(planned)
     settings = settings_of(subject)
-    kept = Progress(folder, key if planned is None else f"{key} {planned.share} {planned.left_out}")
+    if planned is not None and (planned.share < 1 or planned.left_out):
+        key = f"{key} {planned.share} {planned.left_out}"
+    kept = Progress(folder, key)
     done: dict[str, Section] = {}
     for index, name in enumerate(names):
         if progress is not None:

@@ -13,6 +13,8 @@ from thought_kernels.prompts.fits import check_fits
 from thought_kernels.prompts.instruction import Instruction, begins_with
 from thought_kernels.prompts.prompt import EncodedExample, encode
 
+WRITTEN_SHARE = 0.5  # a small model's inputs are less like the next one than the examples are
+
 
 class Prompt(NamedTuple):
     """What is told, and how it stands before an example; see transmute."""
@@ -75,7 +77,8 @@ def with_inputs(
 ) -> tuple[list[EncodedExample], list[str]]:  # fmt: skip
     """The examples' rows and one for each further user text, in the examples' chats by turns; and these texts.
 
-    A text that is blank, that the prompt cannot stand before, or that begins with the instruction, is left out.
+    They have WRITTEN_SHARE of an example's weight. A text that is blank, that the prompt cannot stand before, or that
+    begins with the instruction, is left out.
     """
     found, used = list(rows), []
     for index, text in enumerate(texts):
@@ -88,7 +91,7 @@ def with_inputs(
             check_row(decoder, tokenizer, row)
         except ValueError:
             continue
-        found.append(row)
+        found.append(row._replace(share=WRITTEN_SHARE))
         used.append(text)
     return found, used
 

@@ -76,7 +76,7 @@ class Recipe(Mapping[str, Any]):
     tokens: str = "all"
     header_weight: float = 0.0
     written_inputs: int = 64
-    completions: int = 2
+    completions: int = 3
 
     def __post_init__(self) -> None:
         check_choice("transmute", "pairing", self.pairing, PAIRINGS)

@@ -99,7 +99,7 @@ def transmute(
             lies in a temporary file. The others need none of it.
         written_inputs: how many inputs the bare model writes beside the examples, like them: it is shown a list of
             their last user texts and goes on with it. A patch sees more of what an instruction does in many inputs.
-            Each has the weight of an example and one completion, drawn from the prompted model's own distribution. None
+            Each has half an example's weight and one completion, drawn from the prompted model's own distribution. None
             are written where an example brings its completion. They are in the patch's provenance.
         completions: that the prompted model writes for an example without one: the likeliest, and draws. They share the
             example's weight.

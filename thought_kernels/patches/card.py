@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Iterator, Mapping
@@ -12,7 +13,7 @@ from thought_kernels.patches.data import PatchData
 from thought_kernels.patches.summary import blocks
 
 CARD_FILE = "README.md"
-_MARK = "library_name: thought_kernels"  # of a card that this package wrote, and may replace
+_SEAL = "<!-- written by thought_kernels: {} -->\n"  # a card that nobody has changed since may be replaced
 _MADE = (
     "pairing", "estimator", "normalization", "scale", "ridge", "factor", "rank", "tokens", "examples",
     "generated_completions", "format", "without", "separator",
@@ -34,15 +35,22 @@ def model_card(patch: PatchData, evaluation: Mapping[str, Any] | None = None) ->
     made = patch.provenance
     measured = _evaluated(evaluation) if evaluation is not None else _not_evaluated()
     lines = [*_front(made), f"# {_title(made)}", "", *_what(patch), *_use(made), *_how(patch), *measured]
-    return "\n".join(lines) + "\n"
+    text = "\n".join(lines) + "\n"
+    return text + _seal(text)
 
 
 def is_ours(path: Path) -> bool:
-    """Whether there is no card, or one that this package wrote, so that it may be written."""
+    """Whether there is no card, or one that this package wrote and nobody has changed, so that it may be written."""
     try:
-        return _MARK in path.read_text(encoding="utf-8", errors="replace")
+        text = path.read_text(encoding="utf-8", errors="replace")
     except FileNotFoundError:
         return True
+    body = text[: -len(_seal(""))]
+    return text == body + _seal(body)
+
+
+def _seal(body: str) -> str:
+    return _SEAL.format(hashlib.sha256(body.encode(errors="surrogatepass")).hexdigest()[:16])
 
 
 def base_name(provenance: Mapping[str, Any]) -> str | None:
@@ -66,7 +74,7 @@ def _is_hub_id(name: str) -> bool:
 
 
 def _front(made: Mapping[str, Any]) -> Iterator[str]:
-    yield from ("---", _MARK)
+    yield from ("---", "library_name: thought_kernels")
     base = base_name(made)
     if base is not None and _is_hub_id(base):  # on the hub it must be a model there
         yield from (f"base_model: {base}", "base_model_relation: adapter")

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from thought_kernels.models import in_memory
+from thought_kernels.patches.card import shareable
 from thought_kernels.patches.data import PatchData
 from thought_kernels.patches.merge import MergedPatch
 from thought_kernels.patches.storage import as_folder
@@ -63,7 +64,7 @@ def export_merged(
         drop: whether vectors may be left out.
         max_shard_size: as transformers takes it.
     """
-    folder = as_folder("export_merged", directory)
+    folder = as_folder("export_merged", directory).resolve()  # "." has no name of its own
     if folder.exists() and any(folder.iterdir()):
         raise ValueError(
             f"export_merged: directory must be empty or not there, got {folder}, which holds files; a checkpoint's "
@@ -78,7 +79,7 @@ def export_merged(
             root.save_pretrained(partial, max_shard_size=max_shard_size)
         if tokenizer is not None:
             tokenizer.save_pretrained(partial)
-        told = json.dumps(patch.provenance, indent=2, ensure_ascii=False, default=str)
+        told = json.dumps(shareable(patch.provenance), indent=2, ensure_ascii=False, default=str)
         (partial / PROVENANCE_FILE).write_text(told, encoding="utf-8")
         if folder.exists():
             folder.rmdir()

@@ -184,6 +184,8 @@ class _Reader:
         size = dtype.itemsize
         for length in shape:  # Python's integers do not overflow
             size *= length
+        if not size:
+            raise Damaged("a tensor without numbers")
         if start + size > len(self._data):
             raise Damaged("a tensor beyond the file's end")
         array = np.frombuffer(self._data[start : start + size], dtype).reshape(shape)

@@ -9,13 +9,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from thought_kernels.patches.card import CARD_FILE
+from thought_kernels.patches.card import CARD_FILE, is_ours
 from thought_kernels.patches.storage import RECORD_FILE, TENSOR_FILE
 
 _REPOSITORY = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 
 
-def fetched(directory: str | os.PathLike[str], revision: str | None) -> Path:
+def fetched(directory: str | os.PathLike[str], revision: str | None, *, offline: bool = False) -> Path:
     """The folder of a patch: the one that is named, or that of the repository "owner/name", fetched where none is here.
 
     Raises:
@@ -28,7 +28,9 @@ def fetched(directory: str | os.PathLike[str], revision: str | None) -> Path:
         return path
     hub = _hub("from_pretrained")
     try:
-        found = hub.snapshot_download(name, revision=revision, allow_patterns=[TENSOR_FILE, RECORD_FILE])
+        found = hub.snapshot_download(
+            name, revision=revision, allow_patterns=[TENSOR_FILE, RECORD_FILE], local_files_only=offline
+        )
     except Exception as error:  # the hub's client raises types of its own and of the libraries below it
         reason = str(error).strip().split("\n")[0] or type(error).__name__
         raise ValueError(
@@ -42,6 +44,7 @@ def push(
     repository: str,
     write: Callable[[Path], Any],
     *,
+    card: str | None,
     private: bool | None,
     token: str | bool | None,
     message: str | None,
@@ -51,6 +54,8 @@ def push(
     Args:
         repository: "owner/name".
         write: writes them to a folder.
+        card: what takes the written card's place; None leaves one alone that is there and that somebody wrote or
+            changed.
         private: of a new repository, None for the owner's default.
         token: as huggingface_hub takes it.
         message: of the commit.
@@ -67,10 +72,19 @@ def push(
     with tempfile.TemporaryDirectory() as folder:
         write(Path(folder))  # all refusals come before anything is made there
         address = api.create_repo(repository, private=private, exist_ok=True)
+        names = [TENSOR_FILE, RECORD_FILE]
+        if card is not None:
+            (Path(folder) / CARD_FILE).write_text(card, encoding="utf-8")
+        if (
+            card is not None
+            or not api.file_exists(repository, CARD_FILE)
+            or is_ours(Path(api.hf_hub_download(repository, CARD_FILE)))
+        ):
+            names.append(CARD_FILE)
         api.upload_folder(
             repo_id=repository,
             folder_path=folder,
-            allow_patterns=[TENSOR_FILE, RECORD_FILE, CARD_FILE],
+            allow_patterns=names,
             commit_message=message or "Upload a thought patch",
         )
     return str(address)

@@ -78,9 +78,9 @@ def check_base(patch: PatchData, model: Any, tokenizer: Any, mismatch: str) -> l
         raise ValueError(f"check: mismatch must be one of {', '.join(MISMATCH)}, got {mismatch!r}")
     for _ in targets("check", patch, model):
         pass  # raises for a model that it does not fit
-    made = patch.provenance
-    recorded = made.get("base") or {"config": {name: made[name] for name in _OLD if made.get(name) is not None}}
-    found = differences(recorded, model, tokenizer)
+    found = list(dict.fromkeys(
+        clause for recorded in _recorded(patch.provenance) for clause in differences(recorded, model, tokenizer)
+    ))  # fmt: skip
     if not found or mismatch == "ignore":
         return found
     sentence = f"check: model should be the one that the patch was made for, got another: {'; '.join(found)}"
@@ -88,6 +88,14 @@ def check_base(patch: PatchData, model: Any, tokenizer: Any, mismatch: str) -> l
         raise ValueError(sentence.replace("should", "must", 1))
     warn(sentence)
     return found
+
+
+def _recorded(made: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """What a patch remembers of its model, and where it is a sum whose parts remember different ones, each of these."""
+    if made.get("base"):
+        return [made["base"]]
+    of_parts = [one for part in made.get("parts", []) if part.get("base") for one in _recorded(part)]
+    return of_parts or [{"config": {name: made[name] for name in _OLD if made.get(name) is not None}}]
 
 
 def _of_config(recorded: Mapping[str, Any], found: Mapping[str, Any]) -> Iterator[str]:

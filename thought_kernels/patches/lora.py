@@ -262,7 +262,7 @@ def _decomposed(whole: SitePatch, stored: SitePatch, accepted: Accepted) -> tupl
     precision = min(coarsest, torch.finfo(torch.float32).eps)
     own = int((s > 4 * precision * s[:1]).sum()) if s.numel() else 0
     kept = own if accepted.rank is None else min(own, accepted.rank)
-    if accepted.energy is not None and own:
+    if accepted.energy is not None and accepted.energy < 1 and own:
         shares = s[:own].square().cumsum(0) / s[:own].square().sum()
         # The last share may be 1 less a rounding.
         enough = int((shares < min(accepted.energy, float(shares[-1]))).sum()) + 1

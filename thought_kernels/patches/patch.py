@@ -112,17 +112,20 @@ class ThoughtPatch(Exports):
         repository: str,
         *,
         evaluation: Mapping[str, Any] | None = None,
+        card: str | None = None,
         private: bool | None = None,
         token: str | bool | None = None,
         message: str | None = None,
     ) -> str:
         """Uploads what ``save_pretrained`` writes to a repository of the Hugging Face hub, made if there is none.
 
-        Of a model that was read from a folder or file here, only that one's name goes along.
+        Of a model that was read from a folder or file here, only that one's name goes along. A card there that somebody
+        wrote or changed is left alone, unless `card` is given.
 
         Args:
             repository: "owner/name".
             evaluation: for the card, as ``save_pretrained`` takes it.
+            card: README.md's text, in place of the one that is made.
             private: whether a new repository is, None for the owner's default.
             token: an access token, None for the one that is logged in with.
             message: of the commit.
@@ -139,7 +142,7 @@ class ThoughtPatch(Exports):
         def write(folder: Path) -> None:
             shared.save_pretrained(folder, evaluation=evaluation)
 
-        return push(repository, write, private=private, token=token, message=message)
+        return push(repository, write, card=card, private=private, token=token, message=message)
 
     @classmethod
     def from_control_vector(cls, file: str | os.PathLike[str]) -> ThoughtPatch:
@@ -162,6 +165,7 @@ class ThoughtPatch(Exports):
         tokenizer: Any = None,
         mismatch: str = "warn",
         revision: str | None = None,
+        offline: bool = False,
     ) -> ThoughtPatch:
         """Reads a folder that ``save_pretrained`` wrote, or a repository of the Hugging Face hub.
 
@@ -172,13 +176,14 @@ class ThoughtPatch(Exports):
             tokenizer: that model's tokenizer, checked too.
             mismatch: as ``check`` takes it.
             revision: of a repository.
+            offline: of a repository take what the hub's local cache holds, and ask nobody.
 
         Raises:
             ValueError: a file that is missing, truncated, altered, of another version, or holds NaN; it names the file.
                 Also as ``check``.
             TypeError: a directory that is no path.
         """
-        folder = fetched(as_path("from_pretrained", "directory", directory), revision)
+        folder = fetched(as_path("from_pretrained", "directory", directory), revision, offline=offline)
         entries, provenance = storage.load(folder)
         try:
             patch = cls(entries, provenance)
@@ -279,10 +284,10 @@ def _joined(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> dict[str, Any
         return dict(ours)
     common = {name: value for name, value in ours.items() if name in theirs and theirs[name] == value}
     # Known to one side only, yet true of any patch that can be added to it: what a model is checked against.
-    for name in ("hidden_size", "num_hidden_layers"):
-        for side in (ours, theirs):
-            if name in side:
-                common.setdefault(name, side[name])
+    for name in ("hidden_size", "num_hidden_layers", "base"):
+        known = [side[name] for side in (ours, theirs) if name in side]
+        if len(known) == 1:
+            common[name] = known[0]
     common.pop("parts", None)
     parts = [part for side in (ours, theirs) for part in side.get("parts", [dict(side)])]
     return {**common, "parts": parts}

@@ -67,7 +67,8 @@ class EncodedExample(NamedTuple):
             completion.
         number: place in the user's list of examples, 0-based, for messages; None if unknown.
         replaced: I°, the rest of P°; empty where the instruction is inserted.
-        share: of one example's weight: 1/k for each of an example's k completions.
+        share: of one example's weight: 1/k for each of an example's k completions, half of it for an input that the
+            model wrote.
     """
 
     header: list[int]

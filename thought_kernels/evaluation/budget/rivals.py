@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import random
+
 from thought_kernels.evaluation.budget.units import Work, rows_of
 from thought_kernels.evaluation.rivals.choice import CHOICE_ROWS, FEW_ROWS, FINALISTS, spread
-from thought_kernels.evaluation.rivals.function_vector import TOLD_TRIALS
+from thought_kernels.evaluation.rivals.function_vector import TOLD_TRIALS, TRIALS, with_shuffled_answers
 from thought_kernels.evaluation.rivals.lora import BATCH, RATES
 from thought_kernels.evaluation.rivals.paper import C1_FACTORS
 from thought_kernels.evaluation.rivals.rank_one import DEPTHS, STEPS, TEXTS, VALUE_ROWS
@@ -20,10 +22,12 @@ def rival_works(subject: Subject) -> dict[str, Work]:
     vectors, values = len(spread(len(blocks))) * len(SCALES), len(DEPTHS) * len(VALUE_RATES)
     searched = min(VALUE_ROWS, rows)
     heads = sum(block.num_attention_heads for block in blocks)
+    shuffled = with_shuffled_answers(subject.instruction, random.Random(0)) is not None
+    trials = min(TRIALS if shuffled else TOLD_TRIALS, rows)
     steps = subject.lora_steps + len(RATES) * max(1, subject.lora_steps // LORA_SHORT)
     return {
         "mean-difference vector": Work(reads=2 * rows + _chosen(len(PLACES) * vectors, rows)),
-        "function vector": Work(reads=rows + (1 + heads) * min(TOLD_TRIALS, rows) + _chosen(vectors, rows)),
+        "function vector": Work(reads=rows + (1 + heads) * trials + _chosen(vectors, rows)),
         "rank-one edit": Work(
             steps=values * (STEPS + 1) * searched,
             writes=TEXTS,

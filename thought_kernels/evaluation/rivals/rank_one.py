@@ -39,7 +39,7 @@ def own_text(model: Any, first: int) -> list[list[int]]:
 
 
 def key_moments(model: Any, texts: Sequence[Sequence[int]], blocks: Sequence[Block]) -> dict[int, Tensor]:
-    """C = Σ k kᵀ / n over the texts' tokens but their first, by block index, [f, f] float64; k is what down_proj takes.
+    """C = Σ k kᵀ / n over the texts' tokens but their last, by block index, [f, f] float64; k is what down_proj takes.
 
     Source: Meng et al., "Locating and editing factual associations in GPT", §3.1; theirs is of Wikipedia.
     """
