@@ -84,6 +84,12 @@ def test_an_adapter_holds_each_modules_change_at_its_own_rank(family: str, tmp_p
     assert [path.name for path in again.file.parent.iterdir()] == ["adapter.gguf"]
 
 
+def test_a_control_vector_names_the_model_as_llama_cpp_does(tmp_path: Path) -> None:
+    vector = random_patch(sites=("residual",), layers=(1,))
+    vector.export_control_vector(tmp_path / "vector.gguf", tiny_gemma3())
+    assert read(tmp_path / "vector.gguf")[0]["controlvector.model_hint"] == "gemma3"
+
+
 def test_the_multimodal_model_has_the_names_of_its_text(tmp_path: Path) -> None:
     model = tiny_multimodal_gemma3()
     fitting_patch(model).export_gguf_lora(tmp_path / "adapter.gguf", model)
@@ -91,14 +97,20 @@ def test_the_multimodal_model_has_the_names_of_its_text(tmp_path: Path) -> None:
     assert fields["general.architecture"] == "gemma3" and "blk.2.ffn_gate.weight.lora_a" in tensors
 
 
-def test_what_an_adapter_cannot_carry_is_refused_folded_or_left_out(tmp_path: Path) -> None:
+def test_what_an_adapter_cannot_carry_is_refused_folded_or_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path, model = tmp_path / "adapter.gguf", tiny("gpt2")  # whose biases the format has no place for
     patch = fitting_patch(model, sites=("attention", "residual"), vectors=True)
     with pytest.raises(ValueError, match="export_gguf_lora: patch must have no residual vector.*format has no bias"):
         patch.export_gguf_lora(path, model, fold=True)
     matrices = fitting_patch(model, sites=("attention",), vectors=True)
-    with pytest.raises(ValueError, match="export_gguf_lora: patch must have no vector where"):
+    with pytest.raises(ValueError, match=r"export_gguf_lora: patch must have no vector where .*drop=True \(--drop\)"):
         matrices.export_gguf_lora(path, model)
+    with monkeypatch.context() as without:
+        without.setitem(sys.modules, "gguf", None)
+        with pytest.raises(ValueError, match="^export_gguf_lora: gguf must be installed"):
+            matrices.export_gguf_lora(path, model, drop=True)
     assert not path.exists()
     folded = patch.export_gguf_lora(path, model, fold=True, drop=True)
     assert folded.dropped == ((0, "residual"), (2, "residual")) and len(folded.fold_residuals) == 2 and folded.lossy

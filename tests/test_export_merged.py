@@ -80,8 +80,9 @@ def test_the_multimodal_model_is_saved_whole(tmp_path: Path) -> None:
 def test_vectors_are_refused_folded_or_left_out(tmp_path: Path) -> None:
     model, ids = tiny_gemma3(), token_ids()
     patch = random_patch(vectors=True)
-    with pytest.raises(ValueError, match="patch must have no residual vector"):
-        patch.export_merged(tmp_path / "m", model, fold=True)
+    for options, refused in (({}, "patch must have no"), ({"fold": True}, "patch must have no residual vector")):
+        with pytest.raises(ValueError, match=rf"^export_merged: {refused}.* give drop=True \(--drop\)"):
+            patch.export_merged(tmp_path / "m", model, **options)
     assert not list(tmp_path.iterdir())
     dropped = patch.export_merged(tmp_path / "m", model, drop=True)
     assert set(dropped.dropped) == set(patch.entries) and dropped.lossy

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 from pathlib import Path
@@ -39,15 +40,41 @@ def test_transmute_remembers_the_model_and_from_pretrained_checks_it(
     patch = tk.transmute(model, tokenizer, "Sum the numbers", [{"prompt": "4 7 2", "completion": "3"}])
     patch.save_pretrained(tmp_path)
     recwarn.clear()
-    for same in (model, model.double(), model.bfloat16()):
+    for dtype in (torch.float32, torch.float64, torch.bfloat16):
+        same = tk.load(CHECKPOINT, dtype=dtype)[0]
         loaded = ThoughtPatch.from_pretrained(tmp_path, model=same, tokenizer=tokenizer, mismatch="refuse")
         assert loaded.check(same, tokenizer) == [] and not recwarn.list
     model.model.layers[0].self_attn.o_proj.weight.data.mul_(1.01)
     with pytest.warns(
-        UserWarning, match="check: model should be the one that .* differ by up to 1 % in 1 of 7"
+        UserWarning, match="check: model should be the one that .* differ by up to 1.1 % in 1 of 7"
     ) as told:
         ThoughtPatch.from_pretrained(tmp_path, model=model, tokenizer=tokenizer)
     assert told[0].filename == __file__
+
+
+@pytest.mark.parametrize("made", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("loaded", [torch.float32, torch.float16])
+def test_the_same_weights_in_half_precision_are_the_same(made: torch.dtype, loaded: torch.dtype) -> None:
+    stored = tiny_gemma3(dtype=torch.float32)
+    model, other = (copy.deepcopy(stored).to(dtype) for dtype in (made, loaded))
+    if made == torch.bfloat16:  # which float32 cannot undo: what is stored is then what was rounded
+        other = copy.deepcopy(model).to(loaded)
+    assert made_for(model).check(other, mismatch="refuse") == []
+    other.model.layers[0].self_attn.o_proj.weight.data[:, ::7].mul_(1.01)
+    with pytest.raises(ValueError, match="differ by up to .* in 1 of 7"):
+        made_for(model).check(other, mismatch="refuse")
+
+
+def test_a_folder_is_no_repository_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, tokenizer = tiny_gemma3(vocab_size=len(tiny_tokenizer())), tiny_tokenizer()
+    model.save_pretrained(tmp_path / "models" / "gemma")
+    tokenizer.save_pretrained(tmp_path / "models" / "gemma")
+    monkeypatch.chdir(tmp_path)
+    patch = tk.transmute(*tk.load("models/gemma"), "Sum", [{"prompt": "4 7", "completion": "3"}])
+    assert patch.provenance["model"] == str(tmp_path / "models" / "gemma")
+    assert "base_model:" not in model_card(patch) and "weights of gemma that" in model_card(patch)
+    named = random_patch(provenance={"model": "google/gemma-3-270m"})
+    assert "base_model: google/gemma-3-270m" in model_card(named)
 
 
 def test_another_model_is_told_refused_or_ignored(recwarn: pytest.WarningsRecorder) -> None:

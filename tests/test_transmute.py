@@ -157,11 +157,11 @@ def test_the_mean_of_several_equal_completions_is_that_of_one() -> None:
 def test_completions_end_where_the_context_does_behind_either_prefix() -> None:
     rows = [encode(TOKENIZER, "Su", text, without="Multiply") for text in ("8", "8 7")]
     model = model_of(5, max_position_embeddings=rows[1].length + 1)
-    with pytest.warns(UserWarning, match="4 of 4 completions did not end within max_new_tokens=64 tokens or the model"):
+    with pytest.warns(UserWarning, match="6 of 6 completions did not end within max_new_tokens=64 tokens or the model"):
         patch = tk.transmute(
             model, TOKENIZER, "Su", ["8", "8 7"], without="Multiply", tokens="answer", written_inputs=0
         )
-    assert patch.provenance["generated_completions"] == 4
+    assert patch.provenance["generated_completions"] == 6
     with pytest.warns(UserWarning, match="did not end"):
         made = with_completions(
             model,

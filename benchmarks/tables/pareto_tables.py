@@ -10,7 +10,7 @@ from markdown_table import markdown
 from real_tables import MODELS
 
 RESULTS = Path(__file__).resolve().parents[1] / "results" / "pareto.csv"
-KNOBS = {"scale": "scale λ", "ridge": "ridge ε", "text": "text in the metric, γ"}
+KNOBS = {"scale": "scale λ", "ridge": "ridge ε", "text_weight": "text_weight γ"}
 
 
 def pareto() -> str:

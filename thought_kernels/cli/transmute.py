@@ -68,6 +68,9 @@ def transmute(
     header_weight: Annotated[
         float | None, typer.Option(help=_help("header_weight", "Weight of the header's rows."))
     ] = None,
+    text_weight: Annotated[
+        float | None, typer.Option(help=_help("text_weight", "Weight of ordinary text, to be left as it is."))
+    ] = None,
     separator: options.Separator = options.DEFAULT_SEPARATOR,
     without: options.Without = None,
     format: options.Format = None,
@@ -110,8 +113,8 @@ def transmute(
         "sites": site and tuple(options.listed(site)), "pairing": pairing, "estimator": estimator,
         "normalization": normalization, "mlp_activation": mlp_activation,
         "scale": None if scale is None else read_scale(scale), "ridge": ridge,
-        "tokens": tokens, "header_weight": header_weight, "written_inputs": written_inputs,
-        "completions": completions,
+        "tokens": tokens, "header_weight": header_weight, "text_weight": text_weight,
+        "written_inputs": written_inputs, "completions": completions,
     }))  # fmt: skip
     portions = options.pairs({
         "batch_size": batch_size, "memory_budget": memory_budget, "max_new_tokens": max_new_tokens, "seed": seed,

@@ -117,6 +117,7 @@ def _described(recipe: ResolvedRecipe) -> dict[str, Any]:
         "pairing": recipe.pairing,
         "tokens": recipe.tokens,
         "header_weight": recipe.header_weight,
+        "text_weight": recipe.text_weight,
     }
 
 

@@ -57,6 +57,7 @@ class Recipe(Mapping[str, Any]):
         ridge: ε, in units of Z's mean eigenvalue.
         tokens: "all" or "answer".
         header_weight: total weight of the header's rows.
+        text_weight: total weight of ordinary text, which the patch is to leave as it is.
         written_inputs: inputs that the model writes beside the examples.
         completions: answers written for an example without one.
 
@@ -75,6 +76,7 @@ class Recipe(Mapping[str, Any]):
     ridge: float = DEFAULT_RIDGE
     tokens: str = "all"
     header_weight: float = 0.0
+    text_weight: float = 0.0
     written_inputs: int = 64
     completions: int = 3
 
@@ -88,12 +90,19 @@ class Recipe(Mapping[str, Any]):
             "sites": _sites(self.sites),
             "ridge": _ridge(self.ridge),
             "header_weight": as_number("transmute", "header_weight", self.header_weight),
+            "text_weight": as_number("transmute", "text_weight", self.text_weight),
             "written_inputs": as_integer("transmute", "written_inputs", self.written_inputs, least=0),
             "completions": as_integer("transmute", "completions", self.completions, least=1),
         }
         check_options("transmute", self.estimator, read["ridge"], self.normalization)
-        if read["header_weight"] < 0:
-            raise ValueError(f"transmute: header_weight must not be negative, got {self.header_weight}")
+        for name in ("header_weight", "text_weight"):
+            if read[name] < 0:
+                raise ValueError(f"transmute: {name} must not be negative, got {getattr(self, name)}")
+        if read["text_weight"] and self.estimator == "mean":
+            raise ValueError(
+                f"transmute: text_weight must be 0 with estimator 'mean', got {self.text_weight}; it weighs no "
+                "error of a patch, on text or elsewhere: take estimator='ridge'"
+            )
         read["scale"] = _scale(self.scale, read["sites"])
         if self.mlp_activation == "residual":
             _check_residual_activation(read["sites"], self.estimator)

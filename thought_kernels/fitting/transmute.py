@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
@@ -20,6 +21,7 @@ from thought_kernels.patches.patch import ThoughtPatch
 from thought_kernels.prompts.everyday import everyday
 from thought_kernels.prompts.examples import Example, load_examples
 from thought_kernels.prompts.instruction import Instruction, begins_with
+from thought_kernels.prompts.ordinary import ordinary_rows
 from thought_kernels.prompts.prompt import EncodedExample
 
 
@@ -41,6 +43,7 @@ def transmute(
     ridge: float = Recipe.ridge,
     tokens: str = Recipe.tokens,
     header_weight: float = Recipe.header_weight,
+    text_weight: float = Recipe.text_weight,
     separator: str = "\n",
     format: str | None = None,
     batch_size: int = 32,
@@ -89,6 +92,9 @@ def transmute(
         tokens: which tokens of e are summed, "all" or "answer" (the completion with its end-of-turn token).
         header_weight: H's rows join the fit with δ = 0 and this total weight, that of all examples being 1; it keeps
             the patch from moving the keys that e sees in H. 0 leaves them out.
+        text_weight: passages of ordinary text join the fit, with no instruction before them and this total weight, that
+            of all examples being 1: what the model makes of them without a patch is wanted of them with it. A patch of
+            0.1 to 1 moves other text less, and an instruction's effect is a little smaller. 0 leaves them out.
         separator: between instruction and example text; part of I.
         format: of one turn, "{prompt} -> {completion}\\n" or the like, in place of a chat template.
         batch_size: examples in a batch at most. It changes the result by rounding only.
@@ -126,7 +132,8 @@ def transmute(
     recipe = Recipe(
         layers=layers, sites=sites, pairing=pairing, estimator=estimator, normalization=normalization,
         mlp_activation=mlp_activation, scale=scale, ridge=ridge, tokens=tokens,
-        header_weight=header_weight, written_inputs=written_inputs, completions=completions,
+        header_weight=header_weight, text_weight=text_weight, written_inputs=written_inputs,
+        completions=completions,
     )  # fmt: skip
     batch_size = as_integer("transmute", "batch_size", batch_size, least=1)
     memory_budget = as_integer("transmute", "memory_budget", memory_budget, least=1)
@@ -136,7 +143,7 @@ def transmute(
     writing = Writing(recipe.completions, max_new_tokens, batch_size, seed, progress)
     found = prepared(model, tokenizer, prompt, examples, recipe, writing)
     return fit(
-        found.decoder, found.recipe, found.rows, batch_size=batch_size, memory_budget=memory_budget,
+        found.decoder, found.recipe, [*found.rows, *found.text], batch_size=batch_size, memory_budget=memory_budget,
         provenance=found.provenance, progress=progress,
     )  # fmt: skip
 
@@ -148,12 +155,14 @@ class Prepared(NamedTuple):
         decoder: the model, described.
         recipe: for this model.
         rows: the examples, and what the model wrote beside them.
+        text: rows of ordinary text.
         provenance: what the patch remembers beside the recipe.
     """
 
     decoder: Decoder
     recipe: ResolvedRecipe
     rows: list[EncodedExample]
+    text: list[EncodedExample]
     provenance: dict[str, Any]
 
 
@@ -171,7 +180,8 @@ def prepared(
         "separator": prompt.separator, "format": prompt.format, **_model(decoder, tokenizer), **written,
         "completions": resolved.completions, "max_new_tokens": writing.max_new_tokens, "seed": writing.seed,
     }  # fmt: skip
-    return Prepared(decoder, resolved, encoded, described)
+    text = ordinary_rows(tokenizer, encoded, resolved.text_weight, decoder.context)
+    return Prepared(decoder, resolved, encoded, text, described)
 
 
 def _rows(
@@ -204,8 +214,10 @@ def _told(instruction: Instruction) -> str | list[dict[str, Any]]:
 
 def _model(decoder: Decoder, tokenizer: Any) -> dict[str, Any]:
     """What a patch remembers of the model that it was made for."""
+    name = getattr(decoder.config, "_name_or_path", "") or None
     return {
-        "model": getattr(decoder.config, "_name_or_path", "") or None,
+        # A folder by its whole path: "models/gemma" would pass for a repository of the hub.
+        "model": os.path.abspath(name) if name is not None and os.path.exists(name) else name,
         "model_type": decoder.config.model_type,
         "hidden_size": decoder.hidden_size,
         "num_hidden_layers": len(decoder.blocks),

@@ -22,7 +22,7 @@ from thought_kernels.models import describe
 from thought_kernels.ops.checks import as_path
 from thought_kernels.patches.apply import targets
 from thought_kernels.patches.data import PatchData
-from thought_kernels.patches.export_gguf_lora import gguf_path
+from thought_kernels.patches.export_gguf_lora import ARCHITECTURES, gguf_path
 from thought_kernels.patches.gguf_file import Damaged, GgufContent, read_gguf, write_gguf
 from thought_kernels.patches.site import SitePatch, is_finite
 from thought_kernels.patches.vectors import obstacle_behind_down
@@ -87,12 +87,13 @@ def export_control_vector(
             vectors[key[0]] = vectors.get(key[0], torch.zeros_like(added)) + added
     if not vectors:
         raise ValueError(f"{function}: patch must have a nonzero vector that a control vector can carry, got none")
+    model_type = str(describe(model).model.config.model_type)
     write_gguf(
         function,
         path,
         _ARCHITECTURE,
         {
-            f"{_ARCHITECTURE}.model_hint": str(describe(model).model.config.model_type),
+            f"{_ARCHITECTURE}.model_hint": ARCHITECTURES.get(model_type, model_type),
             f"{_ARCHITECTURE}.layer_count": len(vectors),
         },
         {f"direction.{layer}": vector for layer, vector in vectors.items()},

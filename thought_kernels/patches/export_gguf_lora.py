@@ -19,7 +19,7 @@ from torch import Tensor
 from thought_kernels.models import describe
 from thought_kernels.ops.checks import as_path
 from thought_kernels.patches.data import PatchData
-from thought_kernels.patches.gguf_file import write_gguf
+from thought_kernels.patches.gguf_file import check_gguf, write_gguf
 from thought_kernels.patches.lora import Accepted, Lora, LoraExport
 
 # llama.cpp's name of a family, by config.model_type.
@@ -61,7 +61,11 @@ def export_gguf_lora(
     """
     path = gguf_path("export_gguf_lora", file)
     model_type = _known_type(model)
-    instead = "export_control_vector may carry it"
+    check_gguf("export_gguf_lora")
+    instead = (
+        "give drop=True (--drop) to leave it out; export_control_vector carries one that is a constant of a block's "
+        "output"
+    )
     lora = Lora("export_gguf_lora", patch, model, accepted, instead=instead, biases=False, progress=progress)
     alpha = float(max(lora.ranks.values()))
     write_gguf(

@@ -15,7 +15,7 @@ from thought_kernels.models import in_memory
 from thought_kernels.patches.card import shareable
 from thought_kernels.patches.data import PatchData
 from thought_kernels.patches.merge import MergedPatch
-from thought_kernels.patches.storage import as_folder
+from thought_kernels.patches.storage import as_folder, to_disk
 
 PROVENANCE_FILE = "thought_patch_provenance.json"
 
@@ -75,12 +75,17 @@ def export_merged(
     folder.parent.mkdir(parents=True, exist_ok=True)
     partial = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}")
     try:
-        with MergedPatch(patch, model, fold=fold, drop=drop, backup_device=None) as merged:
+        with MergedPatch(
+            patch, model, fold=fold, drop=drop, backup_device=None, function="export_merged",
+            instead="give drop=True (--drop) to leave it out",
+        ) as merged:  # fmt: skip
             root.save_pretrained(partial, max_shard_size=max_shard_size)
         if tokenizer is not None:
             tokenizer.save_pretrained(partial)
         told = json.dumps(shareable(patch.provenance), indent=2, ensure_ascii=False, default=str)
         (partial / PROVENANCE_FILE).write_text(told, encoding="utf-8")
+        for file in filter(Path.is_file, partial.rglob("*")):
+            to_disk(file)
         if folder.exists():
             folder.rmdir()
         partial.rename(folder)

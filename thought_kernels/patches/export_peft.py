@@ -65,7 +65,7 @@ def export_peft(
         progress: show a progress bar on stderr.
     """
     folder = as_folder("export_peft", directory)
-    instead = "keep the patch's own folder for it"
+    instead = "keep the patch's own folder for it, or give drop=True (--drop) to leave it out"
     lora = Lora("export_peft", patch, model, accepted, instead=instead, biases=True, progress=progress)
     ranks = lora.ranks
     if pad:

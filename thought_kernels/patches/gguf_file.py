@@ -13,12 +13,15 @@ import mmap
 import secrets
 import struct
 from collections.abc import Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from thought_kernels.patches.storage import to_disk
 
 _DIGEST = "thought_kernels.sha256"
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
@@ -38,6 +41,14 @@ class Damaged(ValueError):
     """What is wrong with a file, as the end of a sentence."""
 
 
+def check_gguf(function: str) -> None:
+    """Raises ValueError without the gguf package, which names tensors and writes files."""
+    if find_spec("gguf") is None:
+        raise ValueError(
+            f"{function}: gguf must be installed to write a GGUF file, got none; pip install 'thought_kernels[hf]'"
+        )
+
+
 def write_gguf(
     function: str, path: Path, architecture: str, fields: Mapping[str, str | int | float], tensors: Mapping[str, Tensor]
 ) -> None:
@@ -53,12 +64,9 @@ def write_gguf(
     Raises:
         ValueError: without the gguf package.
     """
-    try:
-        import gguf
-    except ImportError as error:
-        raise ValueError(
-            f"{function}: gguf must be installed to write a GGUF file, got none; pip install 'thought_kernels[hf]'"
-        ) from error
+    check_gguf(function)
+    import gguf
+
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     arrays = {name: tensor.detach().to("cpu", torch.float32).contiguous() for name, tensor in tensors.items()}
@@ -77,6 +85,7 @@ def write_gguf(
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
         writer.close()
+        to_disk(temporary)
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)

@@ -1,8 +1,9 @@
 """Which model a patch was made for, as few values that travel with it, and how another model differs from that one.
 
 Weights are told by numbers taken evenly from a few of them: their sha256 after rounding to bfloat16, which is the same
-in every wider dtype that the model is loaded in, and some of the numbers themselves, from which follows how far weights
-are apart that are not the same: the same model quantised by some percent, another model wholly.
+in every wider dtype that the model is loaded in but float16, and so once more after rounding to float16 and then to
+bfloat16; and some of the numbers themselves, from which follows how far weights are apart that are not the same: the
+same model quantised by some percent, another model wholly.
 """
 
 from __future__ import annotations
@@ -39,8 +40,8 @@ def identity(model: Any, tokenizer: Any = None) -> dict[str, Any]:
         tokenizer: a transformers tokenizer, or None to leave it out.
 
     Returns:
-        {"config": {field: value}, "weights": {name: {"sha256", "numbers"}}, "tokenizer": {"vocabulary", "template"}},
-        JSON values only. Weights that are packed or elsewhere are not among them.
+        {"config": {field: value}, "weights": {name: {"sha256", "as_float16", "numbers"}}, "tokenizer": {"vocabulary",
+        "template"}}, JSON values only. Weights that are packed or elsewhere are not among them.
     """
     decoder = describe(model)
     config = json.loads(json.dumps(decoder.config.to_dict(), default=str))
@@ -106,7 +107,7 @@ def _of_config(recorded: Mapping[str, Any], found: Mapping[str, Any]) -> Iterato
 
 def _of_weights(recorded: Mapping[str, Any], found: Mapping[str, Any]) -> Iterator[str]:
     common = [name for name in recorded if name in found]
-    changed = [name for name in common if recorded[name]["sha256"] != found[name]["sha256"]]
+    changed = [name for name in common if not _digests(recorded[name]) & _digests(found[name])]
     if recorded and not common:
         yield "its weights cannot be compared"
     if not changed:
@@ -119,6 +120,11 @@ def _of_weights(recorded: Mapping[str, Any], found: Mapping[str, Any]) -> Iterat
             f"its weights differ by up to {100 * distance:.2g} % in {len(changed)} of {len(common)} compared, as those "
             "of a model do that was quantised, rounded, tuned or patched"
         )
+
+
+def _digests(told: Mapping[str, Any]) -> set[str]:
+    """Of the numbers as they are, and as they would be in a model loaded in float16."""
+    return {told[name] for name in ("sha256", "as_float16") if name in told}
 
 
 def _of_tokenizer(recorded: Mapping[str, Any], found: Mapping[str, Any]) -> Iterator[str]:
@@ -147,9 +153,10 @@ def _told(weight: Tensor) -> dict[str, Any]:
     # Evenly, in integers: float positions would not be exact in a large vocabulary's embedding.
     places = torch.arange(count, dtype=torch.int64) * (weight.numel() // count)
     numbers = weight[(places // columns).to(weight.device), (places % columns).to(weight.device)]
-    rounded = numbers.to("cpu", torch.bfloat16)
+    rounded, twice = (numbers.to("cpu", dtype).to(torch.bfloat16) for dtype in (numbers.dtype, torch.float16))
     kept = rounded[:: max(1, count // _KEPT)][:_KEPT].float().tolist()
-    return {"sha256": _digest(rounded.view(torch.int16).numpy().tobytes()), "numbers": kept}
+    digests = (_digest(bits.view(torch.int16).numpy().tobytes()) for bits in (rounded, twice))
+    return {**dict(zip(("sha256", "as_float16"), digests, strict=True)), "numbers": kept}
 
 
 def _distance(recorded: list[float], found: list[float]) -> float:

@@ -48,6 +48,8 @@ class MergedPatch:
         fold: whether vectors may be folded into matrices.
         drop: whether vectors may be left out that have no place.
         backup_device: where the originals are kept, None for beside the weights.
+        function: opens the sentences of refusal.
+        instead: what else can be done with a vector that has no place.
     """
 
     def __init__(
@@ -58,19 +60,23 @@ class MergedPatch:
         fold: bool,
         drop: bool = False,
         backup_device: torch.device | str | None,
+        function: str = "merge_",
+        instead: str = "use applied",
     ) -> None:
+        self._function = function
         self.fold_residuals: dict[tuple[int, str], float | None] = {}
         plan: list[_Edit] = []
-        parts, self.dropped = placed("merge_", patch, model, instead="use applied", fold=fold, drop=drop)
+        parts, self.dropped = placed(function, patch, model, instead=instead, fold=fold, drop=drop)
         for part in parts:
             plan.extend(self._planned(part))
         self._model: nn.Module = describe(model).model
         names = {id(p): name for name, p in self._model.named_parameters()}
-        _check_writable(self._model, plan, names)
+        _check_writable(function, self._model, plan, names)
         for (layer, site), residual in self.fold_residuals.items():
             known = "unknown" if residual is None else f"{residual:.3g}"
             _logger.warning(
-                "merge_: block %d, site %r: vector folded into the matrix, relative squared error %s",
+                "%s: block %d, site %r: vector folded into the matrix, relative squared error %s",
+                function,
                 layer,
                 site,
                 known,
@@ -128,7 +134,7 @@ class MergedPatch:
         (layer, site), entry = part.key, part.entry
         where = f"block {layer}, site {site!r}"
         named = zip(part.modules, part.names, strict=True)
-        linears = [_plain_linear(module, name, entry.input_width, where) for module, name in named]
+        linears = [_plain_linear(self._function, module, name, entry.input_width, where) for module, name in named]
         change = entry if entry.matrix is not None or entry.factors is not None else None
         if part.folds:
             self.fold_residuals[part.key] = entry.fit.fold_residual if entry.fit is not None else None
@@ -149,7 +155,9 @@ class MergedPatch:
                 _write(linear_weight(linear), change, adds)
         for _, parameter, _ in self._originals:
             if not is_finite(parameter.data):
-                raise ValueError(f"merge_: patch must fit into {parameter.dtype}, got an overflow; scale it down")
+                raise ValueError(
+                    f"{self._function}: patch must fit into {parameter.dtype}, got an overflow; scale it down"
+                )
 
     def _back_up(self, name: str, parameter: Tensor, device: torch.device | str | None) -> None:
         self._originals.append((name, parameter, parameter.detach().to(device or parameter.device, copy=True)))
@@ -181,10 +189,10 @@ class _Edit(NamedTuple):
     adds: bool
 
 
-def _plain_linear(module: Any, name: str, width: int | None, where: str) -> Any:
+def _plain_linear(function: str, module: Any, name: str, width: int | None, where: str) -> Any:
     if not is_linear(module):
         raise ValueError(
-            f"merge_: {name} must be a torch.nn.Linear, got {type(module).__module__}.{type(module).__name__}; "
+            f"{function}: {name} must be a torch.nn.Linear, got {type(module).__module__}.{type(module).__name__}; "
             f"{where}: use applied"
         )
     for parameter in (module.weight, module.bias):
@@ -192,26 +200,28 @@ def _plain_linear(module: Any, name: str, width: int | None, where: str) -> Any:
             continue
         if type(parameter) is not nn.Parameter or not is_plain(parameter):
             raise ValueError(
-                f"merge_: {name} must have plain floating weights, got {type(parameter.data).__name__} of "
+                f"{function}: {name} must have plain floating weights, got {type(parameter.data).__name__} of "
                 f"{parameter.dtype} on {parameter.device}; {where}: quantised weights are never written, use applied"
             )
     found = linear_weight(module).shape[1]
     if width not in (None, found):
-        raise ValueError(f"merge_: {name} must take inputs of width {width}, got {found}; {where}")
+        raise ValueError(f"{function}: {name} must take inputs of width {width}, got {found}; {where}")
     return module
 
 
-def _check_writable(model: nn.Module, plan: list[_Edit], names: dict[int, str]) -> None:
+def _check_writable(function: str, model: nn.Module, plan: list[_Edit], names: dict[int, str]) -> None:
     """Raises unless what is to be written is finite and belongs to one parameter each."""
     written = [edit.linear.weight for edit in plan if edit.change is not None]
     written += [edit.linear.bias for edit in plan if edit.bias is not None]
-    _check_unshared(model, written)
+    _check_unshared(function, model, written)
     for parameter in written:
         if not is_finite(parameter.data):
-            raise ValueError(f"merge_: {names[id(parameter)]} must be finite, got NaN or an infinity before the patch")
+            raise ValueError(
+                f"{function}: {names[id(parameter)]} must be finite, got NaN or an infinity before the patch"
+            )
 
 
-def _check_unshared(model: nn.Module, written: list[Tensor]) -> None:
+def _check_unshared(function: str, model: nn.Module, written: list[Tensor]) -> None:
     """Raises if memory to be written belongs to another parameter as well, which would change along with it."""
     owners = [
         (name, parameter, *addresses(parameter))
@@ -227,7 +237,7 @@ def _check_unshared(model: nn.Module, written: list[Tensor]) -> None:
         ]
         if len(names) > 1:
             raise ValueError(
-                f"merge_: weights must not be shared, got {' and '.join(names)} as one memory; use applied"
+                f"{function}: weights must not be shared, got {' and '.join(names)} as one memory; use applied"
             )
 
 

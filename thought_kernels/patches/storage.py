@@ -101,6 +101,12 @@ def replace_files(folder: Path, contents: Mapping[str, bytes]) -> None:
             temporary.unlink(missing_ok=True)
 
 
+def to_disk(path: Path) -> None:
+    """Returns when a written file's content has left the computer's memory."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
 def as_folder(function: str, directory: str | os.PathLike[str]) -> Path:
     """The directory as a Path, which need not exist; raises as as_path, and ValueError for a file."""
     folder = as_path(function, "directory", directory)

@@ -30,6 +30,7 @@ from thought_kernels.fitting.transmute import Prepared, prepared, transmute
 from thought_kernels.models import describe
 from thought_kernels.models.decoder import Decoder
 from thought_kernels.patches.patch import ThoughtPatch
+from thought_kernels.prompts.ordinary import ordinary_rows
 from thought_kernels.prompts.prompt import EncodedExample, Example, Instruction, encode
 
 FIT_BATCH = 32  # transmute's own
@@ -149,7 +150,8 @@ class Subject:
             return self.given_patch
         with Making(self.decoder.device) as self.making:
             found = self._prepared
-            return fit(found.decoder, found.recipe, found.rows, batch_size=FIT_BATCH, provenance=found.provenance)
+            rows = [*found.rows, *found.text]
+            return fit(found.decoder, found.recipe, rows, batch_size=FIT_BATCH, provenance=found.provenance)
 
     @cached_property
     def _prepared(self) -> Prepared:
@@ -239,7 +241,9 @@ class Subject:
 
     def refit(self, recipe: Recipe, accumulator: ThoughtAccumulator | None = None) -> ThoughtPatch:
         """The examples fitted by a recipe, with sums of one's own; see rivals.refit."""
-        return refit(self.decoder, self.encoded, recipe, batch_size=self.batch_size, accumulator=accumulator)
+        text = ordinary_rows(self.tokenizer, self.encoded, recipe.text_weight, self.decoder.context)
+        rows = [*self.encoded, *text]
+        return refit(self.decoder, rows, recipe, batch_size=self.batch_size, accumulator=accumulator)
 
     def other_patch(self, name: str) -> ThoughtPatch:
         """Another instruction's patch from the same examples, fitted once."""
