@@ -199,10 +199,10 @@ def test_weights_of_zero_are_refused() -> None:
     model.model.layers[0].self_attn.o_proj.weight.data.zero_()
     model.model.layers[0].mlp.gate_proj.weight.data.zero_()
     patch = patch_for(model, 6, layers=[0])
-    sentence = "diagnose: model must have nonzero weights where the patch acts, got zeros at o_proj; block 0"
-    with pytest.raises(ValueError, match=sentence):
+    sentence = "model must have nonzero weights where the patch acts, got zeros at o_proj; block 0"
+    with pytest.raises(ValueError, match=f"^diagnose: {sentence}"):
         diagnose(patch, model)
-    with pytest.raises(ValueError, match=sentence):
+    with pytest.raises(ValueError, match=f"^interference: {sentence}"):
         interference(patch, [patch], model)
     half = diagnose(patch_for(model, 6, layers=[0], sites=["mlp"]), model).sites[0, "mlp"].features
     dead = len(half.moved) // 2  # gate_proj's rows come first
@@ -246,7 +246,7 @@ def test_interference_is_what_diagnose_says_of_each_other_patch() -> None:
         total_caused += float((W @ A @ B.T).square().sum() / (W @ B @ B.T).square().sum())
     assert found[0].felt == pytest.approx((total_felt / 4) ** 0.5, rel=DIRECT)
     assert found[0].caused == pytest.approx((total_caused / 4) ** 0.5, rel=DIRECT)
-    with pytest.raises(ValueError, match="diagnose: others must have a nonzero matrix"):
+    with pytest.raises(ValueError, match="interference: others must have a nonzero matrix"):
         interference(ours, [others[0], 0 * others[0]], model)
 
 

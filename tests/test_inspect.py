@@ -272,6 +272,15 @@ def test_the_command_writes_rows_and_a_picture(folder: Path, tmp_path: Path) -> 
     assert limited.exit_code == 0 and "embed_tok" in limited.stdout.replace("\n", "") and "o_proj" not in limited.stdout
 
 
+def test_rows_of_another_filter_stay(folder: Path, tmp_path: Path) -> None:
+    rows = tmp_path / "rows.csv"
+    for wanted in ("*.0.self_attn.o_proj*", "*.2.self_attn.o_proj*", "*.0.self_attn.o_proj*"):
+        assert run("inspect", folder, "--csv", rows, "--filter", wanted).exit_code == 0
+        with rows.open() as file:
+            found = [line["name"] for line in csv.DictReader(file)]
+    assert sorted(found) == [f"model.layers.{index}.self_attn.o_proj.weight" for index in (0, 2)]
+
+
 def test_an_interrupted_run_goes_on_from_its_rows(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -352,6 +361,12 @@ def test_the_command_refuses_in_a_sentence(folder: Path, tmp_path: Path) -> None
         ((tmp_path,), "must hold .safetensors files", 1),
         ((folder, "--filter", "nothing"), "--filter must match a matrix of", 1),
         ((folder, "--csv", tmp_path), "--csv must be a file", 2),
+        ((folder, "--compare", folder, "--plot", tmp_path / "p.png"), "--compare must be given without --plot", 2),
+        (
+            (folder, "--neighbours", tmp_path / "n.json", "--csv", tmp_path / "c.csv"),
+            "--neighbours must be given without --csv",
+            2,
+        ),
         ((folder, "--plot", tmp_path / "picture.docx"), "--plot must end in one of", 2),
         (
             ("nobody/nothing", "--offline"),

@@ -301,6 +301,10 @@ def test_commands_push_and_check(hub: Path, tmp_path: Path, monkeypatch: pytest.
     refused = run(*asked, "-m", tmp_path / "model 1", "--mismatch", "refuse")
     assert refused.exit_code == 1 and "check: model must be the one that the patch was made for" in refused.stderr
     assert run(*asked, "-m", tmp_path / "model 0", "--mismatch", "refuse").exit_code == 0
+    measured = ("evaluate", tmp_path / "model 1", "--patch", tmp_path / "patch", "--held-out", tmp_path / "in.txt")
+    (tmp_path / "in.txt").write_text("3 4\n5 6\n")
+    refused = run(*measured, "--output", tmp_path / "report", "--mismatch", "refuse")
+    assert refused.exit_code == 1 and "check: model must be the one that the patch was made for" in refused.stderr
     (tmp_path / "patch" / CARD_FILE).write_text("my own words")
     assert run("push", tmp_path / "patch", "me/patch").exit_code == 0
     assert (hub / "me" / "patch" / CARD_FILE).read_text() == "my own words"

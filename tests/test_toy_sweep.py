@@ -133,7 +133,7 @@ def test_drift_of_plain_descent_is_the_flows(tmp_path: Path) -> None:
         assert 0 <= row["transport"] <= 1 and 0 <= row["fixed_point"] <= 2
     assert max(row["gram"] for row in rows) > 0.3  # Adam goes downhill too
     bad = CliRunner().invoke(app, ["toy", "drift", str(tmp_path), "-o", str(path), "--dimensions", "9"])
-    assert bad.exit_code == 1 and "drift: dimensions must be one of (2, 3), got 9" in bad.output
+    assert bad.exit_code == 1 and "drift_rows: dimensions must be one of (2, 3), got 9" in bad.output
     with pytest.raises(ValueError, match="measure_drift: steps, weights and biases must be two or more of each"):
         measure_drift([0], [], [], torch.ones(1, 3), torch.ones(3))
 

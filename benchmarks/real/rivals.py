@@ -26,6 +26,7 @@ from thought_kernels.evaluation.rivals.rows import Rows
 
 RANK, RATES, CHECKPOINTS = 16, (3e-4, 1e-3, 3e-3), (25, 50, 100, 200)
 LORA = f"LoRA of rank {RANK}"
+AT_A_PROMPTS_END = ("task-vector",)  # they act there alone, and ordinary text holds none
 FITS: dict[str, Callable[[Any, Rows, Rows], Fitted]] = {
     "mean-difference": mean_difference.fit,
     "function-vector": function_vector.fit,
@@ -47,6 +48,8 @@ def made(measurement: Measurement, name: str, inputs: int) -> Row:
     with fitted.change.applied(model):
         recovered = {"fitted": round(1 - choice.divergence(model) / bare, 5)}
         row = {**measurement.scored(), **found, **recovered, "generation": generation}
+    if name in AT_A_PROMPTS_END:
+        row["drift"] = ""  # it would be 0, whatever the vector
     return {**row, "choosing": round(fitted.choosing, 2), "settings": fitted.settings}
 
 

@@ -76,6 +76,7 @@ def evaluate(
     max_new_tokens: Annotated[
         int | None, typer.Option(min=1, help=f"Longest answer (default 64; {_TASK_TOKENS} for a task).")
     ] = None,
+    mismatch: options.Mismatch = "warn",
     dtype: options.Dtype = "auto",
     device: options.Device = "cpu",
     offline: options.Offline = False,
@@ -117,7 +118,7 @@ def evaluate(
     options.check_layers(place, None if chosen is None else chosen.layers, offline)
     found, tokenizer = options.load_model(place, dtype, device, offline)
     if made is not None:
-        made.check(found, tokenizer)
+        made.check(found, tokenizer, mismatch=mismatch)
     with options.progress("evaluate") as progress:
         evaluation = run_evaluate(
             found, tokenizer, scorer=grader, sections=wanted, output=output, recipe=chosen, inputs=inputs,

@@ -48,7 +48,12 @@ class _Format(NamedTuple):
 
 def export(
     patch: Annotated[Path, typer.Argument(help="A folder written by transmute.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the export; replaces one that is there.")],
+    output: Annotated[
+        Path,
+        typer.Option(
+            "--output", "-o", help="Folder for the export; one there is replaced, but merged wants an empty folder."
+        ),
+    ],
     model: options.PatchModel = None,
     format_name: Annotated[
         str,

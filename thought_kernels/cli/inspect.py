@@ -63,8 +63,15 @@ def inspect(
     Ranks, saturation, kinds of features, spikes above the Marchenko-Pastur law, and the power law of the largest
     eigenvalues where there are enough of them; each kind of matrix and the model in a line.
     """
-    for option, path in (("--csv", csv_file), ("--plot", plot), ("--neighbours", neighbours)):
+    files = {"--csv": csv_file, "--plot": plot, "--neighbours": neighbours}
+    for option, path in files.items():
         options.check_file(option, path)
+    for option, given, others in (
+        ("--compare", compare, ("--plot", "--neighbours")), ("--neighbours", neighbours, ("--csv", "--plot")),
+    ):  # fmt: skip
+        idle = [other for other in others if given is not None and files[other] is not None]
+        if idle:
+            raise typer.BadParameter(f"{option} must be given without {idle[0]}, which it would do nothing with")
     if plot is not None:
         _check_plot(plot)
     place = _place(options.DEFAULT_MODEL if model is None else model, offline)
@@ -177,6 +184,12 @@ def _kept(matrices: list[StoredMatrix], features: str, path: Path | None) -> Ite
     partial = path.with_name(f"{path.name}.partial")
     done = {**_read(path), **_read(partial)}
     sources = {matrix.file: _source(matrix.file, features) for matrix in matrices}
+    names = {matrix.name for matrix in matrices}
+    others = [  # of the same files, that another --filter or --limit has measured
+        {**asdict(row), "source": source}
+        for (name, source), row in done.items()
+        if name not in names and source in sources.values()
+    ]
     known = [done.get((matrix.name, sources[matrix.file])) for matrix in matrices]
     fresh = inspect_model(
         [matrix for matrix, row in zip(matrices, known, strict=True) if row is None], features=features, progress=shown
@@ -184,6 +197,7 @@ def _kept(matrices: list[StoredMatrix], features: str, path: Path | None) -> Ite
     with partial.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, [*_COLUMNS, "source"], lineterminator="\n")
         writer.writeheader()
+        writer.writerows(others)
         lines = []
         for matrix, kept in zip(matrices, known, strict=True):  # at once, or a second interruption would lose them
             if kept is not None:
@@ -196,7 +210,7 @@ def _kept(matrices: list[StoredMatrix], features: str, path: Path | None) -> Ite
                 writer.writerow(lines[-1])
                 file.flush()
             yield row
-    _write_csv(path, lines)
+    _write_csv(path, lines + others)
     partial.unlink()
 
 

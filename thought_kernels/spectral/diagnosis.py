@@ -100,8 +100,8 @@ def diagnose(patch: Any, model: Any, *, other: Any = None) -> Diagnosis:
 
     Source: Spectral superposition, §1 (what steering touches), eq. 3.1-3.3; gains and overlaps are ours.
     """
-    ours, theirs = edits_of(patch, "patch"), {} if other is None else edits_of(other, "other")
-    weights = weights_of(model, [("patch", ours), ("other", theirs)])
+    ours, theirs = edits_of("diagnose", patch, "patch"), {} if other is None else edits_of("diagnose", other, "other")
+    weights = weights_of("diagnose", model, [("patch", ours), ("other", theirs)])
     sites, shared = {}, {}
     for key, (delta, resolution) in ours.items():
         X = _features(weights[key])
@@ -131,9 +131,9 @@ def interference(patch: Any, others: Sequence[Any], model: Any) -> list[Interfer
 
     Source: ours.
     """
-    ours = edits_of(patch, "patch")
-    theirs = [edits_of(other, "others") for other in others]
-    weights = weights_of(model, [("patch", ours), *(("others", edits) for edits in theirs)])
+    ours = edits_of("interference", patch, "patch")
+    theirs = [edits_of("interference", other, "others") for other in others]
+    weights = weights_of("interference", model, [("patch", ours), *(("others", edits) for edits in theirs)])
     shared: list[dict[Key, Overlap]] = [{} for _ in theirs]
     for key, edit in ours.items():
         F = _passed_on(key, _features(weights[key]))
@@ -149,14 +149,14 @@ def _interference(shared: Mapping[Key, Overlap], ours: Mapping[Key, Any], theirs
     return Interference(shared, felt**0.5, caused**0.5)
 
 
-def edits_of(patch: Any, name: str) -> dict[Key, _Edit]:
+def edits_of(function: str, patch: Any, name: str) -> dict[Key, _Edit]:
     """A patch's nonzero matrices."""
     try:
         keys = [(layer, site) for layer in patch.layers for site in patch.sites if site in MATRIX_SITES]
         found = {key: patch.matrix(*key) for key in keys}
     except AttributeError as error:
         rule = "be a patch with layers, sites and matrix(layer, site)"
-        raise TypeError(message("diagnose", name, rule, type(patch).__name__)) from error
+        raise TypeError(message(function, name, rule, type(patch).__name__)) from error
     edits = {}
     for key, delta in found.items():
         if delta is None:
@@ -164,35 +164,35 @@ def edits_of(patch: Any, name: str) -> dict[Key, _Edit]:
         resolution = 4 * max(torch.finfo(delta.dtype).eps, _EPS)
         delta = delta.detach().to("cpu", torch.float64)
         if not bool(delta.isfinite().all()):
-            raise ValueError(message("diagnose", name, "be finite", "NaN or an infinity", _where(key)))
+            raise ValueError(message(function, name, "be finite", "NaN or an infinity", _where(key)))
         if bool(delta.any()):
             edits[key] = _Edit(delta, resolution)
     if not edits:
-        raise ValueError(message("diagnose", name, "have a nonzero matrix", "none", "vectors have no spectrum"))
+        raise ValueError(message(function, name, "have a nonzero matrix", "none", "vectors have no spectrum"))
     return edits
 
 
-def weights_of(model: Any, named: Sequence[tuple[str, Mapping[Key, _Edit]]]) -> dict[Key, list[Tensor]]:
+def weights_of(function: str, model: Any, named: Sequence[tuple[str, Mapping[Key, _Edit]]]) -> dict[Key, list[Tensor]]:
     """The weights that edits multiply, after checking all edits, each with its argument's name, against the model."""
     decoder = describe(model)
     weights: dict[Key, list[Tensor]] = {}
     for name, edits in named:
         for key, edit in edits.items():
             if key not in weights:
-                weights[key] = _weights_at(name, decoder, key)
+                weights[key] = _weights_at(function, name, decoder, key)
             d_out, d_in = weights[key][0].shape
             shape = (d_out, d_in) if key[1] == "down" else (d_in, d_in)
             if tuple(edit.delta.shape) != shape:
                 rule = f"have matrices of width {d_in}" if key[1] != "down" else f"have matrices {list(shape)}"
-                raise ValueError(message("diagnose", name, rule, list(edit.delta.shape), _where(key)))
+                raise ValueError(message(function, name, rule, list(edit.delta.shape), _where(key)))
     return weights
 
 
-def _weights_at(name: str, decoder: Any, key: Key) -> list[Tensor]:
+def _weights_at(function: str, name: str, decoder: Any, key: Key) -> list[Tensor]:
     layer, site = key
     last = len(decoder.blocks) - 1
     if not 0 <= layer <= last:
-        raise ValueError(message("diagnose", name, f"have blocks 0 to {last} only", layer, "which the model lacks"))
+        raise ValueError(message(function, name, f"have blocks 0 to {last} only", layer, "which the model lacks"))
     block = decoder.blocks[layer]
     names: tuple[str, ...] = (block.parts.o_proj,)
     modules: tuple[Any, ...] = (block.o_proj,)
@@ -202,7 +202,7 @@ def _weights_at(name: str, decoder: Any, key: Key) -> list[Tensor]:
         names, modules = (block.parts.down_proj,), (block.down_proj,) if block.down_proj else ()
     if not modules:
         actual = "a mixture of experts"
-        raise ValueError(message("diagnose", "model", "have one MLP where the patch acts", actual, _where(key)))
+        raise ValueError(message(function, "model", "have one MLP where the patch acts", actual, _where(key)))
     found = []
     for module_name, module in zip(names, modules, strict=True):
         weight = getattr(module, "weight", None)
@@ -212,12 +212,12 @@ def _weights_at(name: str, decoder: Any, key: Key) -> list[Tensor]:
             if isinstance(weight, Tensor):
                 holds = f"{type(weight.data).__name__} of {weight.dtype}, {weight.device}"
             actual = f"{kind.__module__}.{kind.__qualname__} with {holds} at {module_name}"
-            raise ValueError(message("diagnose", "model", "have plain floating weights", actual, _where(key)))
+            raise ValueError(message(function, "model", "have plain floating weights", actual, _where(key)))
         check_matrix("diagnose", weight)
         found.append(linear_weight(module).detach())
     if not any(bool(weight.any()) for weight in found):
         actual = f"zeros at {' and '.join(names)}"
-        raise ValueError(message("diagnose", "model", "have nonzero weights where the patch acts", actual, _where(key)))
+        raise ValueError(message(function, "model", "have nonzero weights where the patch acts", actual, _where(key)))
     return found
 
 

@@ -45,8 +45,8 @@ def written_tokens(
 
     Source: ours.
     """
-    edits = {key: edit for key, edit in edits_of(patch, "patch").items() if key[1] != "mlp"}
-    weights = weights_of(model, [("patch", edits)])
+    edits = {key: edit for key, edit in edits_of("written_tokens", patch, "patch").items() if key[1] != "mlp"}
+    weights = weights_of("written_tokens", model, [("patch", edits)])
     U = linear_weight(describe(model).lm_head).detach().to("cpu", torch.float32)
     if names is not None and len(names) < len(U):
         raise ValueError(message("written_tokens", "names", f"be {len(U)}, one for each token", len(names)))

@@ -141,14 +141,14 @@ def drift_rows(folder: Path, dimensions: int) -> list[dict[str, Any]]:
     """
     plan, groups = read_plan(folder)
     if dimensions not in plan.dimensions:
-        raise ValueError(message("drift", "dimensions", f"be one of {plan.dimensions}", dimensions))
+        raise ValueError(message("drift_rows", "dimensions", f"be one of {plan.dimensions}", dimensions))
     rows = []
     for group in groups:
         if group.dimensions != dimensions:
             continue
         kept, models = history(folder / group.name), build(plan, group)
         if len(kept) < 2:
-            raise ValueError(message("drift", "folder", "hold two checkpoints or more", len(kept), str(folder)))
+            raise ValueError(message("drift_rows", "folder", "hold two checkpoints or more", len(kept), str(folder)))
         x = models.inputs(SAMPLES).at(-1)
         for index, (sparsity, seed) in enumerate(group.runs):
             steps, weights, biases = zip(*((step, W[index], b[index]) for step, W, b in kept), strict=True)
