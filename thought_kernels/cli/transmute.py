@@ -95,7 +95,8 @@ def transmute(
     """Turn an instruction into a patch, and save it.
 
     Examples are inputs. Where one has no completion the model writes some, with the instruction in its prompt. Where
-    none has, it writes further inputs too.
+    none has, it writes further inputs too. Until all is done OUTPUT/checkpoint holds what is: the same command goes on
+    from there.
     """
     from thought_kernels.prompts.examples import load_examples
 
@@ -130,6 +131,7 @@ def transmute(
         loaded,
         **options.prompting(separator, format, without),
         progress=options.err.is_terminal,
+        checkpoint=output / "checkpoint",
         **portions,
         **chosen,
     )

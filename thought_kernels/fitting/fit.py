@@ -8,10 +8,12 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from thought_kernels.estimation.accumulator import ThoughtAccumulator
 from thought_kernels.estimation.scales import warn_if_worse
+from thought_kernels.fitting.checkpoint import Checkpoint
 from thought_kernels.fitting.recipe import ResolvedRecipe
 from thought_kernels.models.decoder import Decoder
 from thought_kernels.models.undisturbed import undisturbed
@@ -33,6 +35,7 @@ def fit(
     memory_budget: int = MEMORY_BUDGET,
     provenance: Mapping[str, Any] | None = None,
     progress: bool = False,
+    checkpoint: Checkpoint | None = None,
 ) -> ThoughtPatch:
     """Fits the examples.
 
@@ -44,6 +47,7 @@ def fit(
         memory_budget: bytes of hidden states that are kept in memory.
         provenance: what the patch should remember beside the recipe.
         progress: show a bar.
+        checkpoint: where the state between blocks is kept, and read; None for nowhere. Of "sequential" alone.
 
     Returns:
         A ThoughtPatch.
@@ -68,6 +72,7 @@ def fit(
             decoder=decoder, groups=groups, layers=layers, sites=sites, accumulator=solution.accumulator,
             solve=solution.solve, header_weight=recipe.header_weight, tick=bar.update,
             memory_budget=memory_budget, mlp_activation=recipe.mlp_activation,
+            keeper=None if checkpoint is None else _Keeper(checkpoint, solution, decoder),
         )  # fmt: skip
         PAIRINGS[recipe.pairing](run)
     patch = solution.solve(layers, sites)
@@ -100,12 +105,39 @@ class _Solution:
             self._described.update(part.provenance)
         return ThoughtPatch({key: self._solved[key] for key in wanted}, self._described)
 
+    def so_far(self) -> tuple[dict[tuple[int, str], SitePatch], dict[str, Any]]:
+        """What has been solved, and what the patch will remember."""
+        return self._solved, self._described
+
+    def go_on(self, solved: Mapping[tuple[int, str], SitePatch], described: Mapping[str, Any]) -> None:
+        """Takes what an earlier process has solved for its own."""
+        self._solved.update(solved)
+        self._described.update(described)
+
     def _told(self, site: str, entry: SitePatch) -> SitePatch:
         """An entry, without what sums over h would say of a patch that acts on u."""
         if site != "mlp" or self._recipe.mlp_activation == "input" or entry.fit is None:
             return entry
         fit = replace(entry.fit, residual=None, fold_residual=None, spherical_scale=None, best_scale=None)
         return replace(entry, activation_mean=None, fit=fit)
+
+
+class _Keeper:
+    """Keeps the streams of a run together with what has been solved of it."""
+
+    def __init__(self, checkpoint: Checkpoint, solution: _Solution, decoder: Decoder) -> None:
+        self._checkpoint, self._solution, self._decoder = checkpoint, solution, decoder
+
+    def restore(self, streams: Sequence[Tensor]) -> int:
+        """As Keeper.restore."""
+        done, entries, described = self._checkpoint.restore(streams)
+        placed = {key: entry.to(self._decoder.blocks[key[0]].device) for key, entry in entries.items()}
+        self._solution.go_on(placed, described)
+        return done
+
+    def keep(self, blocks: int, streams: Sequence[Tensor]) -> None:
+        """As Keeper.keep."""
+        self._checkpoint.keep(blocks, streams, *self._solution.so_far())
 
 
 def _described(recipe: ResolvedRecipe) -> dict[str, Any]:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 
+from thought_kernels.fitting.checkpoint import Checkpoint
 from thought_kernels.fitting.encoding import Prompt, Writing, check_row, completed, more_inputs, with_inputs
 from thought_kernels.fitting.fit import fit
 from thought_kernels.fitting.recipe import Recipe, ResolvedRecipe
@@ -53,6 +55,7 @@ def transmute(
     max_new_tokens: int = 64,
     seed: int = 0,
     progress: bool = False,
+    checkpoint: str | os.PathLike[str] | None = None,
 ) -> ThoughtPatch:
     """Turns an instruction into a weight update: the patched model follows it without being told. No training.
 
@@ -112,6 +115,9 @@ def transmute(
         max_new_tokens: longest completion that is generated.
         seed: of what is drawn, inputs and completions.
         progress: show progress bars on stderr, of the writing and of the fit.
+        checkpoint: a folder of its own in which a long run keeps what the model has written and, for "sequential", the
+            state between blocks, twice a minute at most. The same call goes on from there when it was stopped, to the
+            same patch bit for bit; another call's is thrown away. It is gone when the patch is made. None for none.
 
     Returns:
         A ThoughtPatch, float32 (float64 for a float64 model), with the settings in its provenance.
@@ -141,11 +147,15 @@ def transmute(
     seed = as_integer("transmute", "seed", seed)
     prompt = Prompt(instruction, without, separator, format)
     writing = Writing(recipe.completions, max_new_tokens, batch_size, seed, progress)
-    found = prepared(model, tokenizer, prompt, examples, recipe, writing)
-    return fit(
+    kept = None if checkpoint is None else Checkpoint(checkpoint)
+    found = prepared(model, tokenizer, prompt, examples, recipe, writing, kept)
+    patch = fit(
         found.decoder, found.recipe, [*found.rows, *found.text], batch_size=batch_size, memory_budget=memory_budget,
-        provenance=found.provenance, progress=progress,
+        provenance=found.provenance, progress=progress, checkpoint=kept,
     )  # fmt: skip
+    if kept is not None:
+        kept.remove()
+    return patch
 
 
 class Prepared(NamedTuple):
@@ -168,12 +178,13 @@ class Prepared(NamedTuple):
 
 @torch.no_grad()
 def prepared(
-    model: Any, tokenizer: Any, prompt: Prompt, examples: Any, recipe: Recipe, writing: Writing
+    model: Any, tokenizer: Any, prompt: Prompt, examples: Any, recipe: Recipe, writing: Writing,
+    checkpoint: Checkpoint | None = None,
 ) -> Prepared:  # fmt: skip
     """What transmute fits, before it does; arguments as transmute's, those of the prompt and of writing together."""
     decoder = in_memory("transmute", model)
     resolved = recipe.for_model(decoder)
-    encoded, written = _rows(decoder, tokenizer, prompt, examples, resolved, writing)
+    encoded, written = _rows(decoder, tokenizer, prompt, examples, resolved, writing, checkpoint)
     described = {
         "instruction": _told(prompt.instruction),
         "without": None if prompt.without is None else _told(prompt.without),
@@ -185,7 +196,8 @@ def prepared(
 
 
 def _rows(
-    decoder: Decoder, tokenizer: Any, prompt: Prompt, examples: Any, recipe: ResolvedRecipe, writing: Writing
+    decoder: Decoder, tokenizer: Any, prompt: Prompt, examples: Any, recipe: ResolvedRecipe, writing: Writing,
+    checkpoint: Checkpoint | None,
 ) -> tuple[list[EncodedExample], dict[str, Any]]:  # fmt: skip
     """What is fitted, examples and what the model writes beside them, and what a patch remembers of it."""
     loaded, fitted = everyday(prompt.instruction) if examples is None else (load_examples(examples), True)
@@ -196,7 +208,13 @@ def _rows(
     if fitted:
         _check_untold(prompt.instruction, prompt.separator, loaded)
     given = len(rows)
-    texts = more_inputs(decoder, tokenizer, loaded, recipe.written_inputs, writing)
+    if checkpoint is not None:
+        checkpoint.begin({
+            "recipe": recipe.to_dict(), "prompt": prompt, "rows": rows, "writing": writing._replace(progress=False),
+            "base": identity(decoder, tokenizer), "dtype": str(decoder.dtype), "device": decoder.device.type,
+        })  # fmt: skip
+    write = partial(more_inputs, decoder, tokenizer, loaded, recipe.written_inputs, writing)
+    texts = write() if checkpoint is None else checkpoint.once("inputs", write)
     rows, texts = with_inputs(decoder, tokenizer, prompt, loaded, rows, texts)
     if not rows:
         raise ValueError(
@@ -204,7 +222,8 @@ def _rows(
             "give some, or raise written_inputs"
         )
     generated = sum(row.is_open for row in rows[:given]) * writing.completions + len(texts)
-    rows = completed(decoder, tokenizer, prompt, loaded[0], rows, given, writing)
+    complete = partial(completed, decoder, tokenizer, prompt, loaded[0], rows, given, writing)
+    rows = complete() if checkpoint is None else checkpoint.rows(complete)
     return rows, {"examples": given, "written_inputs": texts, "generated_completions": generated}
 
 

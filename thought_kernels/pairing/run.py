@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from torch import Tensor
 
@@ -16,6 +17,18 @@ from thought_kernels.patches.site import STAGES, is_finite
 
 MEMORY_BUDGET = 2 << 30  # bytes
 MLP_ACTIVATIONS = ("input", "residual")
+
+
+class Keeper(Protocol):
+    """What keeps the state of a run between two blocks."""
+
+    def restore(self, streams: Sequence[Tensor]) -> int:
+        """Fills the streams with those kept last, and says how many blocks are behind them, 0 where none were."""
+        ...
+
+    def keep(self, blocks: int, streams: Sequence[Tensor]) -> None:
+        """Keeps the streams that so many blocks have been passed by."""
+        ...
 
 
 @dataclass
@@ -37,6 +50,7 @@ class Run:
         tick: called after each batch and block.
         memory_budget: bytes of hidden states that `sequential` keeps in memory, see spill.py.
         mlp_activation: of MLP_ACTIVATIONS, what a is at the mlp site.
+        keeper: of `sequential`'s state between blocks; None for none.
     """
 
     decoder: Decoder
@@ -49,6 +63,7 @@ class Run:
     tick: Callable[[], object]
     memory_budget: int = MEMORY_BUDGET
     mlp_activation: str = "input"
+    keeper: Keeper | None = None
     prefixes: list[list[BlockPrefix]] = field(init=False)
 
     def __post_init__(self) -> None:

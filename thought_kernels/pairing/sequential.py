@@ -51,7 +51,7 @@ def sequential(run: Run) -> None:
     decoder = run.decoder
     ways = _ways(run)
     befores = [decoder.embed(torch.tensor([g.without_prefix])) if g.without_prefix else None for g in run.groups]
-    for block in run.blocks:
+    for block in run.blocks[_restored(run, ways, befores) :]:
         before_outputs, without = _without_context(run, block, befores)
         patch: ThoughtPatch | None = None
         stages = run.stages if block.index in run.layers else []
@@ -71,6 +71,24 @@ def sequential(run: Run) -> None:
             for index, (before, before_o) in enumerate(zip(befores, before_outputs, strict=True)):
                 if before is not None and before_o is not None:
                     befores[index] = _rest(block, before, before_o, patch)
+            if run.keeper is not None:
+                run.keeper.keep(block.index + 1, _between_blocks(ways, befores))
+
+
+def _restored(run: Run, ways: list[_Way], befores: list[Tensor | None]) -> int:
+    """How many blocks the run's keeper has the state behind, which the streams then hold."""
+    if run.keeper is None:
+        return 0
+    befores[:] = [None if before is None else before.clone() for before in befores]  # an embedding's row may be a view
+    done = run.keeper.restore(_between_blocks(ways, befores))
+    for _ in range(done * len(ways)):
+        run.tick()
+    return done
+
+
+def _between_blocks(ways: list[_Way], befores: list[Tensor | None]) -> list[Tensor]:
+    """All that goes from one block to the next."""
+    return [*(way.streams for way in ways), *(before for before in befores if before is not None)]
 
 
 @dataclass
