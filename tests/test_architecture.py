@@ -31,7 +31,7 @@ MAY_IMPORT = {
     "patches": {"ops", "models"},
     "estimation": {"ops", "patches", "version"},
     "pairing": {"ops", "models", "prompts", "patches", "estimation"},
-    "fitting": {"ops", "models", "prompts", "generation", "patches", "estimation", "pairing"},
+    "fitting": {"ops", "models", "prompts", "generation", "patches", "estimation", "pairing", "version"},
     "spectral": {"ops", "models"},
     "evaluation/records": set(),
     "evaluation/measures": {"models", "prompts", "generation", "patches", "pairing"},
