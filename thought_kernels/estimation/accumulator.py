@@ -168,14 +168,21 @@ class ThoughtAccumulator:
                 for name, tensor in self._summed(key).tensors().items():
                     tensor.add_(added[name].to(tensor.device))
 
-    def all_reduce(self, group: dist.ProcessGroup | None = None) -> None:
+    def all_reduce(
+        self,
+        group: dist.ProcessGroup | None = None,
+        *,
+        layers: Iterable[int] | None = None,
+        sites: Iterable[str] | None = None,
+    ) -> None:
         """Sums over the processes of a group, in place, so that every process can solve for the same patch.
 
-        Processes may hold different blocks and sites, or none. Call it once, after the last update: a second call
-        would count every row once more per process. A broken connection half-way leaves some sums reduced.
+        Processes may hold different blocks and sites, or none. Call it once for each, after the last update: a second
+        call would count every row once more per process. A broken connection half-way leaves some sums reduced.
 
         Args:
             group: of torch.distributed, None for the default one.
+            layers, sites: 0-based block indices and sites to reduce; None for all.
 
         Raises:
             ValueError: no process group, or processes that disagree in normalization, dtype or width; raised on all
@@ -183,7 +190,12 @@ class ThoughtAccumulator:
         """
         if not (dist.is_available() and dist.is_initialized()):
             raise ValueError("all_reduce: group must be initialised, got none; call torch.distributed first")
-        widths = {key: held.widths for key, held in self._sums.items()}
+        among = [set(chosen) if chosen is not None else None for chosen in (layers, sites)]
+        widths = {
+            key: held.widths
+            for key, held in self._sums.items()
+            if all(chosen is None or part in chosen for part, chosen in zip(key, among, strict=True))
+        }
         mine = (self.normalization, self.dtype, widths)
         everyone: list[Any] = [None] * dist.get_world_size(group)
         dist.all_gather_object(everyone, mine, group=group)

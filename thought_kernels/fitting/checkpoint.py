@@ -1,5 +1,7 @@
 """A transmutation that can go on where it was stopped: what the model wrote, and the last block that was done.
 
+Of several processes each has a folder of its own in it, and they keep and take up the same blocks.
+
 A folder holds inputs.json and rows.json, and blocks-N, which holds what `sequential` carries from block N − 1 to block
 N, the patch so far with it. Each is complete under another name before it takes its own, so that whenever the process
 ends the folder holds one state or the next. What is resumed is, bit for bit, what would have been: the same numbers go
@@ -8,6 +10,7 @@ on in the same order.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -22,6 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from thought_kernels.generation.processes import ALONE, Processes
 from thought_kernels.ops.caller import warn
 from thought_kernels.ops.checks import as_path
 from thought_kernels.patches import storage
@@ -39,27 +43,28 @@ class Checkpoint:
 
     Args:
         directory: created if it does not exist.
+        processes: of the run, which all make the same calls.
 
     Raises:
         ValueError: a file, or a folder that holds something else.
     """
 
-    def __init__(self, directory: str | os.PathLike[str]) -> None:
-        self.folder = as_path("transmute", "checkpoint", directory)
-        if self.folder.exists() and not self.folder.is_dir():
-            raise ValueError(f"transmute: checkpoint must be a folder, got the file {self.folder}")
+    def __init__(self, directory: str | os.PathLike[str], processes: Processes = ALONE) -> None:
+        whole = as_path("transmute", "checkpoint", directory)
+        self.folder = whole if processes.size == 1 else whole / f"process-{processes.rank}"
+        if whole.exists() and not whole.is_dir():
+            raise ValueError(f"transmute: checkpoint must be a folder, got the file {whole}")
         if self.folder.exists() and any(self.folder.iterdir()) and not (self.folder / _RUN).exists():
             raise ValueError(
                 f"transmute: checkpoint must be a folder of its own, got {self.folder}, which holds other files; name "
                 "one that is empty or not there"
             )
-        self._due = time.monotonic() + EVERY
+        self._processes, self._due = processes, time.monotonic() + EVERY
 
     def begin(self, run: Mapping[str, Any]) -> None:
         """Says which run this is, by JSON values; what another one left here is removed."""
-        key = hashlib.sha256(
-            json.dumps({**run, "version": __version__}, sort_keys=True, default=str).encode()
-        ).hexdigest()
+        told = {**run, "processes": self._processes.size, "version": __version__}
+        key = hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode()).hexdigest()
         if self._read(_RUN) != key:
             shutil.rmtree(self.folder, ignore_errors=True)
             self._write(_RUN, key)
@@ -67,7 +72,7 @@ class Checkpoint:
     def once(self, name: str, make: Callable[[], Any]) -> Any:
         """JSON values that are made once: in this run, or before it was stopped."""
         held = self._read(f"{name}.json")
-        if held is None:
+        if not all(self._processes.everyone(held is not None)):  # all make it: they do so together
             held = make()
             self._write(f"{name}.json", held)
         return held
@@ -84,43 +89,56 @@ class Checkpoint:
         A disk without room costs the state and not the run.
         """
         started = time.monotonic()
-        if started < self._due or not entries:
+        if not self._processes.everyone(started >= self._due)[0] or not entries:
             return
-        partial = self.folder / f".{secrets.token_hex(4)}"
+        old, partial = self._states(), self.folder / f".{secrets.token_hex(4)}"
         try:
-            storage.save(entries, provenance, partial)
-            digest = _write_tensors(partial / _STREAMS, streams)
-            replace_files(partial, {_STATE: json.dumps({"blocks": blocks, "sha256": digest}).encode()})
-            old = self._states()
-            partial.rename(self.folder / f"blocks-{blocks}")
-            for path in old:
-                shutil.rmtree(path, ignore_errors=True)
-        except OSError as error:
-            warn(f"transmute: checkpoint could not be written, {error.strerror}; this run goes on without")
+            written = self._written(partial, blocks, streams, entries, provenance)
+            if all(self._processes.everyone(written)):
+                partial.rename(self.folder / f"blocks-{blocks}")
+                self._processes.everyone(True)  # no state goes before all have the next
+                for path in old.values():
+                    shutil.rmtree(path, ignore_errors=True)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
             now = time.monotonic()
             self._due = now + max(EVERY, _SHARE * (now - started))
 
+    def _written(
+        self, folder: Path, blocks: int, streams: Sequence[Tensor], entries: storage.Entries,
+        provenance: Mapping[str, Any],
+    ) -> bool:  # fmt: skip
+        """Writes a state; whether there was room."""
+        try:
+            storage.save(entries, provenance, folder)
+            digest = _write_tensors(folder / _STREAMS, streams)
+            replace_files(folder, {_STATE: json.dumps({"blocks": blocks, "sha256": digest}).encode()})
+        except OSError as error:
+            warn(f"transmute: checkpoint could not be written, {error.strerror}; this run goes on without")
+            return False
+        return True
+
     def restore(self, streams: Sequence[Tensor]) -> tuple[int, dict[tuple[int, str], Any], dict[str, Any]]:
         """Fills the streams with what was kept; says how many blocks are done, 0 for none, with the patch so far."""
-        for path in self._states():
-            try:
-                state = json.loads((path / _STATE).read_text())
-                entries, provenance = storage.load(path)
-                _read_tensors(path / _STREAMS, streams, state["sha256"])
-                return state["blocks"], entries, provenance
-            except (OSError, ValueError, KeyError):  # damaged: what it held is computed again
-                continue
+        states = self._states()
+        shared = set.intersection(*map(set, self._processes.everyone(list(states))))
+        for blocks in sorted(shared, reverse=True):
+            found = _state(states[blocks], streams)
+            if all(self._processes.everyone(found is not None)) and found is not None:
+                _fill(states[blocks] / _STREAMS, streams)
+                return blocks, *found
         return 0, {}, {}
 
     def remove(self) -> None:
         """Takes the folder away: the patch is there."""
         shutil.rmtree(self.folder, ignore_errors=True)
+        if self._processes.size > 1:
+            with contextlib.suppress(OSError):  # the others' folders are still there, or it is gone
+                self.folder.parent.rmdir()
 
-    def _states(self) -> list[Path]:
-        """Those of blocks, the latest first."""
-        return sorted(self.folder.glob("blocks-*"), key=lambda path: -int(path.name.partition("-")[2]))
+    def _states(self) -> dict[int, Path]:
+        """Folders by how many blocks are done in them."""
+        return {int(path.name.partition("-")[2]): path for path in self.folder.glob("blocks-*")}
 
     def _read(self, name: str) -> Any:
         try:
@@ -137,6 +155,17 @@ class Checkpoint:
             ) from error
 
 
+def _state(path: Path, streams: Sequence[Tensor]) -> tuple[dict[tuple[int, str], Any], dict[str, Any]] | None:
+    """The patch so far of a state that is whole and has streams of these sizes; None of another."""
+    try:
+        told, size = json.loads((path / _STATE).read_text()), (path / _STREAMS).stat().st_size
+        if size != sum(stream.numel() * stream.itemsize for stream in streams):
+            return None
+        return storage.load(path) if _digest(path / _STREAMS) == told["sha256"] else None
+    except (OSError, ValueError, KeyError):
+        return None
+
+
 def _write_tensors(path: Path, tensors: Sequence[Tensor]) -> str:
     """The tensors' bytes one after the other; their sha256."""
     with path.open("wb") as file:
@@ -147,14 +176,8 @@ def _write_tensors(path: Path, tensors: Sequence[Tensor]) -> str:
     return _digest(path)
 
 
-def _read_tensors(path: Path, tensors: Sequence[Tensor], digest: str) -> None:
-    """Fills the tensors with a file's bytes.
-
-    Raises:
-        ValueError: a file of another length or sha256. Nothing is filled then.
-    """
-    if path.stat().st_size != sum(tensor.numel() * tensor.itemsize for tensor in tensors) or _digest(path) != digest:
-        raise ValueError(f"{path} is damaged")
+def _fill(path: Path, tensors: Sequence[Tensor]) -> None:
+    """Fills the tensors with a file's bytes."""
     with path.open("rb") as file:
         for tensor in tensors:
             content = torch.from_numpy(np.fromfile(file, np.uint8, tensor.numel() * tensor.itemsize))

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from thought_kernels.generation.completions import ending_of, with_completions
 from thought_kernels.generation.inputs import written_inputs
+from thought_kernels.generation.processes import ALONE, Processes
 from thought_kernels.models.decoder import Decoder
 from thought_kernels.prompts.examples import Example
 from thought_kernels.prompts.fits import check_fits
@@ -40,6 +41,7 @@ class Writing(NamedTuple):
     batch_size: int
     seed: int
     progress: bool = False
+    processes: Processes = ALONE
 
 
 def check_row(decoder: Decoder, tokenizer: Any, row: EncodedExample) -> None:
@@ -67,7 +69,7 @@ def more_inputs(
     given = [example.messages[-1]["content"] for example in examples]
     return written_inputs(
         decoder.model, tokenizer, given, count=count, batch_size=writing.batch_size, seed=writing.seed,
-        progress=writing.progress,
+        progress=writing.progress, processes=writing.processes,
     )  # fmt: skip
 
 
@@ -111,5 +113,5 @@ def completed(
     numbers = [range(writing.completions)] * given + [range(1, 2)] * (len(rows) - given)
     return with_completions(
         decoder.model, rows, ending=ending, max_new_tokens=writing.max_new_tokens, batch_size=writing.batch_size,
-        numbers=numbers, seed=writing.seed, progress=writing.progress,
+        numbers=numbers, seed=writing.seed, progress=writing.progress, processes=writing.processes,
     )  # fmt: skip

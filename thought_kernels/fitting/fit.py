@@ -15,6 +15,7 @@ from thought_kernels.estimation.accumulator import ThoughtAccumulator
 from thought_kernels.estimation.scales import warn_if_worse
 from thought_kernels.fitting.checkpoint import Checkpoint
 from thought_kernels.fitting.recipe import ResolvedRecipe
+from thought_kernels.generation.processes import ALONE, Processes
 from thought_kernels.models.decoder import Decoder
 from thought_kernels.models.undisturbed import undisturbed
 from thought_kernels.pairing.batches import group_examples
@@ -36,6 +37,7 @@ def fit(
     provenance: Mapping[str, Any] | None = None,
     progress: bool = False,
     checkpoint: Checkpoint | None = None,
+    processes: Processes = ALONE,
 ) -> ThoughtPatch:
     """Fits the examples.
 
@@ -48,6 +50,7 @@ def fit(
         provenance: what the patch should remember beside the recipe.
         progress: show a bar.
         checkpoint: where the state between blocks is kept, and read; None for nowhere. Of "sequential" alone.
+        processes: which share the examples.
 
     Returns:
         A ThoughtPatch.
@@ -56,9 +59,9 @@ def fit(
         ValueError: what the estimator refuses, or NaN in the model's activations.
     """
     dtype = torch.float64 if decoder.dtype == torch.float64 else torch.float32
-    groups = group_examples(examples, batch_size, recipe.tokens, dtype)
+    groups = group_examples(processes.share(examples), batch_size, recipe.tokens, dtype)
     log.info("%s", _memory(decoder, recipe, dtype))
-    solution = _Solution(recipe, dtype, provenance or {})
+    solution = _Solution(recipe, dtype, provenance or {}, processes)
     layers, sites = frozenset(recipe.layers), frozenset(recipe.sites)
     total = sum(len(group.batches) for group in groups) * (max(layers) + 1)
     with (
@@ -83,8 +86,10 @@ def fit(
 class _Solution:
     """The sums of one fit, and what has been solved of them: the pairings ask for parts on the way."""
 
-    def __init__(self, recipe: ResolvedRecipe, dtype: torch.dtype, provenance: Mapping[str, Any]) -> None:
-        self._recipe = recipe
+    def __init__(
+        self, recipe: ResolvedRecipe, dtype: torch.dtype, provenance: Mapping[str, Any], processes: Processes
+    ) -> None:
+        self._recipe, self._processes = recipe, processes
         self.accumulator = ThoughtAccumulator(normalization=recipe.normalization, dtype=dtype)
         self._described = {**_described(recipe), **provenance}
         self._solved: dict[tuple[int, str], SitePatch] = {}
@@ -93,9 +98,12 @@ class _Solution:
         wanted = [(layer, site) for layer in sorted(layers) for site in sorted(sites)]
         missing = [key for key in wanted if key not in self._solved]
         if missing:
+            parts: dict[str, Any] = {"layers": sorted({layer for layer, _ in missing}), "sites": sorted({site for _, site in missing})}
+            if self._processes.size > 1:
+                with self._processes.connected():
+                    self.accumulator.all_reduce(self._processes.group, **parts)
             part = self.accumulator.solve_part(
-                self._recipe.estimator, scale=self._recipe.scale, ridge=self._recipe.ridge,
-                layers=sorted({layer for layer, _ in missing}), sites=sorted({site for _, site in missing}),
+                self._recipe.estimator, scale=self._recipe.scale, ridge=self._recipe.ridge, **parts,
                 provenance=self._described,
             )  # fmt: skip
             self._solved.update({key: self._told(key[1], entry) for key, entry in part.entries.items()})

@@ -13,6 +13,7 @@ from thought_kernels.fitting.checkpoint import Checkpoint
 from thought_kernels.fitting.encoding import Prompt, Writing, check_row, completed, more_inputs, with_inputs
 from thought_kernels.fitting.fit import fit
 from thought_kernels.fitting.recipe import Recipe, ResolvedRecipe
+from thought_kernels.generation.processes import Processes
 from thought_kernels.models import in_memory
 from thought_kernels.models.decoder import Decoder
 from thought_kernels.ops.caller import warn
@@ -56,6 +57,7 @@ def transmute(
     seed: int = 0,
     progress: bool = False,
     checkpoint: str | os.PathLike[str] | None = None,
+    group: Any = None,
 ) -> ThoughtPatch:
     """Turns an instruction into a weight update: the patched model follows it without being told. No training.
 
@@ -118,6 +120,10 @@ def transmute(
         checkpoint: a folder of its own in which a long run keeps what the model has written and, for "sequential", the
             state between blocks, twice a minute at most. The same call goes on from there when it was stopped, to the
             same patch bit for bit; another call's is thrown away. It is gone when the patch is made. None for none.
+        group: of torch.distributed, such as torch.distributed.group.WORLD under torchrun. Its processes, each with the
+            model and all the inputs, make the same call and share the writing and the examples: sums are added, one
+            all-reduce for each block and site of "sequential". Each returns the patch that one process would, to
+            rounding. None for this process alone.
 
     Returns:
         A ThoughtPatch, float32 (float64 for a float64 model), with the settings in its provenance.
@@ -127,6 +133,8 @@ def transmute(
             context or with a token that it has no embedding for, examples that all begin with the instruction, or NaN
             or an infinity in the model's activations: the message names block and example.
         TypeError: a model without an adapter, or arguments of another type.
+        RuntimeError: a process of the group is lost; the others say so as soon as the connection does, or when the
+            group's time limit is over.
 
     Warns:
         UserWarning: completions that were cut, some examples that begin with the instruction, or a patch that leaves
@@ -146,12 +154,13 @@ def transmute(
     max_new_tokens = as_integer("transmute", "max_new_tokens", max_new_tokens, least=1)
     seed = as_integer("transmute", "seed", seed)
     prompt = Prompt(instruction, without, separator, format)
-    writing = Writing(recipe.completions, max_new_tokens, batch_size, seed, progress)
-    kept = None if checkpoint is None else Checkpoint(checkpoint)
+    processes = Processes(group)
+    writing = Writing(recipe.completions, max_new_tokens, batch_size, seed, progress, processes)
+    kept = None if checkpoint is None else Checkpoint(checkpoint, processes)
     found = prepared(model, tokenizer, prompt, examples, recipe, writing, kept)
     patch = fit(
         found.decoder, found.recipe, [*found.rows, *found.text], batch_size=batch_size, memory_budget=memory_budget,
-        provenance=found.provenance, progress=progress, checkpoint=kept,
+        provenance=found.provenance, progress=progress, checkpoint=kept, processes=processes,
     )  # fmt: skip
     if kept is not None:
         kept.remove()
@@ -210,7 +219,7 @@ def _rows(
     given = len(rows)
     if checkpoint is not None:
         checkpoint.begin({
-            "recipe": recipe.to_dict(), "prompt": prompt, "rows": rows, "writing": writing._replace(progress=False),
+            "recipe": recipe.to_dict(), "prompt": prompt, "rows": rows, "writing": writing[:4],
             "base": identity(decoder, tokenizer), "dtype": str(decoder.dtype), "device": decoder.device.type,
         })  # fmt: skip
     write = partial(more_inputs, decoder, tokenizer, loaded, recipe.written_inputs, writing)

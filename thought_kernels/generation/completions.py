@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from thought_kernels.generation.continuations import continue_prompts, rooms_behind
+from thought_kernels.generation.processes import ALONE, Processes
 from thought_kernels.ops.caller import warn
 from thought_kernels.prompts.chat import text_tokenizer, writer_of
 from thought_kernels.prompts.prompt import EncodedExample, Example
@@ -87,7 +88,7 @@ def within_context(model: Any, prompts: Sequence[Sequence[int]], answers: Sequen
 
 def with_completions(
     model: Any, encoded: Sequence[EncodedExample], *, ending: Ending, max_new_tokens: int, batch_size: int,
-    numbers: Sequence[Sequence[int]], seed: int = 0, progress: bool = False,
+    numbers: Sequence[Sequence[int]], seed: int = 0, progress: bool = False, processes: Processes = ALONE,
 ) -> list[EncodedExample]:  # fmt: skip
     """The same examples, those without a completion once for each that the prompted model writes.
 
@@ -104,14 +105,15 @@ def with_completions(
             distribution.
         seed: of the draws, with the example's place and the completion's number.
         progress: show a bar.
+        processes: which share the writing.
     """
     wanted = [(index, number) for index, one in enumerate(encoded) if one.is_open for number in numbers[index]]
     prompts = [[*encoded[index].with_prefix, *encoded[index].tokens] for index, _ in wanted]
     seeds = [random.Random(f"{seed} {place} {number}").getrandbits(63) if number else None for place, number in wanted]
-    answers = continue_prompts(
-        model, prompts, ending.reached, max_new_tokens=max_new_tokens, batch_size=batch_size, seeds=seeds,
-        progress="completions" if progress else None,
-    )  # fmt: skip
+    answers = processes.gathered(continue_prompts(
+        model, processes.share(prompts), ending.reached, max_new_tokens=max_new_tokens, batch_size=batch_size,
+        seeds=processes.share(seeds), progress="completions" if progress else None,
+    ))  # fmt: skip
     others = [[*encoded[index].without_prefix, *encoded[index].tokens] for index, _ in wanted]
     answers = within_context(model, others, answers)
     written: dict[int, list[EncodedExample]] = {}

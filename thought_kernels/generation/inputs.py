@@ -9,6 +9,7 @@ from typing import Any
 
 from thought_kernels.generation.completions import Ending
 from thought_kernels.generation.continuations import context_length, continue_prompts
+from thought_kernels.generation.processes import ALONE, Processes
 from thought_kernels.prompts.chat import text_tokenizer
 
 # A list shows given inputs up to so many tokens, as many lines as that may be.
@@ -21,7 +22,7 @@ _DRAWS_EACH = 2
 
 def written_inputs(
     model: Any, tokenizer: Any, given: Sequence[str], *, count: int, batch_size: int, seed: int,
-    progress: bool = False,
+    progress: bool = False, processes: Processes = ALONE,
 ) -> list[str]:  # fmt: skip
     """New inputs: the model is shown a list of the given ones, a line each, and draws the next line.
 
@@ -36,6 +37,7 @@ def written_inputs(
         batch_size: lines at a time.
         seed: of the draws and of the lists' orders.
         progress: show a bar.
+        processes: which share the writing.
 
     Returns:
         `count` texts, or fewer where the model has no more to say.
@@ -53,10 +55,11 @@ def written_inputs(
         shown = _list(tokenizer, draw.sample(lines, len(lines)), end, min(_SHOWN_TOKENS, behind))
         if len(shown) > behind:
             break
-        answers = continue_prompts(
-            model, [shown] * _DRAWS, ending.reached, max_new_tokens=longest + 1, batch_size=batch_size,
-            seeds=[draw.getrandbits(63) for _ in range(_DRAWS)], progress="inputs" if progress else None,
-        )  # fmt: skip
+        seeds = processes.share([draw.getrandbits(63) for _ in range(_DRAWS)])
+        answers = processes.gathered(continue_prompts(
+            model, [shown] * len(seeds), ending.reached, max_new_tokens=longest + 1, batch_size=batch_size,
+            seeds=seeds, progress="inputs" if progress else None,
+        ))  # fmt: skip
         before = len(found)
         for text in (_read(line, quoted) for line in ending.texts([one for one in answers if ending.reached(one)])):
             if _key(text) and _key(text) not in seen:
