@@ -5,6 +5,8 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 import time
 from datetime import timedelta
 from pathlib import Path
@@ -28,6 +30,7 @@ GIVEN = [
 ]  # fmt: skip
 BLOCKWISE = {"pairing": "layerwise", "header_weight": 0.2, "sites": ("attention", "mlp", "residual")}
 SECONDS = 60
+EXAMPLE = Path(__file__).parents[1] / "examples" / "many_processes.py"
 
 
 def made(dtype: torch.dtype, examples: list[Any], **options: Any) -> tk.ThoughtPatch:
@@ -121,6 +124,18 @@ def test_where_one_is_killed_the_others_say_so_and_all_go_on_from_the_checkpoint
     patches = [tk.ThoughtPatch.from_pretrained(tmp_path / "last" / f"patch {rank}") for rank in (0, 1)]
     near(patches[0], made(torch.float64, GIVEN), SOLVED)
     near(patches[0], patches[1], 0)
+
+
+@pytest.mark.slow
+def test_the_example_runs_under_torchrun(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", str(EXAMPLE)]
+    run = subprocess.run(
+        [*command, "--output", str(tmp_path / "patch")], capture_output=True, text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    assert tk.ThoughtPatch.from_pretrained(tmp_path / "patch").provenance["examples"] == 32
+    assert [path.name for path in tmp_path.iterdir()] == ["patch"]
 
 
 def test_items_are_dealt_out_and_come_back_in_order() -> None:

@@ -98,7 +98,10 @@ class _Solution:
         wanted = [(layer, site) for layer in sorted(layers) for site in sorted(sites)]
         missing = [key for key in wanted if key not in self._solved]
         if missing:
-            parts: dict[str, Any] = {"layers": sorted({layer for layer, _ in missing}), "sites": sorted({site for _, site in missing})}
+            parts: dict[str, Any] = {
+                "layers": sorted({layer for layer, _ in missing}),
+                "sites": sorted({site for _, site in missing}),
+            }
             if self._processes.size > 1:
                 with self._processes.connected():
                     self.accumulator.all_reduce(self._processes.group, **parts)

@@ -1,0 +1,48 @@
+"""One patch by several processes, each with a share of the examples: on the GPUs of a machine, or of many.
+
+    torchrun --nproc-per-node 2 examples/many_processes.py --output sum-patch
+    torchrun --nproc-per-node 8 examples/many_processes.py --model DIR --instruction TEXT --examples FILE --output DIR
+
+Each process reads the model and all the examples. They share the writing of completions and the rows, and add up their
+sums, so that every one of them ends with the patch. Stopped, by whatever it is, the same command goes on where all of
+them were.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+import thought_kernels as tk
+from thought_kernels.demo import CHECKPOINT
+
+
+def main() -> None:
+    """Makes the patch and saves it once."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default=CHECKPOINT)
+    parser.add_argument("--instruction", default="Sum the numbers")
+    parser.add_argument("--examples", type=Path)
+    parser.add_argument("--output", type=Path, required=True)
+    options = parser.parse_args()
+    cuda = torch.cuda.is_available()
+    device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if cuda else "cpu"
+    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
+    model, tokenizer = tk.load(options.model, device=device)
+    inputs = options.examples or [f"{a} {b} {a * b % 10}" for a in range(4, 8) for b in range(8)]
+    patch = tk.transmute(
+        model, tokenizer, options.instruction, inputs, group=dist.group.WORLD,
+        checkpoint=options.output.with_name(f"{options.output.name}.checkpoint"), progress=dist.get_rank() == 0,
+    )  # fmt: skip
+    if dist.get_rank() == 0:
+        patch.save_pretrained(options.output)
+        print(patch)
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
