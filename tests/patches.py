@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from thought_kernels.models import describe
 from thought_kernels.patches.patch import ThoughtPatch
 from thought_kernels.patches.site import MATRIX_SITES, SITES, Fit, SitePatch
 
@@ -71,3 +72,11 @@ def same_bits(model: nn.Module, before: dict[str, Tensor]) -> bool:
 
 def hooks(model: nn.Module) -> int:
     return sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules())
+
+
+def fitting_patch(model: Any, sites: Iterable[str] = MATRICES, **options: Any) -> ThoughtPatch:
+    """As random_patch, of a model's widths."""
+    decoder = describe(model)
+    block = decoder.blocks[0]
+    shape = {"hidden": decoder.hidden_size, "attention": block.attention_width, "intermediate": block.mlp_width}
+    return random_patch(**{"sites": sites, "vectors": False, "layers": (0, 2), **shape, **options})

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 import sys
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ import pytest
 import torch
 from families import SLIDING, tiny
 from models import tiny_gemma3, tiny_multimodal_gemma3
-from patches import MATRICES, random_patch, token_ids
+from patches import fitting_patch, random_patch, token_ids
 from tolerances import largest
 from torch import Tensor
 
@@ -37,13 +36,6 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         "layer_types": [SLIDING] * 5 + ["full_attention"], "num_hidden_layers": 6, "query_pre_attn_scalar": 12,
     }),
 }  # fmt: skip
-
-
-def fitting_patch(model: Any, sites: Iterable[str] = MATRICES, **options: Any) -> ThoughtPatch:
-    decoder = describe(model)
-    block = decoder.blocks[0]
-    shape = {"hidden": decoder.hidden_size, "attention": block.attention_width, "intermediate": block.mlp_width}
-    return random_patch(**{"sites": sites, "vectors": False, "layers": (0, 2), **shape, **options})
 
 
 def read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:

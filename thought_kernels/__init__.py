@@ -32,10 +32,12 @@ if TYPE_CHECKING:
     from thought_kernels.fitting.transmute import transmute as transmute
     from thought_kernels.models.load import load as load
     from thought_kernels.pairing.replay import replay as replay
+    from thought_kernels.patches.mixed import MixedPatches as MixedPatches
     from thought_kernels.patches.patch import ThoughtPatch as ThoughtPatch
     from thought_kernels.prompts.prompt import align as align
 
 __all__ = [
+    "MixedPatches",
     "Recipe",
     "ThoughtAccumulator",
     "ThoughtPatch",
@@ -54,6 +56,7 @@ __all__ = [
 ]
 
 _LAZY = {  # public name -> the module that defines it
+    "MixedPatches": "thought_kernels.patches.mixed",
     "Recipe": "thought_kernels.fitting.recipe",
     "ThoughtAccumulator": "thought_kernels.estimation.accumulator",
     "ThoughtPatch": "thought_kernels.patches.patch",

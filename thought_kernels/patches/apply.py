@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from types import TracebackType
 from typing import Any
@@ -26,7 +27,7 @@ class AppliedPatch:
     """
 
     def __init__(self, patch: PatchData, model: Any) -> None:
-        checked = [(key, entry, _hooked(key[1], block)) for key, entry, block in targets("applied", patch, model)]
+        checked = [(key, entry, hooked(key[1], block)) for key, entry, block in targets("applied", patch, model)]
         check_unshared("applied", model, [(key, module) for key, _, module in checked])
         self._handles: list[RemovableHandle] = []
         try:
@@ -35,16 +36,8 @@ class AppliedPatch:
             for layer in sorted({layer for layer, _ in patch.entries}):
                 self._handles.append(decoder.blocks[layer].layer.register_forward_pre_hook(watch.input_hook))
             for (_, site), entry, module in checked:
-                change = _Change(entry)
-                # prepend: the patch applied last changes the activation first, as W (1 + Δ₁)(1 + Δ₂) does.
-                if site == "residual":
-                    handle = module.register_forward_hook(change.output_hook, prepend=True)
-                elif site == "down":
-                    handle = module.register_forward_hook(change.added_hook, with_kwargs=True)
-                else:
-                    handle = module.register_forward_pre_hook(change.input_hook, prepend=True, with_kwargs=True)
-                self._handles.append(handle)
-            _forget_compiled()
+                self._handles.append(_Change(entry).hook(site, module))
+            forget_compiled()
         except BaseException:
             self.remove()
             raise
@@ -57,7 +50,7 @@ class AppliedPatch:
         while self._handles:
             self._handles.pop().remove()
         if had_hooks:
-            _forget_compiled()
+            forget_compiled()
 
     def __enter__(self) -> AppliedPatch:
         if not self._active:
@@ -70,13 +63,13 @@ class AppliedPatch:
         self.remove()
 
 
-def _hooked(site: str, block: Block) -> Any:
+def hooked(site: str, block: Block) -> Any:
     """The module whose input or output a site's patch changes."""
     modules = {"attention": block.o_proj, "mlp": block.mlp, "down": block.down_proj, "residual": block.layer}
     return modules[site]
 
 
-def _forget_compiled() -> None:
+def forget_compiled() -> None:
     """Makes torch.compile look at modules again: its graphs do not notice that hooks came or went.
 
     Nothing says which compiled functions hold a module, so all of them are compiled anew at their next call. Only their
@@ -131,7 +124,38 @@ class _Watch:
             self._tell()
 
 
-class _Change:
+class SiteHook(ABC):
+    """What changes the activations of a site: an input x, or an output y with its input x."""
+
+    @abstractmethod
+    def __call__(self, x: Tensor, y: Tensor | None = None) -> Tensor:
+        """The changed x, or the changed y where there is one."""
+
+    def hook(self, site: str, module: nn.Module) -> RemovableHandle:
+        """Puts itself to work at the site's module, `hooked`."""
+        # prepend: the patch applied last changes the activation first, as W (1 + Δ₁)(1 + Δ₂) does.
+        if site == "residual":
+            return module.register_forward_hook(self.output_hook, prepend=True)
+        if site == "down":
+            return module.register_forward_hook(self.added_hook, with_kwargs=True)
+        return module.register_forward_pre_hook(self.input_hook, prepend=True, with_kwargs=True)
+
+    def input_hook(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+        if args:
+            return (self(args[0]), *args[1:]), kwargs
+        name = next(iter(kwargs))
+        return args, {**kwargs, name: self(kwargs[name])}
+
+    def added_hook(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
+        return self(args[0] if args else next(iter(kwargs.values())), output)
+
+    def output_hook(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        if isinstance(output, tuple):
+            return (self(output[0]), *output[1:])
+        return self(output)
+
+
+class _Change(SiteHook):
     """x -> x + Δ x + v, or y -> y + Δ x + v, on whatever device and in whatever dtype x comes.
 
     A copy or a pickle of the model takes its hooks along, and no handle could remove them there: theirs do nothing.
@@ -154,20 +178,6 @@ class _Change:
             self._entry = entry = entry.to(x.device, dtype)
         with torch.autocast(x.device.type, enabled=False):
             return (changed.to(dtype) + entry.shift(x.to(dtype))).to(changed.dtype)
-
-    def input_hook(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
-        if args:
-            return (self(args[0]), *args[1:]), kwargs
-        name = next(iter(kwargs))
-        return args, {**kwargs, name: self(kwargs[name])}
-
-    def added_hook(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
-        return self(args[0] if args else next(iter(kwargs.values())), output)
-
-    def output_hook(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        if isinstance(output, tuple):
-            return (self(output[0]), *output[1:])
-        return self(output)
 
 
 def targets(function: str, patch: PatchData, model: Any) -> Iterator[tuple[tuple[int, str], SitePatch, Any]]:
