@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shutil
 from pathlib import Path
 
 import torch
@@ -29,17 +30,22 @@ def main() -> None:
     parser.add_argument("--examples", type=Path)
     parser.add_argument("--output", type=Path, required=True)
     options = parser.parse_args()
-    cuda = torch.cuda.is_available()
-    device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if cuda else "cpu"
-    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
+    device = "cpu"
+    if torch.cuda.is_available():
+        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+        torch.cuda.set_device(device)
+    dist.init_process_group("cpu:gloo" if device == "cpu" else "cpu:gloo,cuda:nccl")
     model, tokenizer = tk.load(options.model, device=device)
     inputs = options.examples or [f"{a} {b} {a * b % 10}" for a in range(4, 8) for b in range(8)]
+    kept = options.output.with_name(f"{options.output.name}.checkpoint")
+    first = dist.get_rank() == 0
     patch = tk.transmute(
-        model, tokenizer, options.instruction, inputs, group=dist.group.WORLD,
-        checkpoint=options.output.with_name(f"{options.output.name}.checkpoint"), progress=dist.get_rank() == 0,
-    )  # fmt: skip
-    if dist.get_rank() == 0:
+        model, tokenizer, options.instruction, inputs, distributed=True, checkpoint=kept, progress=first
+    )
+    dist.barrier()  # all have it: what was kept is needed no more once it is saved
+    if first:
         patch.save_pretrained(options.output)
+        shutil.rmtree(kept)
         print(patch)
     dist.destroy_process_group()
 

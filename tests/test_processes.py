@@ -58,7 +58,7 @@ def _process(rank: int, size: int, folder: Path, dies: int | None, arguments: di
     store = dist.FileStore(str(folder / "store"), size)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=timedelta(seconds=SECONDS))
     try:
-        made(**arguments, group=dist.group.WORLD).save_pretrained(folder / f"patch {rank}")
+        made(**arguments, distributed=True).save_pretrained(folder / f"patch {rank}")
     except (RuntimeError, ValueError) as error:
         (folder / f"error {rank}").write_text(f"{type(error).__name__}: {error}")
     finally:
@@ -120,7 +120,6 @@ def test_where_one_is_killed_the_others_say_so_and_all_go_on_from_the_checkpoint
     kept = [[path.name for path in (tmp_path / "kept" / f"process-{rank}").glob("blocks-*")] for rank in (0, 1)]
     assert "blocks-2" in kept[0] and "blocks-2" in kept[1]
     assert together(2, tmp_path / "last", **arguments) == [0, 0]
-    assert not (tmp_path / "kept").exists()
     patches = [tk.ThoughtPatch.from_pretrained(tmp_path / "last" / f"patch {rank}") for rank in (0, 1)]
     near(patches[0], made(torch.float64, GIVEN), SOLVED)
     near(patches[0], patches[1], 0)
@@ -150,6 +149,7 @@ def test_items_are_dealt_out_and_come_back_in_order() -> None:
     assert one.gathered([]) == list(range(7))
 
 
-def test_a_group_that_is_none_is_refused() -> None:
-    with pytest.raises(ValueError, match="^transmute: group must be a process group of torch.distributed, got 'all'"):
-        made(torch.float32, GIVEN, group="all")
+@pytest.mark.parametrize("group", [True, None, "all"])  # None is what group.WORLD is before there is one
+def test_a_group_that_is_none_is_refused(group: Any) -> None:
+    with pytest.raises(ValueError, match="^transmute: distributed must be False, or True .* got .*; call torch.distributed.init_pro"):
+        made(torch.float32, GIVEN, distributed=group)

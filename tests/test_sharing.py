@@ -184,6 +184,9 @@ def test_a_card_of_somebody_else_is_left_alone(tmp_path: Path) -> None:
         (tmp_path / CARD_FILE).write_text(own, encoding="utf-8")
         patch.save_pretrained(tmp_path)
         assert (tmp_path / CARD_FILE).read_text(encoding="utf-8") == own
+        with pytest.warns(UserWarning, match="^save_pretrained: README.md should be this package's to hold the eval"):
+            patch.save_pretrained(tmp_path, evaluation=report())
+        assert (tmp_path / CARD_FILE).read_text(encoding="utf-8") == own
     assert ThoughtPatch.from_pretrained(tmp_path).provenance["instruction"] == "one"
 
 
@@ -305,6 +308,9 @@ def test_commands_push_and_check(hub: Path, tmp_path: Path, monkeypatch: pytest.
     (tmp_path / "in.txt").write_text("3 4\n5 6\n")
     refused = run(*measured, "--output", tmp_path / "report", "--mismatch", "refuse")
     assert refused.exit_code == 1 and "check: model must be the one that the patch was made for" in refused.stderr
+    (hub / "me" / "patch" / CARD_FILE).write_text("words on the hub")
+    assert run("push", tmp_path / "patch", "me/patch").exit_code == 0
+    assert (hub / "me" / "patch" / CARD_FILE).read_text() == "words on the hub"
     (tmp_path / "patch" / CARD_FILE).write_text("my own words")
     assert run("push", tmp_path / "patch", "me/patch").exit_code == 0
     assert (hub / "me" / "patch" / CARD_FILE).read_text() == "my own words"

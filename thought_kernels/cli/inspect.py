@@ -75,7 +75,8 @@ def inspect(
     if plot is not None:
         _check_plot(plot)
     place = _place(options.DEFAULT_MODEL if model is None else model, offline)
-    matrices = [matrix for matrix in stored_matrices(place) if _wanted(matrix.name, filters)][:limit]
+    every = stored_matrices(place)
+    matrices = [matrix for matrix in every if _wanted(matrix.name, filters)][:limit]
     if not matrices:
         raise ValueError(f"inspect: --filter must match a matrix of {place}, got none")
     if compare is not None:
@@ -83,7 +84,8 @@ def inspect(
     elif neighbours is not None:
         _neighbours(place, matrices, neighbours)
     else:
-        _inspect(place, matrices, features, csv_file, plot)
+        rows = list(_kept(matrices, {matrix.file for matrix in every}, features, csv_file))
+        _inspect(place, rows, csv_file, plot)
 
 
 def _check_plot(plot: Path) -> None:
@@ -95,10 +97,7 @@ def _check_plot(plot: Path) -> None:
         raise typer.BadParameter(f"--plot must end in one of .{', .'.join(sorted(endings))}, got {plot}")
 
 
-def _inspect(
-    place: Path, matrices: list[StoredMatrix], features: str, csv_file: Path | None, plot: Path | None
-) -> None:
-    rows = list(_kept(matrices, features, csv_file))
+def _inspect(place: Path, rows: list[MatrixRow], csv_file: Path | None, plot: Path | None) -> None:
     options.out.print(inspect_tables.matrices(rows))
     for row in rows:
         if row.rank is None:
@@ -172,10 +171,11 @@ def _wanted(name: str, filters: list[str] | None) -> bool:
     return not filters or any(part in name or fnmatch.fnmatch(name, part) for part in filters)
 
 
-def _kept(matrices: list[StoredMatrix], features: str, path: Path | None) -> Iterator[MatrixRow]:
+def _kept(matrices: list[StoredMatrix], files: set[Path], features: str, path: Path | None) -> Iterator[MatrixRow]:
     """The rows, each written to PATH.partial as soon as it is known; PATH itself appears when all are there.
 
-    Rows of an interrupted run, and those of an earlier one that PATH holds, are taken as they are.
+    Rows of an interrupted run, and those of an earlier one that PATH holds, are taken as they are; of the model's
+    `files` those of other matrices stay.
     """
     shown = options.err.is_terminal
     if path is None:
@@ -183,7 +183,7 @@ def _kept(matrices: list[StoredMatrix], features: str, path: Path | None) -> Ite
         return
     partial = path.with_name(f"{path.name}.partial")
     done = {**_read(path), **_read(partial)}
-    sources = {matrix.file: _source(matrix.file, features) for matrix in matrices}
+    sources = {file: _source(file, features) for file in files}
     names = {matrix.name for matrix in matrices}
     others = [  # of the same files, that another --filter or --limit has measured
         {**asdict(row), "source": source}

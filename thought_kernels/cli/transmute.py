@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -95,8 +96,8 @@ def transmute(
     """Turn an instruction into a patch, and save it.
 
     Examples are inputs. Where one has no completion the model writes some, with the instruction in its prompt. Where
-    none has, it writes further inputs too. Until all is done OUTPUT/checkpoint holds what is: the same command goes on
-    from there.
+    none has, it writes further inputs too. Until the patch is saved OUTPUT/checkpoint holds what is done: the same
+    command goes on from there.
     """
     from thought_kernels.prompts.examples import load_examples
 
@@ -136,6 +137,7 @@ def transmute(
         **chosen,
     )
     patch.save_pretrained(output)
+    shutil.rmtree(output / "checkpoint", ignore_errors=True)
     options.out.print(str(patch), markup=False, soft_wrap=True)
     options.saved(output, "patch", replaced=replaced)
 

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from thought_kernels.estimation import estimators
+from thought_kernels.estimation.agreement import agreed
 from thought_kernels.estimation.kept_rows import KeptRows
 from thought_kernels.estimation.rows import add_vectors, check_rows, check_shapes, check_weights, checked_place
 from thought_kernels.estimation.scales import warn_if_worse
@@ -190,32 +191,15 @@ class ThoughtAccumulator:
         """
         if not (dist.is_available() and dist.is_initialized()):
             raise ValueError("all_reduce: group must be initialised, got none; call torch.distributed first")
-        among = [set(chosen) if chosen is not None else None for chosen in (layers, sites)]
-        widths = {
-            key: held.widths
-            for key, held in self._sums.items()
-            if all(chosen is None or part in chosen for part, chosen in zip(key, among, strict=True))
+        chosen = [None if among is None else set(among) for among in (layers, sites)]
+        held = {
+            key: (sums.widths, sums.device.type)
+            for key, sums in self._sums.items()
+            if all(among is None or part in among for part, among in zip(key, chosen, strict=True))
         }
-        mine = (self.normalization, self.dtype, widths)
-        everyone: list[Any] = [None] * dist.get_world_size(group)
-        dist.all_gather_object(everyone, mine, group=group)
-        shared: dict[tuple[int, str], tuple[int, int]] = {}
-        for normalization, dtype, theirs in everyone:
-            if (normalization, dtype) != everyone[0][:2]:
-                raise ValueError(
-                    f"all_reduce: processes must share normalization and dtype, got {normalization!r} with {dtype} "
-                    f"and {everyone[0][0]!r} with {everyone[0][1]}"
-                )
-            for key, width in theirs.items():
-                if shared.setdefault(key, width) != width:
-                    raise ValueError(
-                        f"all_reduce: processes must hold one width, got {_words(shared[key])} and {_words(width)}; "
-                        f"block {key[0]}, site {key[1]!r}"
-                    )
-        fallback = torch.device("cuda" if dist.get_backend(group) == "nccl" else "cpu")
-        for key in sorted(shared):
+        for key, (widths, device) in agreed(held, self.normalization, self.dtype, group).items():
             if key not in self._sums:
-                self._sums[key] = self._zeros(key[1], shared[key], self.device or fallback)
+                self._sums[key] = self._zeros(key[1], widths, self.device or device)
             for tensor in self._summed(key).tensors().values():
                 dist.all_reduce(tensor, group=group)
 

@@ -1,19 +1,18 @@
 """A transmutation that can go on where it was stopped: what the model wrote, and the last block that was done.
 
-Of several processes each has a folder of its own in it, and they keep and take up the same blocks.
-
 A folder holds inputs.json and rows.json, and blocks-N, which holds what `sequential` carries from block N − 1 to block
-N, the patch so far with it. Each is complete under another name before it takes its own, so that whenever the process
-ends the folder holds one state or the next. What is resumed is, bit for bit, what would have been: the same numbers go
-on in the same order.
+N, the patch so far with it. Each names the run that it is of, and is complete under another name before it takes its
+own, so that whenever the process ends the folder holds one state or the next. What is resumed is, bit for bit, what
+would have been: the same numbers go on in the same order. Of several processes each has a folder of its own in it, and
+they keep and take up the same blocks.
 """
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
+import re
 import secrets
 import shutil
 import time
@@ -29,53 +28,63 @@ from thought_kernels.generation.processes import ALONE, Processes
 from thought_kernels.ops.caller import warn
 from thought_kernels.ops.checks import as_path
 from thought_kernels.patches import storage
+from thought_kernels.patches.merge import checksum
 from thought_kernels.patches.storage import replace_files
 from thought_kernels.prompts.prompt import EncodedExample
 from thought_kernels.version import __version__
 
 EVERY = 30.0  # seconds between two states of blocks: a block of a small model takes less time than to write it down
 _SHARE = 20  # and so many times as long as the last one took, which holds all matrices so far
-_RUN, _STREAMS, _STATE = "run.json", "streams.bin", "state.json"
+_STREAMS, _STATE = "streams.bin", "state.json"
+_OURS = re.compile(r"(inputs|rows)\.json|blocks-\d+|process-\d+|\..*[0-9a-f]{8}")  # the last: under another name
 
 
 class Checkpoint:
-    """The folder of one run; another run's content is taken away when this one begins.
+    """The folder of one run. What it holds of another one is not read, and goes as this one keeps its own.
 
     Args:
         directory: created if it does not exist.
         processes: of the run, which all make the same calls.
 
     Raises:
-        ValueError: a file, or a folder that holds something else.
+        ValueError: a file, a folder that holds something else, or one that cannot be made.
     """
 
     def __init__(self, directory: str | os.PathLike[str], processes: Processes = ALONE) -> None:
         whole = as_path("transmute", "checkpoint", directory)
-        self.folder = whole if processes.size == 1 else whole / f"process-{processes.rank}"
         if whole.exists() and not whole.is_dir():
             raise ValueError(f"transmute: checkpoint must be a folder, got the file {whole}")
-        if self.folder.exists() and any(self.folder.iterdir()) and not (self.folder / _RUN).exists():
+        others = [path.name for path in whole.glob("*") if not _OURS.fullmatch(path.name)] if whole.exists() else []
+        if others:
             raise ValueError(
-                f"transmute: checkpoint must be a folder of its own, got {self.folder}, which holds other files; name "
-                "one that is empty or not there"
+                f"transmute: checkpoint must be a folder of its own, got {whole}, which holds {others[0]}; name one "
+                "that is empty or not there"
             )
-        self._processes, self._due = processes, time.monotonic() + EVERY
+        self.folder = whole if processes.size == 1 else whole / f"process-{processes.rank}"
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ValueError(
+                f"transmute: checkpoint must be a folder that can be made, got {error.strerror or error}: {whole}"
+            ) from error
+        self._processes, self._run, self._due = processes, "", time.monotonic() + EVERY
+        for path in self.folder.glob(".*"):  # of a process that was killed as it wrote
+            _remove(path)
 
-    def begin(self, run: Mapping[str, Any]) -> None:
-        """Says which run this is, by JSON values; what another one left here is removed."""
-        told = {**run, "processes": self._processes.size, "version": __version__}
-        key = hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode()).hexdigest()
-        if self._read(_RUN) != key:
-            shutil.rmtree(self.folder, ignore_errors=True)
-            self._write(_RUN, key)
+    def begin(self, run: str) -> None:
+        """Says which run this is, as `run_key` does."""
+        self._run = run
 
     def once(self, name: str, make: Callable[[], Any]) -> Any:
         """JSON values that are made once: in this run, or before it was stopped."""
-        held = self._read(f"{name}.json")
-        if not all(self._processes.everyone(held is not None)):  # all make it: they do so together
-            held = make()
-            self._write(f"{name}.json", held)
-        return held
+        path = self.folder / f"{name}.json"
+        held = _read(path, self._run)
+        if all(self._processes.everyone(held is not None)) and held is not None:
+            return held["made"]
+        made = make()  # where one has to make it all do: they do so together
+        content = json.dumps({"run": self._run, "made": made}).encode()
+        self._tried(lambda: replace_files(self.folder, {path.name: content}))
+        return made
 
     def rows(self, make: Callable[[], list[EncodedExample]]) -> list[EncodedExample]:
         """As once, of examples."""
@@ -86,83 +95,88 @@ class Checkpoint:
     ) -> None:
         """Keeps what goes on after so many blocks, unless that was done a moment ago, in place of what was kept before.
 
-        A disk without room costs the state and not the run.
+        A disk without room costs the state and not the run. For a moment the patch so far is in memory twice more.
         """
         started = time.monotonic()
         if not self._processes.everyone(started >= self._due)[0] or not entries:
             return
-        old, partial = self._states(), self.folder / f".{secrets.token_hex(4)}"
-        try:
-            written = self._written(partial, blocks, streams, entries, provenance)
-            if all(self._processes.everyone(written)):
-                partial.rename(self.folder / f"blocks-{blocks}")
-                self._processes.everyone(True)  # no state goes before all have the next
-                for path in old.values():
-                    shutil.rmtree(path, ignore_errors=True)
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
-            now = time.monotonic()
-            self._due = now + max(EVERY, _SHARE * (now - started))
+        old, partial = list(self.folder.glob("blocks-*")), self.folder / f".{secrets.token_hex(4)}"
+        final = self.folder / f"blocks-{blocks}"
 
-    def _written(
-        self, folder: Path, blocks: int, streams: Sequence[Tensor], entries: storage.Entries,
-        provenance: Mapping[str, Any],
-    ) -> bool:  # fmt: skip
-        """Writes a state; whether there was room."""
-        try:
-            storage.save(entries, provenance, folder)
-            digest = _write_tensors(folder / _STREAMS, streams)
-            replace_files(folder, {_STATE: json.dumps({"blocks": blocks, "sha256": digest}).encode()})
-        except OSError as error:
-            warn(f"transmute: checkpoint could not be written, {error.strerror}; this run goes on without")
-            return False
-        return True
+        def write() -> None:
+            storage.save(entries, provenance, partial)
+            state = {"run": self._run, "blocks": blocks, "sha256": _write_tensors(partial / _STREAMS, streams)}
+            replace_files(partial, {_STATE: json.dumps(state).encode()})
+            _remove(final)  # of a state that not all processes have, or a damaged one
+
+        if all(self._processes.everyone(self._tried(write))) and all(
+            self._processes.everyone(self._tried(lambda: partial.rename(final)))
+        ):  # no state goes before all have the next
+            for path in old:
+                if path != final:
+                    _remove(path)
+        _remove(partial)
+        now = time.monotonic()
+        self._due = now + max(EVERY, _SHARE * (now - started))
 
     def restore(self, streams: Sequence[Tensor]) -> tuple[int, dict[tuple[int, str], Any], dict[str, Any]]:
         """Fills the streams with what was kept; says how many blocks are done, 0 for none, with the patch so far."""
-        states = self._states()
+        states = {int(path.name.partition("-")[2]): path for path in self.folder.glob("blocks-*")}
         shared = set.intersection(*map(set, self._processes.everyone(list(states))))
         for blocks in sorted(shared, reverse=True):
-            found = _state(states[blocks], streams)
+            found = _state(states[blocks], self._run, streams)
             if all(self._processes.everyone(found is not None)) and found is not None:
                 _fill(states[blocks] / _STREAMS, streams)
                 return blocks, *found
         return 0, {}, {}
 
-    def remove(self) -> None:
-        """Takes the folder away: the patch is there."""
-        shutil.rmtree(self.folder, ignore_errors=True)
-        if self._processes.size > 1:
-            with contextlib.suppress(OSError):  # the others' folders are still there, or it is gone
-                self.folder.parent.rmdir()
-
-    def _states(self) -> dict[int, Path]:
-        """Folders by how many blocks are done in them."""
-        return {int(path.name.partition("-")[2]): path for path in self.folder.glob("blocks-*")}
-
-    def _read(self, name: str) -> Any:
+    def _tried(self, write: Callable[[], object]) -> bool:
+        """Whether something could be written; what is not costs a run that is stopped some work, and no other."""
         try:
-            return json.loads((self.folder / name).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            return None
-
-    def _write(self, name: str, content: Any) -> None:
-        try:
-            replace_files(self.folder, {name: json.dumps(content).encode()})
+            write()
         except OSError as error:
-            raise ValueError(
-                f"transmute: checkpoint must be a folder that can be written, got {error.strerror}: {self.folder}"
-            ) from error
+            warn(f"transmute: checkpoint could not be written, {error.strerror or error}; this run goes on")
+            return False
+        return True
 
 
-def _state(path: Path, streams: Sequence[Tensor]) -> tuple[dict[tuple[int, str], Any], dict[str, Any]] | None:
-    """The patch so far of a state that is whole and has streams of these sizes; None of another."""
+def run_key(model: torch.nn.Module, told: Mapping[str, Any]) -> str:
+    """A hash of all that decides what a run makes: JSON values, weights and buffers, what is hooked, versions."""
+    tensors = [*model.named_parameters(), *model.named_buffers()]
+    hooked = [(name, len(m._forward_hooks), len(m._forward_pre_hooks)) for name, m in model.named_modules()]
+    run = {
+        **told, "version": __version__, "torch": torch.__version__,
+        "weights": [(name, str(tensor.dtype), list(tensor.shape), _sum(tensor)) for name, tensor in tensors],
+        "hooks": [one for one in hooked if any(one[1:])],
+    }  # fmt: skip
+    return hashlib.sha256(json.dumps(run, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _sum(tensor: Tensor) -> int | None:
+    """As merge's; None of a packed weight that has no bits of its own."""
     try:
-        told, size = json.loads((path / _STATE).read_text()), (path / _STREAMS).stat().st_size
-        if size != sum(stream.numel() * stream.itemsize for stream in streams):
+        return checksum(tensor)
+    except (RuntimeError, NotImplementedError, KeyError, TypeError):
+        return None
+
+
+def _read(path: Path, run: str) -> dict[str, Any] | None:
+    """The JSON object of a file, None where there is none of this run."""
+    try:
+        held = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return held if isinstance(held, dict) and held.get("run") == run else None
+
+
+def _state(path: Path, run: str, streams: Sequence[Tensor]) -> tuple[dict[tuple[int, str], Any], dict[str, Any]] | None:
+    """The patch so far of a state of this run that is whole and has streams of these sizes; None of another."""
+    told = _read(path / _STATE, run)
+    try:
+        if told is None or (path / _STREAMS).stat().st_size != sum(one.numel() * one.itemsize for one in streams):
             return None
-        return storage.load(path) if _digest(path / _STREAMS) == told["sha256"] else None
-    except (OSError, ValueError, KeyError):
+        return storage.load(path) if _digest(path / _STREAMS) == told.get("sha256") else None
+    except (OSError, ValueError):
         return None
 
 
@@ -187,3 +201,11 @@ def _fill(path: Path, tensors: Sequence[Tensor]) -> None:
 def _digest(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _remove(path: Path) -> None:
+    """A file or folder, if it is there."""
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)

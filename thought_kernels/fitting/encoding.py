@@ -75,11 +75,11 @@ def more_inputs(
 
 def with_inputs(
     decoder: Decoder, tokenizer: Any, prompt: Prompt, examples: Sequence[Example], rows: Sequence[EncodedExample],
-    texts: Sequence[str],
+    texts: Sequence[str], share: float = WRITTEN_SHARE,
 ) -> tuple[list[EncodedExample], list[str]]:  # fmt: skip
     """The examples' rows and one for each further user text, in the examples' chats by turns; and these texts.
 
-    They have WRITTEN_SHARE of an example's weight. A text that is blank, that the prompt cannot stand before, or that
+    They have this share of an example's weight. A text that is blank, that the prompt cannot stand before, or that
     begins with the instruction, is left out.
     """
     found, used = list(rows), []
@@ -93,7 +93,7 @@ def with_inputs(
             check_row(decoder, tokenizer, row)
         except ValueError:
             continue
-        found.append(row._replace(share=WRITTEN_SHARE))
+        found.append(row._replace(share=share))
         used.append(text)
     return found, used
 

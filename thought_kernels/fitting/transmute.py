@@ -9,8 +9,16 @@ from typing import Any, NamedTuple
 
 import torch
 
-from thought_kernels.fitting.checkpoint import Checkpoint
-from thought_kernels.fitting.encoding import Prompt, Writing, check_row, completed, more_inputs, with_inputs
+from thought_kernels.fitting.checkpoint import Checkpoint, run_key
+from thought_kernels.fitting.encoding import (
+    WRITTEN_SHARE,
+    Prompt,
+    Writing,
+    check_row,
+    completed,
+    more_inputs,
+    with_inputs,
+)
 from thought_kernels.fitting.fit import fit
 from thought_kernels.fitting.recipe import Recipe, ResolvedRecipe
 from thought_kernels.generation.processes import Processes
@@ -57,7 +65,7 @@ def transmute(
     seed: int = 0,
     progress: bool = False,
     checkpoint: str | os.PathLike[str] | None = None,
-    group: Any = None,
+    distributed: Any = False,
 ) -> ThoughtPatch:
     """Turns an instruction into a weight update: the patched model follows it without being told. No training.
 
@@ -119,11 +127,12 @@ def transmute(
         progress: show progress bars on stderr, of the writing and of the fit.
         checkpoint: a folder of its own in which a long run keeps what the model has written and, for "sequential", the
             state between blocks, twice a minute at most. The same call goes on from there when it was stopped, to the
-            same patch bit for bit; another call's is thrown away. It is gone when the patch is made. None for none.
-        group: of torch.distributed, such as torch.distributed.group.WORLD under torchrun. Its processes, each with the
-            model and all the inputs, make the same call and share the writing and the examples: sums are added, one
-            all-reduce for each block and site of "sequential". Each returns the patch that one process would, to
-            rounding. None for this process alone.
+            same patch bit for bit, given as many threads; another call's content is not read, and replaced. Delete it
+            when the patch is saved. None for none.
+        distributed: True under torchrun, or a process group of torch.distributed: its processes, each with the model
+            and all the inputs, make the same call and share the writing and the examples. Sums are added, in
+            "sequential" by one all-reduce for each block and site. Each returns the patch that one process would make
+            of the same rows, to rounding. False for this process alone.
 
     Returns:
         A ThoughtPatch, float32 (float64 for a float64 model), with the settings in its provenance.
@@ -133,8 +142,8 @@ def transmute(
             context or with a token that it has no embedding for, examples that all begin with the instruction, or NaN
             or an infinity in the model's activations: the message names block and example.
         TypeError: a model without an adapter, or arguments of another type.
-        RuntimeError: a process of the group is lost; the others say so as soon as the connection does, or when the
-            group's time limit is over.
+        RuntimeError: a process is lost; the others say so as soon as the connection does, or when the group's time
+            limit is over.
 
     Warns:
         UserWarning: completions that were cut, some examples that begin with the instruction, or a patch that leaves
@@ -154,17 +163,14 @@ def transmute(
     max_new_tokens = as_integer("transmute", "max_new_tokens", max_new_tokens, least=1)
     seed = as_integer("transmute", "seed", seed)
     prompt = Prompt(instruction, without, separator, format)
-    processes = Processes(group)
+    processes = Processes(distributed)
     writing = Writing(recipe.completions, max_new_tokens, batch_size, seed, progress, processes)
     kept = None if checkpoint is None else Checkpoint(checkpoint, processes)
     found = prepared(model, tokenizer, prompt, examples, recipe, writing, kept)
-    patch = fit(
+    return fit(
         found.decoder, found.recipe, [*found.rows, *found.text], batch_size=batch_size, memory_budget=memory_budget,
         provenance=found.provenance, progress=progress, checkpoint=kept, processes=processes,
     )  # fmt: skip
-    if kept is not None:
-        kept.remove()
-    return patch
 
 
 class Prepared(NamedTuple):
@@ -217,11 +223,19 @@ def _rows(
     if fitted:
         _check_untold(prompt.instruction, prompt.separator, loaded)
     given = len(rows)
-    if checkpoint is not None:
-        checkpoint.begin({
+    if checkpoint is not None or writing.processes.size > 1:
+        run = run_key(decoder.model, {
             "recipe": recipe.to_dict(), "prompt": prompt, "rows": rows, "writing": writing[:4],
-            "base": identity(decoder, tokenizer), "dtype": str(decoder.dtype), "device": decoder.device.type,
+            "processes": writing.processes.size, "device": decoder.device.type,
+            "attention": getattr(decoder.config, "_attn_implementation", None),
         })  # fmt: skip
+        if len(set(writing.processes.everyone(run))) > 1:
+            raise ValueError(
+                "transmute: distributed must be a call that all processes make alike, got other weights, inputs or "
+                "options in some; give all the same"
+            )
+        if checkpoint is not None:
+            checkpoint.begin(run)
     write = partial(more_inputs, decoder, tokenizer, loaded, recipe.written_inputs, writing)
     texts = write() if checkpoint is None else checkpoint.once("inputs", write)
     rows, texts = with_inputs(decoder, tokenizer, prompt, loaded, rows, texts)
@@ -233,7 +247,8 @@ def _rows(
     generated = sum(row.is_open for row in rows[:given]) * writing.completions + len(texts)
     complete = partial(completed, decoder, tokenizer, prompt, loaded[0], rows, given, writing)
     rows = complete() if checkpoint is None else checkpoint.rows(complete)
-    return rows, {"examples": given, "written_inputs": texts, "generated_completions": generated}
+    told = {"examples": given, "written_inputs": texts, "written_share": WRITTEN_SHARE}
+    return rows, {**told, "generated_completions": generated}
 
 
 def _told(instruction: Instruction) -> str | list[dict[str, Any]]:

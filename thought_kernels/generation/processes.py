@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Iterator, Sequence
 from typing import Any, TypeVar
 
+import torch
 import torch.distributed as dist
 
 T = TypeVar("T")
@@ -20,24 +21,26 @@ class Processes:
         size: how many there are.
 
     Args:
-        group: as the attribute.
+        distributed: False for this process alone, True for torch.distributed's default group, or a group.
 
     Raises:
-        ValueError: a group that is none, or that this process is not in.
+        ValueError: a group that is none, that is not there yet, or that this process is not in.
     """
 
-    def __init__(self, group: Any = None) -> None:
-        self.group, self.rank, self.size = group, 0, 1
-        if group is None:
+    def __init__(self, distributed: Any = False) -> None:
+        self.group, self.rank, self.size = None, 0, 1
+        if distributed is False:
             return
-        if not (dist.is_available() and dist.is_initialized() and isinstance(group, dist.ProcessGroup)):
+        ready = dist.is_available() and dist.is_initialized()
+        group = dist.group.WORLD if ready and distributed is True else distributed
+        if not (ready and isinstance(group, dist.ProcessGroup)):  # group.WORLD is None before there is one
             raise ValueError(
-                f"transmute: group must be a process group of torch.distributed, got {group!r}; call "
-                "torch.distributed.init_process_group and give torch.distributed.group.WORLD"
+                f"transmute: distributed must be False, or True or a process group once there is one, got "
+                f"{distributed!r}; call torch.distributed.init_process_group first"
             )
-        self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
+        self.group, self.rank, self.size = group, dist.get_rank(group), dist.get_world_size(group)
         if self.rank < 0:
-            raise ValueError("transmute: group must hold this process, got one of others")
+            raise ValueError("transmute: distributed must be a group that this process is in, got one of others")
 
     def share(self, items: Sequence[T]) -> list[T]:
         """This process's items: every size-th, from the rank-th on."""
@@ -69,6 +72,8 @@ class Processes:
         """
         try:
             yield
+        except torch.OutOfMemoryError:
+            raise
         except RuntimeError as error:
             reason = str(error).strip().splitlines()
             raise RuntimeError(

@@ -130,7 +130,7 @@ class Group:
 
     @property
     def weight(self) -> float:
-        """Total weight of the rows, which is the number of the user's examples: several of one example share its 1."""
+        """Total weight of the rows: 1 for each of the user's examples, whose rows share it."""
         return math.fsum(share for batch in self.batches for share in batch.shares)
 
     def positions(self, length: int) -> Tensor:
@@ -218,7 +218,7 @@ class BlockPrefix:
     Attributes:
         with_context: of P.
         without_context: of P°, None if it is empty. The keys of the shorter prefix are rotated further on (theory §3).
-        header: rows of H where the instruction is inserted, which are the same on both sides; None if there are none.
+        header: rows of H where an instruction is inserted, which are the same on both sides; None if there are none.
     """
 
     with_context: tuple[Tensor, Tensor]
@@ -261,8 +261,8 @@ def prefix_blocks(decoder: Decoder, group: Group, last: int) -> list[BlockPrefix
             bare = moved_keys(decoder, block, other_k, other_v, group.start - len(group.without_prefix))
         elif header:
             bare = moved_keys(decoder, block, k[:, :, :header], v[:, :, :header], len(group.instruction))
-            # Copies: views would keep the whole prefix's streams of all blocks alive.
-            rows = PrefixRows(x[:, :header].clone(), o[:, :header].clone())
+            if group.instruction:  # Copies: views would keep the whole prefix's streams of all blocks alive.
+                rows = PrefixRows(x[:, :header].clone(), o[:, :header].clone())
         prefixes.append(BlockPrefix(told, bare, rows))
     return prefixes
 

@@ -59,7 +59,7 @@ def sequential(run: Run) -> None:
             for way in ways:
                 _observe(run, block, way, without[id(way.group)], stage, patch)
             for group, before, before_o in zip(run.groups, befores, before_outputs, strict=True):
-                if before is not None and before_o is not None and group.inserted:
+                if before is not None and before_o is not None and group.inserted and group.instruction:
                     observe_header(run, block, group, before, before_o, stage, patch)
             solved = run.solve(frozenset({block.index}), stage)
             patch = solved if patch is None else patch + solved

@@ -15,8 +15,8 @@ from thought_kernels.patches.summary import blocks
 CARD_FILE = "README.md"
 _SEAL = "<!-- written by thought_kernels: {} -->\n"  # a card that nobody has changed since may be replaced
 _MADE = (
-    "pairing", "estimator", "normalization", "scale", "ridge", "factor", "rank", "tokens", "examples",
-    "generated_completions", "format", "without", "separator",
+    "pairing", "estimator", "normalization", "scale", "ridge", "text_weight", "header_weight", "factor", "rank",
+    "tokens", "examples", "generated_completions", "format", "without", "separator",
 )  # fmt: skip
 _LONGEST_TITLE = 60
 _SHOWN = ("accuracy", "recovered", "unrelated KL")  # of an evaluation's figures
@@ -45,6 +45,11 @@ def is_ours(path: Path) -> bool:
         text = path.read_text(encoding="utf-8", errors="replace")
     except FileNotFoundError:
         return True
+    return is_sealed(text)
+
+
+def is_sealed(text: str) -> bool:
+    """Whether this package wrote a card, and nobody has changed it."""
     body = text[: -len(_seal(""))]
     return text == body + _seal(body)
 
@@ -130,7 +135,7 @@ def _how(patch: PatchData) -> Iterator[str]:
     for version in ("version", "torch", "date"):
         rows[version] = made.get(version)
     for name, value in rows.items():
-        if value is not None:
+        if value is not None and not (name.endswith(" weight") and value == 0):
             yield f"| {name} | {_cell(value)} |"
     if "parts" in made:
         yield f"| a sum of | {len(made['parts'])} patches |"

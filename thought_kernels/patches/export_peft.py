@@ -16,6 +16,7 @@ import safetensors.torch
 from torch import Tensor, nn
 
 from thought_kernels.models.linear import is_transposed
+from thought_kernels.patches.card import shareable
 from thought_kernels.patches.data import PatchData
 from thought_kernels.patches.lora import Accepted, Factors, Lora, LoraExport
 from thought_kernels.patches.storage import as_folder, replace_files
@@ -71,7 +72,7 @@ def export_peft(
     if pad:
         ranks = dict.fromkeys(ranks, max(ranks.values()))
     tensors = dict(_named(lora.factors, ranks, lora.has_bias))
-    told = {"format": "pt", "thought_patch": json.dumps(patch.provenance, default=str, ensure_ascii=False)}
+    told = {"format": "pt", "thought_patch": json.dumps(shareable(patch.provenance), default=str, ensure_ascii=False)}
     config = _config(lora.root, ranks, lora.has_bias)
     replace_files(
         folder,

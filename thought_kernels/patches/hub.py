@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from thought_kernels.patches.card import CARD_FILE, is_ours
+from thought_kernels.patches.card import CARD_FILE, is_ours, is_sealed
 from thought_kernels.patches.storage import RECORD_FILE, TENSOR_FILE
 
 _REPOSITORY = re.compile(r"[\w-][\w.-]*/[\w.-]+")
@@ -54,8 +54,8 @@ def push(
     Args:
         repository: "owner/name".
         write: writes them to a folder.
-        card: what takes the written card's place; None leaves one alone that is there and that somebody wrote or
-            changed.
+        card: what takes the written card's place. A card there that somebody wrote or changed is left alone, unless
+            this one is somebody's too.
         private: of a new repository, None for the owner's default.
         token: as huggingface_hub takes it.
         message: of the commit.
@@ -75,8 +75,9 @@ def push(
         names = [TENSOR_FILE, RECORD_FILE]
         if card is not None:
             (Path(folder) / CARD_FILE).write_text(card, encoding="utf-8")
+        own = card is not None and not is_sealed(card)  # somebody's words
         if (
-            card is not None
+            own
             or not api.file_exists(repository, CARD_FILE)
             or is_ours(Path(api.hf_hub_download(repository, CARD_FILE)))
         ):

@@ -90,7 +90,7 @@ class MergedPatch:
         except BaseException:
             self._restore()
             raise
-        self._written = [_checksum(parameter) for _, parameter, _ in self._originals]
+        self._written = [checksum(parameter) for _, parameter, _ in self._originals]
         written = {name: total for (name, _, _), total in zip(self._originals, self._written, strict=True)}
         self._left = _Left(merged, written)
         _LEFT.setdefault(self._model, []).append(self._left)
@@ -111,7 +111,7 @@ class MergedPatch:
                 "or load the model anew"
             )
         for (_, parameter, original), written in zip(self._originals, self._written, strict=True):
-            if parameter.dtype != original.dtype or _checksum(parameter) != written:
+            if parameter.dtype != original.dtype or checksum(parameter) != written:
                 raise ValueError(
                     "undo: weights must be as merge_ left them, got other values; undo later merges first, latest first"
                 )
@@ -264,7 +264,7 @@ def _write(weight: Tensor, change: SitePatch, adds: bool) -> None:
 def _checksums(patch: PatchData) -> tuple[Any, ...]:
     """What tells one patch's numbers from another's."""
     return tuple(
-        (key, *((name, _checksum(tensor)) for name, tensor in entry.tensors().items()))
+        (key, *((name, checksum(tensor)) for name, tensor in entry.tensors().items()))
         for key, entry in patch.entries.items()
     )
 
@@ -276,7 +276,7 @@ def _warn_of_a_second(model: nn.Module, patch: tuple[Any, ...]) -> None:
         return
     parameters = dict(model.named_parameters())
     for left in earlier:
-        if all(name in parameters and _checksum(parameters[name]) == total for name, total in left.weights.items()):
+        if all(name in parameters and checksum(parameters[name]) == total for name, total in left.weights.items()):
             warn(
                 "merge_: patch should be merged once, got one that is in these weights already and now acts twice; "
                 "undo() one of the two, or say 2 * patch if that is meant"
@@ -284,7 +284,7 @@ def _warn_of_a_second(model: nn.Module, patch: tuple[Any, ...]) -> None:
             return
 
 
-def _checksum(parameter: Tensor) -> int:
+def checksum(parameter: Tensor) -> int:
     """The sum of a parameter's bit patterns modulo 2⁶⁴: any edit but a permutation is all but certain to change it."""
     integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     bits = parameter.detach().contiguous().view(integers[parameter.element_size()])

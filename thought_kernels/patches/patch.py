@@ -11,10 +11,11 @@ from typing import Any
 
 import torch
 
+from thought_kernels.ops.caller import warn
 from thought_kernels.ops.checks import as_path
 from thought_kernels.patches import storage
 from thought_kernels.patches.apply import AppliedPatch
-from thought_kernels.patches.card import model_card, shareable
+from thought_kernels.patches.card import CARD_FILE, is_ours, model_card, shareable
 from thought_kernels.patches.control_vector import read_control_vector
 from thought_kernels.patches.exports import Exports
 from thought_kernels.patches.hub import fetched, push
@@ -104,8 +105,17 @@ class ThoughtPatch(Exports):
         Raises:
             ValueError: NaN in the patch, a provenance that JSON cannot hold, an evaluation of another form, or a path
                 that is not a folder.
+
+        Warns:
+            UserWarning: an evaluation that has no place, since somebody wrote or changed README.md.
         """
-        storage.save(self.entries, self.provenance, directory, card=model_card(self, evaluation))
+        card = model_card(self, evaluation)
+        storage.save(self.entries, self.provenance, directory, card=card)
+        if evaluation is not None and not is_ours(Path(directory) / CARD_FILE):
+            warn(
+                f"save_pretrained: {CARD_FILE} should be this package's to hold the evaluation, got one that somebody "
+                "wrote or changed; it stays as it is, delete it to have a new one"
+            )
 
     def push_to_hub(
         self,
@@ -120,7 +130,7 @@ class ThoughtPatch(Exports):
         """Uploads what ``save_pretrained`` writes to a repository of the Hugging Face hub, made if there is none.
 
         Of a model that was read from a folder or file here, only that one's name goes along. A card there that somebody
-        wrote or changed is left alone, unless `card` is given.
+        wrote or changed is left alone, unless `card` is somebody's too.
 
         Args:
             repository: "owner/name".

@@ -213,7 +213,7 @@ def _weights_at(function: str, name: str, decoder: Any, key: Key) -> list[Tensor
                 holds = f"{type(weight.data).__name__} of {weight.dtype}, {weight.device}"
             actual = f"{kind.__module__}.{kind.__qualname__} with {holds} at {module_name}"
             raise ValueError(message(function, "model", "have plain floating weights", actual, _where(key)))
-        check_matrix("diagnose", weight)
+        check_matrix(function, weight)
         found.append(linear_weight(module).detach())
     if not any(bool(weight.any()) for weight in found):
         actual = f"zeros at {' and '.join(names)}"

@@ -46,7 +46,7 @@ def _kinds(subject: Subject, section: Section) -> None:
 
 
 def _means(subject: Subject, section: Section) -> None:
-    plain = replace(known_recipe(subject.patch), estimator="exact", scale=1.0)
+    plain = replace(known_recipe(subject.patch), estimator="exact", scale=1.0, text_weight=0.0)
     wide = torch.float64 if subject.decoder.dtype == torch.float64 else torch.float32
     vectors = subject.refit(plain, accumulator=MeanDifferences(dtype=wide))
     subject.report(section, "mean differences instead", subject.measure(vectors))

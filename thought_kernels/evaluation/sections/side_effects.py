@@ -27,6 +27,11 @@ def side_effects(subject: Subject, section: Section) -> None:
         section.note("No other instruction was given, so none was tried with the patch on.")
 
 
+def _is_liable(subject: Subject) -> bool:
+    """Whether the patch was fitted in a way that text_weight could help, and without it."""
+    return not subject.recipe.text_weight and subject.recipe.estimator != "mean"
+
+
 def _drift(subject: Subject, section: Section) -> None:
     """Ordinary text, all of it and kind by kind."""
     reading = report_drift(subject, section, "patched", subject.patch)
@@ -40,5 +45,5 @@ def _drift(subject: Subject, section: Section) -> None:
         f"Ordinary text: {len(drift)} passages of {sum(reading.tokens)} tokens that the package brings, each of "
         "another kind, without a chat around them. KL(bare ‖ patched) a token; the perplexity is that of the text."
     )
-    if drift.bare.perplexity < KNOWN and reading.divergence > UNRELATED[0] and not subject.recipe.text_weight:
+    if drift.bare.perplexity < KNOWN and reading.divergence > UNRELATED[0] and _is_liable(subject):
         section.note("A patch that is fitted with text_weight=0.3 moves such text less, and recovers a little less.")

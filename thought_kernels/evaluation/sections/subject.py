@@ -215,7 +215,7 @@ class Subject:
         prompt = Prompt(self.instruction, self.without, self.separator, self.format)
         rows, _ = with_inputs(
             self.decoder, self.tokenizer, prompt, self.examples, list(map(self.encode, self.examples)),
-            made.get("written_inputs", []),
+            made.get("written_inputs", []), made.get("written_share", 1.0),
         )  # fmt: skip
         return completed(self.decoder, self.tokenizer, prompt, self.examples[0], rows, len(self.examples), writing)
 
