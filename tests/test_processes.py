@@ -151,5 +151,7 @@ def test_items_are_dealt_out_and_come_back_in_order() -> None:
 
 @pytest.mark.parametrize("group", [True, None, "all"])  # None is what group.WORLD is before there is one
 def test_a_group_that_is_none_is_refused(group: Any) -> None:
-    with pytest.raises(ValueError, match="^transmute: distributed must be False, or True .* got .*; call torch.distributed.init_pro"):
+    with pytest.raises(
+        ValueError, match="^transmute: distributed must be False, or True .* got .*; call torch.distributed.init_pro"
+    ):
         made(torch.float32, GIVEN, distributed=group)

@@ -184,12 +184,7 @@ def _kept(matrices: list[StoredMatrix], files: set[Path], features: str, path: P
     partial = path.with_name(f"{path.name}.partial")
     done = {**_read(path), **_read(partial)}
     sources = {file: _source(file, features) for file in files}
-    names = {matrix.name for matrix in matrices}
-    others = [  # of the same files, that another --filter or --limit has measured
-        {**asdict(row), "source": source}
-        for (name, source), row in done.items()
-        if name not in names and source in sources.values()
-    ]
+    others = _others(done, {matrix.name for matrix in matrices}, set(sources.values()))
     known = [done.get((matrix.name, sources[matrix.file])) for matrix in matrices]
     fresh = inspect_model(
         [matrix for matrix, row in zip(matrices, known, strict=True) if row is None], features=features, progress=shown
@@ -212,6 +207,15 @@ def _kept(matrices: list[StoredMatrix], files: set[Path], features: str, path: P
             yield row
     _write_csv(path, lines + others)
     partial.unlink()
+
+
+def _others(done: dict[tuple[str, str], MatrixRow], names: set[str], sources: set[str]) -> list[dict[str, Any]]:
+    """Lines of the same files that another --filter or --limit has measured."""
+    return [
+        {**asdict(row), "source": source}
+        for (name, source), row in done.items()
+        if name not in names and source in sources
+    ]
 
 
 def _write_csv(path: Path, lines: list[dict[str, Any]]) -> None:

@@ -9,6 +9,7 @@ from thought_kernels.generation.completions import ending_of, with_completions
 from thought_kernels.generation.inputs import written_inputs
 from thought_kernels.generation.processes import ALONE, Processes
 from thought_kernels.models.decoder import Decoder
+from thought_kernels.ops.caller import warn
 from thought_kernels.prompts.examples import Example
 from thought_kernels.prompts.fits import check_fits
 from thought_kernels.prompts.instruction import Instruction, begins_with
@@ -115,3 +116,32 @@ def completed(
         decoder.model, rows, ending=ending, max_new_tokens=writing.max_new_tokens, batch_size=writing.batch_size,
         numbers=numbers, seed=writing.seed, progress=writing.progress, processes=writing.processes,
     )  # fmt: skip
+
+
+def check_header(weight: float, encoded: list[EncodedExample]) -> None:
+    """Raises ValueError where header_weight has no rows to weigh."""
+    if not weight:
+        return
+    if any(row.replaced for row in encoded):
+        raise ValueError(
+            "transmute: header_weight must be 0 where the prompt without the instruction is no beginning of the prompt "
+            f"with it, got {weight}; only rows that both have in common can join with δ = 0"
+        )
+    headless = [row.number for row in encoded if not row.header]
+    if headless:
+        raise ValueError(
+            f"transmute: header_weight must be 0 where nothing stands before the instruction, got {weight} with "
+            f"examples[{headless[0]}]; there are no rows of a header to join"
+        )
+
+
+def check_untold(instruction: Instruction, separator: str, examples: list[Example]) -> None:
+    """Refuses, or where only some are, warns of examples that begin with the instruction: a patch adds it again."""
+    told = [number for number, example in enumerate(examples) if begins_with(instruction, separator, example)]
+    if not told:
+        return
+    found = f"got {len(told)} of {len(examples)} that begin with it, the first at {told[0]}"
+    mend = "take it out there, since a patch stands for an instruction that is not in the prompt"
+    if len(told) == len(examples):
+        raise ValueError(f"transmute: examples must be without the instruction, {found}; {mend}")
+    warn(f"transmute: examples should be without the instruction, {found}; {mend}")

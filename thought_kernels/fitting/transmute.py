@@ -14,7 +14,9 @@ from thought_kernels.fitting.encoding import (
     WRITTEN_SHARE,
     Prompt,
     Writing,
+    check_header,
     check_row,
+    check_untold,
     completed,
     more_inputs,
     with_inputs,
@@ -24,14 +26,13 @@ from thought_kernels.fitting.recipe import Recipe, ResolvedRecipe
 from thought_kernels.generation.processes import Processes
 from thought_kernels.models import in_memory
 from thought_kernels.models.decoder import Decoder
-from thought_kernels.ops.caller import warn
 from thought_kernels.ops.checks import as_integer
 from thought_kernels.pairing.pairings import MEMORY_BUDGET
 from thought_kernels.patches.identity import identity
 from thought_kernels.patches.patch import ThoughtPatch
 from thought_kernels.prompts.everyday import everyday
-from thought_kernels.prompts.examples import Example, load_examples
-from thought_kernels.prompts.instruction import Instruction, begins_with
+from thought_kernels.prompts.examples import load_examples
+from thought_kernels.prompts.instruction import Instruction
 from thought_kernels.prompts.ordinary import ordinary_rows
 from thought_kernels.prompts.prompt import EncodedExample
 
@@ -217,25 +218,13 @@ def _rows(
     """What is fitted, examples and what the model writes beside them, and what a patch remembers of it."""
     loaded, fitted = everyday(prompt.instruction) if examples is None else (load_examples(examples), True)
     rows = [prompt.encode(tokenizer, example, number) for number, example in enumerate(loaded if fitted else ())]
-    _check_header(recipe.header_weight, rows)
+    check_header(recipe.header_weight, rows)
     for row in rows:
         check_row(decoder, tokenizer, row)
     if fitted:
-        _check_untold(prompt.instruction, prompt.separator, loaded)
+        check_untold(prompt.instruction, prompt.separator, loaded)
     given = len(rows)
-    if checkpoint is not None or writing.processes.size > 1:
-        run = run_key(decoder.model, {
-            "recipe": recipe.to_dict(), "prompt": prompt, "rows": rows, "writing": writing[:4],
-            "processes": writing.processes.size, "device": decoder.device.type,
-            "attention": getattr(decoder.config, "_attn_implementation", None),
-        })  # fmt: skip
-        if len(set(writing.processes.everyone(run))) > 1:
-            raise ValueError(
-                "transmute: distributed must be a call that all processes make alike, got other weights, inputs or "
-                "options in some; give all the same"
-            )
-        if checkpoint is not None:
-            checkpoint.begin(run)
+    _begin(decoder, prompt, recipe, rows, writing, checkpoint)
     write = partial(more_inputs, decoder, tokenizer, loaded, recipe.written_inputs, writing)
     texts = write() if checkpoint is None else checkpoint.once("inputs", write)
     rows, texts = with_inputs(decoder, tokenizer, prompt, loaded, rows, texts)
@@ -249,6 +238,27 @@ def _rows(
     rows = complete() if checkpoint is None else checkpoint.rows(complete)
     told = {"examples": given, "written_inputs": texts, "written_share": WRITTEN_SHARE}
     return rows, {**told, "generated_completions": generated}
+
+
+def _begin(
+    decoder: Decoder, prompt: Prompt, recipe: ResolvedRecipe, rows: list[EncodedExample], writing: Writing,
+    checkpoint: Checkpoint | None,
+) -> None:  # fmt: skip
+    """Tells a checkpoint which run this is; raises ValueError where processes do not all make the same call."""
+    if checkpoint is None and writing.processes.size == 1:
+        return
+    run = run_key(decoder.model, {
+        "recipe": recipe.to_dict(), "prompt": prompt, "rows": rows, "writing": writing[:4],
+        "processes": writing.processes.size, "device": decoder.device.type,
+        "attention": getattr(decoder.config, "_attn_implementation", None),
+    })  # fmt: skip
+    if len(set(writing.processes.everyone(run))) > 1:
+        raise ValueError(
+            "transmute: distributed must be a call that all processes make alike, got other weights, inputs or options "
+            "in some; give all the same"
+        )
+    if checkpoint is not None:
+        checkpoint.begin(run)
 
 
 def _told(instruction: Instruction) -> str | list[dict[str, Any]]:
@@ -266,31 +276,3 @@ def _model(decoder: Decoder, tokenizer: Any) -> dict[str, Any]:
         "num_hidden_layers": len(decoder.blocks),
         "base": identity(decoder, tokenizer),
     }
-
-
-def _check_header(weight: float, encoded: list[EncodedExample]) -> None:
-    if not weight:
-        return
-    if any(row.replaced for row in encoded):
-        raise ValueError(
-            "transmute: header_weight must be 0 where the prompt without the instruction is no beginning of the prompt "
-            f"with it, got {weight}; only rows that both have in common can join with δ = 0"
-        )
-    headless = [row.number for row in encoded if not row.header]
-    if headless:
-        raise ValueError(
-            f"transmute: header_weight must be 0 where nothing stands before the instruction, got {weight} with "
-            f"examples[{headless[0]}]; there are no rows of a header to join"
-        )
-
-
-def _check_untold(instruction: Instruction, separator: str, examples: list[Example]) -> None:
-    """Refuses, or where only some are, warns of examples that begin with the instruction: a patch adds it again."""
-    told = [number for number, example in enumerate(examples) if begins_with(instruction, separator, example)]
-    if not told:
-        return
-    found = f"got {len(told)} of {len(examples)} that begin with it, the first at {told[0]}"
-    mend = "take it out there, since a patch stands for an instruction that is not in the prompt"
-    if len(told) == len(examples):
-        raise ValueError(f"transmute: examples must be without the instruction, {found}; {mend}")
-    warn(f"transmute: examples should be without the instruction, {found}; {mend}")
