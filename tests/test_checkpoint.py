@@ -79,15 +79,15 @@ def stopping(function: Callable[..., Any], calls: int, *, before: bool = False) 
 
 @pytest.mark.parametrize("blocks", [1, 2])
 @pytest.mark.parametrize(
-    "options",
+    ("dtype", "options"),
     [
-        {},
-        {"text_weight": 0.1, "estimator": "affine", "header_weight": 0.2},
-        {"without": "Multiply", "tokens": "answer"},
-        {"layers": [1, 2], "sites": ("attention", "mlp", "residual"), "memory_budget": 1},
+        (torch.float32, {}),
+        (torch.bfloat16, {}),
+        (torch.float32, {"text_weight": 0.1, "estimator": "affine", "header_weight": 0.2}),
+        (torch.float32, {"without": "Multiply", "tokens": "answer"}),
+        (torch.bfloat16, {"layers": [1, 2], "sites": ("attention", "mlp", "residual"), "memory_budget": 1}),
     ],
 )
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_run_goes_on_from_the_last_block(
     blocks: int, options: dict[str, Any], dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -20,6 +20,7 @@ from thought_kernels.evaluation.measures.intervals import mean_interval, recover
 from thought_kernels.evaluation.measures.memory import MemoryPeak
 from thought_kernels.evaluation.measures.scorers import Each, Judge, ScorerError, as_scorer
 from thought_kernels.evaluation.measures.trial import Trial
+from thought_kernels.evaluation.pages.page import number
 from thought_kernels.evaluation.records import digests
 from thought_kernels.evaluation.rivals.refit import MeanDifferences, Shuffled, known_recipe, split
 from thought_kernels.evaluation.sections.controls import randomised
@@ -295,3 +296,14 @@ def test_a_span_knows_the_peaks_of_spans_within_it() -> None:
     if os.access("/proc/self/clear_refs", os.W_OK):  # else peaks are those since the process started
         assert small.host_mib < large.host_mib - 32
         assert later.host_mib < own.host_mib - 32
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [
+        (0.0, "0"), (2136.4, "2,136"), (12_345_678.0, "1.2e+07"), (999.4, "999"), (45.67, "45.7"), (0.98765, "0.9877"),
+        (-1500.0, "-1,500"), (0.00012, "1.2e-04"),
+    ],
+)  # fmt: skip
+def test_numbers_are_shown_as_people_write_them(value: float, shown: str) -> None:
+    assert number(value) == shown

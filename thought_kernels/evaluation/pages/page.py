@@ -153,12 +153,14 @@ def _cell(figure: Figure) -> tuple[str, str]:
 
 
 def number(value: float, share: bool = False) -> str:
-    """A number as the tables show it: per cent with one decimal for shares, three significant digits otherwise."""
+    """A number as the tables show it: per cent with one decimal for shares, three digits otherwise."""
     if share:
         return f"{100 * value:.1f}"
     if value == 0:
         return "0"
-    if abs(value) < 1e-3 or abs(value) >= 1e4:
+    if 1000 <= abs(value) < 1e7:
+        return f"{value:,.0f}"
+    if abs(value) < 1e-3 or abs(value) >= 1e7:
         return f"{value:.1e}"
     return f"{value:.4f}" if abs(value) < 1.5 else f"{value:.3g}"
 
