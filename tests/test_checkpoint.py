@@ -20,6 +20,7 @@ from typer.testing import CliRunner
 
 import thought_kernels as tk
 from thought_kernels.cli import app
+from thought_kernels.estimation.accumulator import ThoughtAccumulator
 from thought_kernels.fitting import checkpoint, encoding
 from thought_kernels.fitting import transmute as module
 from thought_kernels.fitting.checkpoint import Checkpoint
@@ -97,12 +98,11 @@ def test_a_run_goes_on_from_the_last_block(
         patched.setattr(Checkpoint, "keep", stopping(Checkpoint.keep, blocks))
         made(model, folder, **options)
     solved: list[Any] = []
-    part = module.fit.__globals__["ThoughtAccumulator"].solve_part
+    part = ThoughtAccumulator.solve_part
     with monkeypatch.context() as patched:
         patched.setattr(encoding, "written_inputs", lambda *_, **__: pytest.fail("written again"))
         patched.setattr(encoding, "with_completions", lambda *_, **__: pytest.fail("written again"))
-        accumulator = module.fit.__globals__["ThoughtAccumulator"]
-        patched.setattr(accumulator, "solve_part", lambda *a, **o: solved.append(o["layers"]) or part(*a, **o))
+        patched.setattr(ThoughtAccumulator, "solve_part", lambda *a, **o: solved.append(o["layers"]) or part(*a, **o))
         found = made(model, folder, **options)
     assert same(found, wanted)
     assert {layer for layers in solved for layer in layers} == set(range(blocks, 3))  # where there was a patch to keep
