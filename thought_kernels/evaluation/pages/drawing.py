@@ -54,6 +54,18 @@ def legend(axes: Any, place: str) -> None:
         axes.legend(loc=place)
 
 
+def logarithmic(axis: Any) -> None:
+    """A logarithmic axis for what is drawn already; over less than two decades 1, 2 and 5 of each are labelled."""
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    axis.axes.set(**{f"{axis.axis_name}scale": "log"})
+    low, high = axis.get_view_interval()
+    if high < 100 * low:
+        axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        axis.set_major_formatter("{x:g}")
+    axis.set_minor_formatter(NullFormatter())
+
+
 def percent(axis: Any) -> None:
     """Shares from 0 to 1 as per cent."""
     axis.set_ticks([0, 0.25, 0.5, 0.75, 1], ["0", "25 %", "50 %", "75 %", "100 %"])

@@ -24,6 +24,7 @@ from thought_kernels.evaluation.pages.drawing import (
     lattice,
     legend,
     line,
+    logarithmic,
     name_rows,
     percent,
 )
@@ -112,7 +113,7 @@ def _effect(section: Section, canvas: Any) -> bool:
     for name in ("bare", "patched"):
         line(effects, section.series(name, "KL to prompted"), COLOURS[name], name, floor=SMALLEST_KL)
     effects.set_title("KL to prompted, nats")
-    effects.set_yscale("log")
+    logarithmic(effects.yaxis)
     for axes in (tokens, effects):
         axes.set_xlabel("answer position (token)")
         axes.xaxis.get_major_locator().set_params(integer=True)
@@ -148,7 +149,7 @@ def _passages(axes: Any, section: Section, kinds: list[str]) -> None:
         figure = section.get("patched", quantity)
         if figure is not None and figure.value > 0:
             axes.axvline(figure.value, color=colour, linewidth=1.2, linestyle=(0, (4, 3)), label=name)
-    axes.set_xscale("log")
+    logarithmic(axes.xaxis)
     name_rows(axes, kinds)
     axes.set_title("drift by kind of text, nats a token")
     axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.09), ncols=2)
@@ -184,7 +185,7 @@ def _scale(section: Section, canvas: Any) -> bool:
     legend(left, "lower center")
     for quantity, name, colour in (("unrelated KL", "unrelated prompts", BLUE), ("text KL", "ordinary text", ORANGE)):
         _by_scale(right, recovered, section.series("patched", quantity), name, colour)
-    right.set_xscale("log")
+    logarithmic(right.xaxis)
     right.set_ylim(FLOOR, 1.15)
     right.set_xlabel("KL to the bare model, nats a token")
     right.set_ylabel("recovered effect")
@@ -267,7 +268,7 @@ def _replay(section: Section, canvas: Any) -> bool:
     )  # fmt: skip
     if control is not None and control.value > 0:
         axes.axhline(control.value, color=RED, linewidth=1.2, linestyle=(0, (4, 3)), label="logits, no patch")
-    axes.set_yscale("log")
+    logarithmic(axes.yaxis)
     block_axis(axes)
     axes.set_title("relative error")
     lattice(axes)
