@@ -72,7 +72,7 @@ def test_transmute_offers_every_option_of_the_library() -> None:
 
     from thought_kernels.cli.transmute import transmute as command
 
-    renamed = {"sites": "site", "progress": None, "tokenizer": None}
+    renamed = {"sites": "site", **dict.fromkeys(("progress", "tokenizer", "checkpoint", "distributed"))}
     wanted = {renamed.get(name, name) for name in signature(transmute).parameters} - {None}
     assert wanted <= set(signature(command).parameters)
 

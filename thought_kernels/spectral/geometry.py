@@ -31,6 +31,7 @@ _FIGURES: dict[str, tuple[int, int, dict[float, int]]] = {
 }
 _LARGEST_POLYGON = 1024  # of more corners the inner products of neighbours are equal to the tolerance
 _LARGEST_SCHEME = 256  # points of a frame without a name whose scheme is looked for
+_TIE = 1e-6
 _ROUNDING = 1e-13
 _POWERS = 30  # steps of the power method: enough for a norm to within some per cent
 _BLOCK = 1024
@@ -136,6 +137,7 @@ def _components(unit: Tensor, tol: float) -> list[Tensor]:
 
 def _linked(unit: Tensor, tol: float) -> list[Tensor]:
     """Connected components of |unitᵀ unit| > tol; the Gram matrix is never held as a whole."""
+    tol *= 1 - _TIE  # inner products that are tol but for rounding are all of them above it, and not some
     left = torch.arange(unit.shape[1], device=unit.device)
     found = []
     while len(left):
