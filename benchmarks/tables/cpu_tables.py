@@ -180,4 +180,20 @@ def percentage(value: float) -> str:
     return f"{value:.0f} %" if value >= 10 else f"{value:.2g} %"
 
 
-CPU_TABLES: dict[str, Callable[[], str]] = {"speed": speed, "runs": runs, "delta": delta, "toy speed": toy_speed}
+def serve() -> str:
+    """What patches cost a model that writes."""
+    rows = found(results(), op="serve.", threads="2.")
+    order = sorted(rows, key=lambda row: float(row["ratio"] or 1))
+    return markdown(
+        ("patches", "seconds of a batch", "times as long as without"),
+        [(row["provider"], f"{float(row['value']) / 1e3:.1f}", f"{float(row['ratio'] or 1):.2f}") for row in order],
+    )
+
+
+CPU_TABLES: dict[str, Callable[[], str]] = {
+    "speed": speed,
+    "runs": runs,
+    "delta": delta,
+    "toy speed": toy_speed,
+    "many patches": serve,
+}
