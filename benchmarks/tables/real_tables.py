@@ -22,6 +22,7 @@ WANTED = {
     ("system", "qwen"): (0.90, None), ("arithmetic", "qwen"): (0.99, 0.99),
 }  # fmt: skip
 FEWER = 0.05
+ALONE = 0.95  # of what 32 inputs recover, from the prompt alone
 
 Row = dict[str, str]
 
@@ -64,6 +65,8 @@ def summary() -> str:
         recovered, share = WANTED[kind, model]
         if inputs == "8":
             recovered, share = recovered - FEWER, share and share - FEWER
+        if inputs == "0":
+            recovered = ALONE * average(real_inputs(rows), "recovered")
         worst = min(average(mine, "recovered") for mine in grouped(rows, "task").values())
         ratio = average(rows, "patched") / average(rows, "prompted") if share else None
         met = average(rows, "recovered") >= recovered and (ratio is None or ratio >= share)
@@ -80,6 +83,13 @@ def summary() -> str:
     )  # fmt: skip
     order = list(KINDS.values())
     return markdown(head, sorted(lines, key=lambda line: (order.index(line[0]), line[1:3], -int(line[3]))))
+
+
+def real_inputs(rows: list[Row]) -> list[Row]:
+    """The rows from 32 inputs of the same models, tasks and seeds."""
+    return [
+        row for mine in rows for row in patches(inputs="32", **{name: mine[name] for name in ("model", "task", "seed")})
+    ]
 
 
 def reserved() -> str:
