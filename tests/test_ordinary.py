@@ -60,7 +60,7 @@ def test_its_rows_want_the_bare_models_activations(pairing: str, monkeypatch: py
     """Token by token, from forwards of the bare model and of the one that is patched so far."""
     monkeypatch.setattr(ordinary, "ORDINARY", TEXTS)
     model = model_of(1)
-    options = {"sites": ("attention",), "pairing": pairing, "ridge": 0.2}
+    options = {"sites": ("attention",), "pairing": pairing, "ridge": 0.2, "header_weight": 0.3}
     patch = tk.transmute(model, TOKENIZER, INSTRUCTION, EXAMPLES, text_weight=0.7, **options)
     told = len(EXAMPLES)
     texts = [ids_of(text) for text in TEXTS]
@@ -75,6 +75,9 @@ def test_its_rows_want_the_bare_models_activations(pairing: str, monkeypatch: py
         for one in texts:
             c, z = products(model, applied, (one, one), len(one) - 1, (layer, "attention"))
             cross, gram = cross + each * c, gram + each * z
+        header = rows()[0].header  # of the examples alone: the texts' first tokens have no weight
+        _, z = products(model, applied, (header, header), len(header), (layer, "attention"))
+        gram = gram + 0.3 * told / len(header) * z
         wanted = estimators.ridge_solve(cross, gram, 0.2)
         found = patch.matrix(layer, "attention")
         assert found is not None and (found - wanted).abs().max() <= SOLVED * wanted.abs().max()
