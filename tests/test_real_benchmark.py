@@ -6,6 +6,7 @@ import csv
 import hashlib
 import subprocess
 import sys
+import tomllib
 import zipfile
 from argparse import Namespace
 from pathlib import Path
@@ -26,6 +27,7 @@ import real_tables
 import report
 import rivals
 import run
+import scaling
 import styles
 import tasks
 
@@ -49,6 +51,34 @@ def test_inputs_differ_and_none_is_held_out_too(name: str) -> None:
     if task.kind == "word":
         assert len(task.instruction) == 2 * tasks.DEMONSTRATIONS
         assert not {turn["content"] for turn in task.instruction if turn["role"] == "user"} & set(prompts)
+
+
+@pytest.mark.parametrize("model", scaling.TASKS)
+def test_hundreds_of_inputs_differ_and_none_is_held_out_too(model: str) -> None:
+    task, other = scaling.scaling_task(model), scaling.scaling_task(model, seed=1)
+    prompts = [prompt for prompt, _ in [*task.inputs, *task.held_out]]
+    assert len(task.inputs) >= max(scaling.COUNTS) and len(set(prompts)) == len(prompts)
+    assert other.held_out != task.held_out
+    if task.kind == "word":
+        assert not {turn["content"] for turn in task.instruction if turn["role"] == "user"} & set(prompts)
+
+
+@pytest.mark.parametrize(
+    ("number", "words"),
+    [
+        (0, "zero"),
+        (19, "nineteen"),
+        (20, "twenty"),
+        (42, "forty-two"),
+        (100, "one hundred"),
+        (999, "nine hundred ninety-nine"),
+    ],
+)
+def test_numbers_are_written_in_words(number: int, words: str) -> None:
+    task = scaling.scaling_task("gemma")
+    assert dict([*task.inputs, *task.held_out]).get(str(number), words) == words
+    table = tomllib.loads((Path(scaling.__file__).parent / "scaling.toml").read_text())
+    assert scaling.spelled(number, table["numbers"]) == words
 
 
 def test_sums_and_products_are_right() -> None:
@@ -92,10 +122,14 @@ def opened(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return paths
 
 
+def measure_all(given: Namespace) -> None:
+    run.run(given, "qwen", "somewhere", run.chosen(given, "qwen"))
+
+
 def test_rows_are_written_once(tmp_path: Path, opened: list[str]) -> None:
     output, everyone = tmp_path / "real.csv", options(tmp_path / "real.csv", rival=["task-vector", "lora"])
-    run.run(options(output), "qwen", "somewhere")
-    run.run(everyone, "qwen", "somewhere")
+    measure_all(options(output))
+    measure_all(everyone)
     text = output.read_text()
     with output.open(newline="") as file:
         rows = list(csv.DictReader(file))
@@ -111,8 +145,8 @@ def test_rows_are_written_once(tmp_path: Path, opened: list[str]) -> None:
             row["method"] in rivals.FITS
         )
     assert len(opened) == 2
-    run.run(options(output), "qwen", "somewhere")
-    run.run(everyone, "qwen", "somewhere")
+    measure_all(options(output))
+    measure_all(everyone)
     assert output.read_text() == text and len(opened) == 2
 
 

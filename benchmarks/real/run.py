@@ -16,7 +16,7 @@ import ast
 import csv
 import datetime
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -113,12 +113,19 @@ def parsed(settings: list[str]) -> dict[str, Any]:
     return recipe
 
 
-def run(options: argparse.Namespace, name: str, path: str) -> None:
+def chosen(options: argparse.Namespace, model: str) -> Iterator[Task]:
+    """The tasks of one model, a seed after the other."""
+    for kind in KINDS[model]:
+        for of in names(kind, options.reserved):
+            if of in (options.tasks or [of]):
+                yield from (task(of, seed=seed, inputs=max(options.inputs)) for seed in options.seeds)
+
+
+def run(options: argparse.Namespace, name: str, path: str, tasks: Iterable[Task]) -> None:
     """Measures what is missing of one model."""
     results, recipe, device = Results(options.output), parsed(options.recipe), device_name(options.device)
-    chosen = [of for kind in KINDS[name] for of in names(kind, options.reserved) if of in (options.tasks or [of])]
     todo = []
-    for of in (task(each, seed=seed, inputs=max(options.inputs)) for each in chosen for seed in options.seeds):
+    for of in tasks:
         rows = [row for row in wanted(options, name, of, device) if row not in results]
         todo += [(of, rows)] if rows else []
     if not todo:
@@ -154,7 +161,8 @@ def main() -> None:
         if entry.partition("=")[0] not in KINDS or not entry.partition("=")[2]:
             parser.error(f"models must be NAME=PATH with a name of {', '.join(KINDS)}, got {entry!r}")
     for entry in options.models:
-        run(options, *entry.split("=", 1))
+        name, path = entry.split("=", 1)
+        run(options, name, path, chosen(options, name))
 
 
 if __name__ == "__main__":
