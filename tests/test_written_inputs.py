@@ -107,7 +107,7 @@ def test_they_stand_in_the_examples_chats(monkeypatch: pytest.MonkeyPatch) -> No
     turns = [{"role": "user", "content": "8"}, {"role": "assistant", "content": "9"}]
     chats = [[*turns, {"role": "user", "content": text}] for text in ("1", "4")]
     rows = []
-    monkeypatch.setattr("thought_kernels.fitting.transmute.more_inputs", lambda *_: ["4"])
+    monkeypatch.setattr("thought_kernels.fitting.prepared.more_inputs", lambda *_: ["4"])
     monkeypatch.setattr("thought_kernels.fitting.transmute.fit", lambda decoder, recipe, found, **_: rows.extend(found))
     fitted(chats[:1], completions=1)
     wanted = encode(TOKENIZER, TOLD, chats[1])
@@ -117,7 +117,7 @@ def test_they_stand_in_the_examples_chats(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_texts_that_the_prompt_cannot_stand_before_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     plain = fitted(GIVEN, written_inputs=0)
-    monkeypatch.setattr("thought_kernels.fitting.transmute.more_inputs", lambda *_: [" ", f"{TOLD}\n3", "x" * 2100])
+    monkeypatch.setattr("thought_kernels.fitting.prepared.more_inputs", lambda *_: [" ", f"{TOLD}\n3", "x" * 2100])
     patch = fitted(GIVEN)
     assert torch.equal(patch.matrix(1, "attention"), plain.matrix(1, "attention"))
     assert patch.provenance["written_inputs"] == []
@@ -139,7 +139,7 @@ def test_a_saved_patch_remembers_them(tmp_path: Path) -> None:
 def captured(monkeypatch: pytest.MonkeyPatch, instruction: Any, texts: list[str], **options: Any) -> list[Any]:
     """The rows that a patch without examples would be fitted on, where the model writes `texts`."""
     rows: list[Any] = []
-    monkeypatch.setattr("thought_kernels.fitting.transmute.more_inputs", lambda *_: texts)
+    monkeypatch.setattr("thought_kernels.fitting.prepared.more_inputs", lambda *_: texts)
     monkeypatch.setattr("thought_kernels.fitting.transmute.fit", lambda decoder, recipe, found, **_: rows.extend(found))
     tk.transmute(MODEL, TOKENIZER, instruction, max_new_tokens=2, completions=1, **options)
     return rows

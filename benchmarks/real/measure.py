@@ -23,7 +23,7 @@ from thought_kernels.evaluation.rivals.function_vector import shuffled_prompts
 from thought_kernels.evaluation.rivals.places import prompt_end
 from thought_kernels.evaluation.rivals.rows import Rows
 from thought_kernels.fitting import encoding
-from thought_kernels.fitting.transmute import prepared
+from thought_kernels.fitting.prepared import prepared
 from thought_kernels.patches.patch import ThoughtPatch
 from thought_kernels.prompts.examples import load_examples
 from thought_kernels.prompts.prompt import EncodedExample, encode
@@ -107,8 +107,8 @@ class Measurement:
         questions = [question for question, _ in self._task.inputs[:inputs]] or None
         inputs_written, completions_written = Stopwatch(encoding.more_inputs), Stopwatch(encoding.completed)
         with (
-            mock.patch("thought_kernels.fitting.transmute.more_inputs", inputs_written),
-            mock.patch("thought_kernels.fitting.transmute.completed", completions_written),
+            mock.patch("thought_kernels.fitting.prepared.more_inputs", inputs_written),
+            mock.patch("thought_kernels.fitting.prepared.completed", completions_written),
             warnings.catch_warnings(),
             cost(self.device) as found,
         ):

@@ -89,6 +89,9 @@ def transmute(
         int | None, typer.Option(help=_help("completions", "Answers written for an example without one."))
     ] = None,
     seed: Annotated[int | None, typer.Option(help=_help("seed", "Of the answers that are drawn."))] = None,
+    bad_examples: Annotated[
+        str | None, typer.Option(help=_help("bad_examples", "stop at an example that cannot be read, or skip it."))
+    ] = None,
     dtype: options.Dtype = "auto",
     device: options.Device = "cpu",
     offline: options.Offline = False,
@@ -99,7 +102,8 @@ def transmute(
     none has, it writes further inputs too. Until the patch is saved OUTPUT/checkpoint holds what is done: the same
     command goes on from there.
     """
-    from thought_kernels.prompts.examples import load_examples
+    from thought_kernels.prompts.bad_examples import BadExamples
+    from thought_kernels.prompts.examples import read_examples
 
     told = options.read_instruction(instruction, demonstrations, system)
     if examples is None and not example and model == options.DEFAULT_MODEL:
@@ -120,8 +124,11 @@ def transmute(
     }))  # fmt: skip
     portions = options.pairs({
         "batch_size": batch_size, "memory_budget": memory_budget, "max_new_tokens": max_new_tokens, "seed": seed,
+        "bad_examples": bad_examples,
     })  # fmt: skip
-    loaded = [*(load_examples(examples) if examples is not None else []), *(example or [])] or None
+    if examples is not None:
+        read_examples(examples, BadExamples(bad_examples or "stop"))  # a file that is none is refused at once
+    given = [*(() if examples is None else [examples]), *(example or [])] or None
     options.check_layers(model, chosen.layers, offline)
     replaced = (output / RECORD_FILE).exists()
     found, tokenizer = options.load_model(model, dtype, device, offline)
@@ -129,7 +136,7 @@ def transmute(
         found,
         tokenizer,
         told,
-        loaded,
+        given,
         **options.prompting(separator, format, without),
         progress=options.err.is_terminal,
         checkpoint=output / "checkpoint",

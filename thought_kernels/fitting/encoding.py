@@ -27,10 +27,14 @@ class Prompt(NamedTuple):
     format: str | None
 
     def encode(self, tokenizer: Any, example: Example, number: int) -> EncodedExample:
-        """An example as ids; raises as `encode` does."""
-        row = encode(
-            tokenizer, self.instruction, example, without=self.without, separator=self.separator, format=self.format
-        )
+        """An example as ids; raises as `encode` does, with the example's number."""
+        try:
+            row = encode(
+                tokenizer, self.instruction, example, without=self.without, separator=self.separator,
+                format=self.format,
+            )  # fmt: skip
+        except ValueError as error:
+            raise ValueError(f"{error}; found at examples[{number}]") from error
         return row._replace(number=number)
 
 

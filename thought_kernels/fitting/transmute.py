@@ -4,37 +4,21 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping
-from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
-from thought_kernels.fitting.checkpoint import Checkpoint, run_key
-from thought_kernels.fitting.encoding import (
-    WRITTEN_SHARE,
-    Prompt,
-    Writing,
-    check_header,
-    check_row,
-    check_untold,
-    completed,
-    more_inputs,
-    with_inputs,
-)
+from thought_kernels.fitting.checkpoint import Checkpoint
+from thought_kernels.fitting.encoding import Prompt, Writing
 from thought_kernels.fitting.fit import fit
-from thought_kernels.fitting.recipe import Recipe, ResolvedRecipe
+from thought_kernels.fitting.prepared import prepared
+from thought_kernels.fitting.recipe import Recipe
 from thought_kernels.generation.processes import Processes
-from thought_kernels.models import in_memory
-from thought_kernels.models.decoder import Decoder
 from thought_kernels.ops.checks import as_integer
 from thought_kernels.pairing.pairings import MEMORY_BUDGET
-from thought_kernels.patches.identity import identity
 from thought_kernels.patches.patch import ThoughtPatch
-from thought_kernels.prompts.everyday import everyday
-from thought_kernels.prompts.examples import load_examples
+from thought_kernels.prompts.bad_examples import BadExamples
 from thought_kernels.prompts.instruction import Instruction
-from thought_kernels.prompts.ordinary import ordinary_rows
-from thought_kernels.prompts.prompt import EncodedExample
 
 
 @torch.no_grad()
@@ -65,6 +49,7 @@ def transmute(
     max_new_tokens: int = 64,
     seed: int = 0,
     progress: bool = False,
+    bad_examples: str = "stop",
     checkpoint: str | os.PathLike[str] | None = None,
     distributed: Any = False,
 ) -> ThoughtPatch:
@@ -126,6 +111,8 @@ def transmute(
         max_new_tokens: longest completion that is generated.
         seed: of what is drawn, inputs and completions.
         progress: show progress bars on stderr, of the writing and of the fit.
+        bad_examples: "stop" at an example that cannot be read, does not align or does not fit the context, or "skip"
+            it: a warning and the patch's provenance say which were left out, and why.
         checkpoint: a folder of its own in which a long run keeps what the model has written and, for "sequential", the
             state between blocks, twice a minute at most. The same call goes on from there when it was stopped, to the
             same patch bit for bit, given as many threads; another call's content is not read, and replaced. Delete it
@@ -167,112 +154,9 @@ def transmute(
     processes = Processes(distributed)
     writing = Writing(recipe.completions, max_new_tokens, batch_size, seed, progress, processes)
     kept = None if checkpoint is None else Checkpoint(checkpoint, processes)
-    found = prepared(model, tokenizer, prompt, examples, recipe, writing, kept)
+    bad = BadExamples(bad_examples)
+    found = prepared(model, tokenizer, prompt, examples, recipe, writing, kept, bad)
     return fit(
         found.decoder, found.recipe, [*found.rows, *found.text], batch_size=batch_size, memory_budget=memory_budget,
         provenance=found.provenance, progress=progress, checkpoint=kept, processes=processes,
     )  # fmt: skip
-
-
-class Prepared(NamedTuple):
-    """All that a fit is given.
-
-    Attributes:
-        decoder: the model, described.
-        recipe: for this model.
-        rows: the examples, and what the model wrote beside them.
-        text: rows of ordinary text.
-        provenance: what the patch remembers beside the recipe.
-    """
-
-    decoder: Decoder
-    recipe: ResolvedRecipe
-    rows: list[EncodedExample]
-    text: list[EncodedExample]
-    provenance: dict[str, Any]
-
-
-@torch.no_grad()
-def prepared(
-    model: Any, tokenizer: Any, prompt: Prompt, examples: Any, recipe: Recipe, writing: Writing,
-    checkpoint: Checkpoint | None = None,
-) -> Prepared:  # fmt: skip
-    """What transmute fits, before it does; arguments as transmute's, those of the prompt and of writing together."""
-    decoder = in_memory("transmute", model)
-    resolved = recipe.for_model(decoder)
-    encoded, written = _rows(decoder, tokenizer, prompt, examples, resolved, writing, checkpoint)
-    described = {
-        "instruction": _told(prompt.instruction),
-        "without": None if prompt.without is None else _told(prompt.without),
-        "separator": prompt.separator, "format": prompt.format, **_model(decoder, tokenizer), **written,
-        "completions": resolved.completions, "max_new_tokens": writing.max_new_tokens, "seed": writing.seed,
-    }  # fmt: skip
-    text = ordinary_rows(tokenizer, encoded, resolved.text_weight, decoder.context)
-    return Prepared(decoder, resolved, encoded, text, described)
-
-
-def _rows(
-    decoder: Decoder, tokenizer: Any, prompt: Prompt, examples: Any, recipe: ResolvedRecipe, writing: Writing,
-    checkpoint: Checkpoint | None,
-) -> tuple[list[EncodedExample], dict[str, Any]]:  # fmt: skip
-    """What is fitted, examples and what the model writes beside them, and what a patch remembers of it."""
-    loaded, fitted = everyday(prompt.instruction) if examples is None else (load_examples(examples), True)
-    rows = [prompt.encode(tokenizer, example, number) for number, example in enumerate(loaded if fitted else ())]
-    check_header(recipe.header_weight, rows)
-    for row in rows:
-        check_row(decoder, tokenizer, row)
-    if fitted:
-        check_untold(prompt.instruction, prompt.separator, loaded)
-    given = len(rows)
-    _begin(decoder, prompt, recipe, rows, writing, checkpoint)
-    write = partial(more_inputs, decoder, tokenizer, loaded, recipe.written_inputs, writing)
-    texts = write() if checkpoint is None else checkpoint.once("inputs", write)
-    rows, texts = with_inputs(decoder, tokenizer, prompt, loaded, rows, texts)
-    if not rows:
-        raise ValueError(
-            "transmute: examples must be given where the model writes no inputs like the demonstrations', got None; "
-            "give some, or raise written_inputs"
-        )
-    generated = sum(row.is_open for row in rows[:given]) * writing.completions + len(texts)
-    complete = partial(completed, decoder, tokenizer, prompt, loaded[0], rows, given, writing)
-    rows = complete() if checkpoint is None else checkpoint.rows(complete)
-    told = {"examples": given, "written_inputs": texts, "written_share": WRITTEN_SHARE}
-    return rows, {**told, "generated_completions": generated}
-
-
-def _begin(
-    decoder: Decoder, prompt: Prompt, recipe: ResolvedRecipe, rows: list[EncodedExample], writing: Writing,
-    checkpoint: Checkpoint | None,
-) -> None:  # fmt: skip
-    """Tells a checkpoint which run this is; raises ValueError where processes do not all make the same call."""
-    if checkpoint is None and writing.processes.size == 1:
-        return
-    run = run_key(decoder.model, {
-        "recipe": recipe.to_dict(), "prompt": prompt, "rows": rows, "writing": writing[:4],
-        "processes": writing.processes.size, "device": decoder.device.type,
-        "attention": getattr(decoder.config, "_attn_implementation", None),
-    })  # fmt: skip
-    if len(set(writing.processes.everyone(run))) > 1:
-        raise ValueError(
-            "transmute: distributed must be a call that all processes make alike, got other weights, inputs or options "
-            "in some; give all the same"
-        )
-    if checkpoint is not None:
-        checkpoint.begin(run)
-
-
-def _told(instruction: Instruction) -> str | list[dict[str, Any]]:
-    return instruction if isinstance(instruction, str) else [dict(turn) for turn in instruction]
-
-
-def _model(decoder: Decoder, tokenizer: Any) -> dict[str, Any]:
-    """What a patch remembers of the model that it was made for."""
-    name = getattr(decoder.config, "_name_or_path", "") or None
-    return {
-        # A folder by its whole path: "models/gemma" would pass for a repository of the hub.
-        "model": os.path.abspath(name) if name is not None and os.path.exists(name) else name,
-        "model_type": decoder.config.model_type,
-        "hidden_size": decoder.hidden_size,
-        "num_hidden_layers": len(decoder.blocks),
-        "base": identity(decoder, tokenizer),
-    }

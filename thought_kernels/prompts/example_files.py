@@ -16,10 +16,10 @@ _HEADERS = {"prompts", "question", "questions", "input", "inputs", "text", "text
 def read_rows(path: Path) -> Iterator[tuple[str, Any]]:
     """("examples.csv, line 3", a text, dict or message list) for each row of a txt, csv, json or jsonl file.
 
-    A file with another ending is read as jsonl.
+    A file with another ending is read as jsonl. In place of a row that cannot be read stands its ValueError.
 
     Raises:
-        ValueError: no such file, no text in UTF-8, or a row that cannot be read.
+        ValueError: no such file, no text in UTF-8, or a file of which no row can be told from the next.
     """
     if not path.is_file():
         raise ValueError(
@@ -42,7 +42,11 @@ def _lines(path: Path, text: str) -> Iterator[tuple[str, str]]:
 
 def _jsonl(path: Path, text: str) -> Iterator[tuple[str, Any]]:
     for where, line in _lines(path, text):
-        yield where, _parsed(line, f"{where}, must be one JSON value, got {line[:60]!r}")
+        try:
+            row = _parsed(line, f"{where}, must be one JSON value, got {line[:60]!r}")
+        except ValueError as error:
+            row = error
+        yield where, row
 
 
 def _json(path: Path, text: str) -> Iterator[tuple[str, Any]]:
@@ -89,10 +93,14 @@ def _csv(path: Path, text: str) -> Iterator[tuple[str, Any]]:
         )
     for where, row in rest:
         if len(row) != len(columns):
-            raise ValueError(
-                f"load_examples: {where}, must have {len(columns)} cells as the first row has, got {len(row)}; "
-                "a text with a comma in it stands in quotation marks"
+            yield (
+                where,
+                ValueError(
+                    f"load_examples: {where}, must have {len(columns)} cells as the first row has, got {len(row)}; "
+                    "a text with a comma in it stands in quotation marks"
+                ),
             )
+            continue
         cells = dict(zip(columns, row, strict=True))
         yield where, {"prompt": cells["prompt"], "completion": cells.get("completion") or None}
 

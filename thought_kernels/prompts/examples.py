@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from thought_kernels.prompts.bad_examples import BadExamples
 from thought_kernels.prompts.example_files import read_rows
 
 ROLES = ("system", "user", "assistant")
@@ -44,22 +45,32 @@ def load_examples(examples: Iterable[Any] | str | os.PathLike[str]) -> list[Exam
     Raises:
         ValueError, TypeError: if there is no example, or one has another form; names its index or line.
     """
+    return [example for example in read_examples(examples, BadExamples()) if example is not None]
+
+
+def read_examples(examples: Iterable[Any] | str | os.PathLike[str], bad: BadExamples) -> list[Example | None]:
+    """What load_examples reads, with None in the place of an example that cannot be read and is left out."""
     if isinstance(examples, (str, os.PathLike)):
-        loaded = _read_file(Path(examples))
-    elif isinstance(examples, Mapping):
-        hint = "choose one of its splits" if type(examples).__name__.endswith("DatasetDict") else "put it in a list"
-        raise TypeError(f"load_examples: examples must be a list of examples, got a {type(examples).__name__}; {hint}")
-    elif isinstance(examples, Iterable):
-        loaded = []
-        for index, example in enumerate(examples):
-            if isinstance(example, os.PathLike):
-                loaded += _read_file(Path(example))
-            else:
-                loaded.append(read_example(example, f"load_examples: examples[{index}]"))
+        loaded = _read_file(Path(examples), bad)
     else:
-        raise TypeError(f"load_examples: examples must be a list or a path, got {type(examples).__name__}")
+        loaded = _read_list(examples, bad)
     if not loaded:
         raise ValueError("load_examples: examples must hold at least one example, got none")
+    return loaded
+
+
+def _read_list(examples: Any, bad: BadExamples) -> list[Example | None]:
+    if isinstance(examples, Mapping):
+        hint = "choose one of its splits" if type(examples).__name__.endswith("DatasetDict") else "put it in a list"
+        raise TypeError(f"load_examples: examples must be a list of examples, got a {type(examples).__name__}; {hint}")
+    if not isinstance(examples, Iterable):
+        raise TypeError(f"load_examples: examples must be a list or a path, got {type(examples).__name__}")
+    loaded: list[Example | None] = []
+    for index, example in enumerate(examples):
+        if isinstance(example, os.PathLike):
+            loaded += _read_file(Path(example), bad)
+        else:
+            loaded.append(bad.read(read_example, example, f"load_examples: examples[{index}]"))
     return loaded
 
 
@@ -93,8 +104,14 @@ def read_messages(messages: Iterable[Any], subject: str) -> tuple[dict[str, str]
     return tuple(read)
 
 
-def _read_file(path: Path) -> list[Example]:
-    return [read_example(value, f"load_examples: {where},") for where, value in read_rows(path)]
+def _read_file(path: Path, bad: BadExamples) -> list[Example | None]:
+    return [bad.read(_read_row, row, f"load_examples: {where},") for where, row in read_rows(path)]
+
+
+def _read_row(row: Any, subject: str) -> Example:
+    if isinstance(row, ValueError):
+        raise row
+    return read_example(row, subject)
 
 
 def _from_mapping(example: Mapping[str, Any], subject: str) -> Example:

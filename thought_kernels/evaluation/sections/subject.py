@@ -25,8 +25,9 @@ from thought_kernels.evaluation.sections.amounts import Amounts
 from thought_kernels.evaluation.sections.cost import Making
 from thought_kernels.fitting.encoding import Prompt, Writing, completed, with_inputs
 from thought_kernels.fitting.fit import fit
+from thought_kernels.fitting.prepared import Prepared, prepared
 from thought_kernels.fitting.recipe import Recipe
-from thought_kernels.fitting.transmute import Prepared, prepared, transmute
+from thought_kernels.fitting.transmute import transmute
 from thought_kernels.models import describe
 from thought_kernels.models.decoder import Decoder
 from thought_kernels.patches.patch import ThoughtPatch

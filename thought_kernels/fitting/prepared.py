@@ -1,0 +1,170 @@
+"""What a fit is given: the described model, the recipe for it, rows of examples and of what the model writes."""
+
+from __future__ import annotations
+
+import os
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+
+from thought_kernels.fitting.checkpoint import Checkpoint, run_key
+from thought_kernels.fitting.encoding import (
+    WRITTEN_SHARE,
+    Prompt,
+    Writing,
+    check_header,
+    check_row,
+    check_untold,
+    completed,
+    more_inputs,
+    with_inputs,
+)
+from thought_kernels.fitting.recipe import Recipe, ResolvedRecipe
+from thought_kernels.models import in_memory
+from thought_kernels.models.decoder import Decoder
+from thought_kernels.ops.caller import warn
+from thought_kernels.patches.identity import identity
+from thought_kernels.prompts.bad_examples import BadExamples
+from thought_kernels.prompts.everyday import everyday
+from thought_kernels.prompts.examples import Example, read_examples
+from thought_kernels.prompts.instruction import Instruction
+from thought_kernels.prompts.ordinary import ordinary_rows
+from thought_kernels.prompts.prompt import EncodedExample
+
+
+class Prepared(NamedTuple):
+    """All that a fit is given.
+
+    Attributes:
+        decoder: the model, described.
+        recipe: for this model.
+        rows: the examples, and what the model wrote beside them.
+        text: rows of ordinary text.
+        provenance: what the patch remembers beside the recipe.
+    """
+
+    decoder: Decoder
+    recipe: ResolvedRecipe
+    rows: list[EncodedExample]
+    text: list[EncodedExample]
+    provenance: dict[str, Any]
+
+
+@torch.no_grad()
+def prepared(
+    model: Any, tokenizer: Any, prompt: Prompt, examples: Any, recipe: Recipe, writing: Writing,
+    checkpoint: Checkpoint | None = None, bad: BadExamples | None = None,
+) -> Prepared:  # fmt: skip
+    """What transmute fits, before it does; arguments as transmute's, those of the prompt and of writing together."""
+    decoder = in_memory("transmute", model)
+    resolved, bad = recipe.for_model(decoder), bad or BadExamples()
+    given = _given(decoder, tokenizer, prompt, examples, bad)
+    encoded, written = _rows(decoder, tokenizer, prompt, given, resolved, writing, checkpoint)
+    if bad.left_out:
+        written["left_out"] = bad.left_out
+    described = {
+        "instruction": _told(prompt.instruction),
+        "without": None if prompt.without is None else _told(prompt.without),
+        "separator": prompt.separator, "format": prompt.format, **_model(decoder, tokenizer), **written,
+        "completions": resolved.completions, "max_new_tokens": writing.max_new_tokens, "seed": writing.seed,
+    }  # fmt: skip
+    text = ordinary_rows(tokenizer, encoded, resolved.text_weight, decoder.context)
+    return Prepared(decoder, resolved, encoded, text, described)
+
+
+class _Given(NamedTuple):
+    """Examples and their rows.
+
+    Attributes:
+        examples: that there are.
+        rows: those of the examples that are fitted: all, or none where they only show what inputs are like.
+    """
+
+    examples: list[Example]
+    rows: list[EncodedExample]
+
+
+def _given(decoder: Decoder, tokenizer: Any, prompt: Prompt, examples: Any, bad: BadExamples) -> _Given:
+    """What the examples are; numbers in messages are those of all that were given."""
+    shown, fitted = everyday(prompt.instruction) if examples is None else ([], True)
+    if not fitted:
+        return _Given(shown, [])
+
+    def read(example: Example, number: int) -> EncodedExample:
+        row = prompt.encode(tokenizer, example, number)
+        check_row(decoder, tokenizer, row)
+        return row
+
+    found = [
+        (example, row)
+        for number, example in enumerate(shown if examples is None else read_examples(examples, bad))
+        if example is not None and (row := bad.read(read, example, number)) is not None
+    ]
+    if bad.left_out:
+        warn(bad.sentence(len(found)))
+    kept = [example for example, _ in found]
+    check_untold(prompt.instruction, prompt.separator, kept)
+    return _Given(kept, [row for _, row in found])
+
+
+def _rows(
+    decoder: Decoder, tokenizer: Any, prompt: Prompt, found: _Given, recipe: ResolvedRecipe, writing: Writing,
+    checkpoint: Checkpoint | None,
+) -> tuple[list[EncodedExample], dict[str, Any]]:  # fmt: skip
+    """What is fitted, examples and what the model writes beside them, and what a patch remembers of it."""
+    loaded, rows = found
+    check_header(recipe.header_weight, rows)
+    given = len(rows)
+    _begin(decoder, prompt, recipe, rows, writing, checkpoint)
+    write = partial(more_inputs, decoder, tokenizer, loaded, recipe.written_inputs, writing)
+    texts = write() if checkpoint is None else checkpoint.once("inputs", write)
+    rows, texts = with_inputs(decoder, tokenizer, prompt, loaded, rows, texts)
+    if not rows:
+        raise ValueError(
+            "transmute: examples must be given where the model writes no inputs like the demonstrations', got None; "
+            "give some, or raise written_inputs"
+        )
+    generated = sum(row.is_open for row in rows[:given]) * writing.completions + len(texts)
+    complete = partial(completed, decoder, tokenizer, prompt, loaded[0], rows, given, writing)
+    rows = complete() if checkpoint is None else checkpoint.rows(complete)
+    told = {"examples": given, "written_inputs": texts, "written_share": WRITTEN_SHARE}
+    return rows, {**told, "generated_completions": generated}
+
+
+def _begin(
+    decoder: Decoder, prompt: Prompt, recipe: ResolvedRecipe, rows: list[EncodedExample], writing: Writing,
+    checkpoint: Checkpoint | None,
+) -> None:  # fmt: skip
+    """Tells a checkpoint which run this is; raises ValueError where processes do not all make the same call."""
+    if checkpoint is None and writing.processes.size == 1:
+        return
+    run = run_key(decoder.model, {
+        "recipe": recipe.to_dict(), "prompt": prompt, "rows": rows, "writing": writing[:4],
+        "processes": writing.processes.size, "device": decoder.device.type,
+        "attention": getattr(decoder.config, "_attn_implementation", None),
+    })  # fmt: skip
+    if len(set(writing.processes.everyone(run))) > 1:
+        raise ValueError(
+            "transmute: distributed must be a call that all processes make alike, got other weights, inputs or options "
+            "in some; give all the same"
+        )
+    if checkpoint is not None:
+        checkpoint.begin(run)
+
+
+def _told(instruction: Instruction) -> str | list[dict[str, Any]]:
+    return instruction if isinstance(instruction, str) else [dict(turn) for turn in instruction]
+
+
+def _model(decoder: Decoder, tokenizer: Any) -> dict[str, Any]:
+    """What a patch remembers of the model that it was made for."""
+    name = getattr(decoder.config, "_name_or_path", "") or None
+    return {
+        # A folder by its whole path: "models/gemma" would pass for a repository of the hub.
+        "model": os.path.abspath(name) if name is not None and os.path.exists(name) else name,
+        "model_type": decoder.config.model_type,
+        "hidden_size": decoder.hidden_size,
+        "num_hidden_layers": len(decoder.blocks),
+        "base": identity(decoder, tokenizer),
+    }
