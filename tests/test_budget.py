@@ -18,7 +18,7 @@ from thought_kernels.evaluation.arguments import Data, Limits, read_subject
 from thought_kernels.evaluation.budget import plan as planning
 from thought_kernels.evaluation.budget.plan import Plan, plan, reduced
 from thought_kernels.evaluation.budget.rivals import rival_works
-from thought_kernels.evaluation.budget.units import Work
+from thought_kernels.evaluation.budget.units import Work, rows_of
 from thought_kernels.evaluation.budget.work import works
 from thought_kernels.evaluation.figures.headings import HEADINGS
 from thought_kernels.evaluation.measures import drift, trial
@@ -28,6 +28,7 @@ from thought_kernels.evaluation.sections import subject as subjects
 from thought_kernels.evaluation.sections.amounts import SCALES
 from thought_kernels.evaluation.sections.baselines import BASELINES
 from thought_kernels.evaluation.sections.subject import Subject
+from thought_kernels.prompts.ordinary import ORDINARY
 
 TOKENIZER = tiny_tokenizer()
 EXAMPLES = ["3 1 4", "2 7 8", "1 9", "5 5 5 5", "6 6", "0 8 1"]
@@ -51,6 +52,15 @@ def whole(model: Any, **changes: Any) -> Subject:
         model, TOKENIZER, "Sum them", None, Data(**data), limits, scorer="exact", recipe={"written_inputs": 0},
         separator=None, without=None, format=None,
     )  # fmt: skip
+
+
+def test_rows_are_all_that_a_patch_is_fitted_on(model: Any) -> None:
+    subject = whole(model)
+    assert rows_of(subject) == tk.Recipe.completions * len(EXAMPLES)
+    told = [{"prompt": text, "completion": "1"} for text in EXAMPLES]
+    assert rows_of(whole(model, examples=told)) == len(EXAMPLES)
+    text = replace(subject, recipe=replace(subject.recipe, text_weight=0.1))
+    assert rows_of(text, 2) == tk.Recipe.completions * 2 + len(ORDINARY)
 
 
 def counted(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:

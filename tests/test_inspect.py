@@ -367,6 +367,11 @@ def test_the_command_refuses_in_a_sentence(folder: Path, tmp_path: Path) -> None
             "--neighbours must be given without --csv",
             2,
         ),
+        (
+            (folder, "--neighbours", tmp_path / "n.json", "--features", "rows"),
+            "--neighbours must be given without --features",
+            2,
+        ),
         ((folder, "--plot", tmp_path / "picture.docx"), "--plot must end in one of", 2),
         (
             ("nobody/nothing", "--offline"),

@@ -51,6 +51,18 @@ def test_every_token_weighs_the_same_and_all_of_them_as_was_asked() -> None:
     assert ordinary_rows(TOKENIZER, rows(), 0.0, None) == []
 
 
+def test_what_is_not_finite_in_it_is_not_taken_for_an_example() -> None:
+    model = model_of(0)
+    said = {token for row in ordinary_rows(TOKENIZER, rows(), 0.1, None) for token in row.tokens}
+    told = {token for row in rows() for token in row.with_prefix + row.tokens}
+    with torch.no_grad():
+        model.model.embed_tokens.weight[min(said - told)] = torch.nan
+    tk.transmute(model, TOKENIZER, INSTRUCTION, EXAMPLES)
+    for pairing in ("two_pass", "layerwise", "sequential"):
+        with pytest.raises(ValueError, match="of the ordinary text|for the ordinary text"):
+            tk.transmute(model, TOKENIZER, INSTRUCTION, EXAMPLES, text_weight=0.1, pairing=pairing)
+
+
 def test_drift_is_measured_on_other_text() -> None:
     assert not set(ORDINARY) & set(PROSE.values())
 

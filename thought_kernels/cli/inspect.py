@@ -72,6 +72,11 @@ def inspect(
         idle = [other for other in others if given is not None and files[other] is not None]
         if idle:
             raise typer.BadParameter(f"{option} must be given without {idle[0]}, which it would do nothing with")
+    if neighbours is not None and features != "longer":
+        raise typer.BadParameter(
+            "--neighbours must be given without --features, which it would do nothing with: its features are the rows "
+            "of embeddings and the columns of down_proj"
+        )
     if plot is not None:
         _check_plot(plot)
     place = _place(options.DEFAULT_MODEL if model is None else model, offline)

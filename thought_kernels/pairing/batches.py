@@ -24,14 +24,14 @@ class Batch:
         tokens: ids of e, [B, T].
         lengths: real tokens per row, [B].
         weights: w_i, share/n_e at the tokens of e that are summed and 0 elsewhere, [B, T] (theory §5).
-        examples: each row's place in the user's list of examples, for messages.
+        examples: each row's place in the user's list of examples, or what else it is, for messages.
         shares: of one example's weight that each row has.
     """
 
     tokens: Tensor
     lengths: Tensor
     weights: Tensor
-    examples: tuple[int, ...]
+    examples: tuple[str, ...]
     shares: tuple[float, ...]
 
     @property
@@ -39,8 +39,8 @@ class Batch:
         """Which tokens are no padding, [B, T]."""
         return torch.arange(self.tokens.shape[1]) < self.lengths[:, None]
 
-    def example(self, row: int) -> int:
-        """The place in the user's list of the example that a token is of, by its row among the B·T."""
+    def example(self, row: int) -> str:
+        """ "examples[3]" or what else a token is of, by its row among the B·T."""
         return self.examples[row // self.tokens.shape[1]]
 
     def packed(self) -> Packed:
@@ -73,7 +73,7 @@ class Packed:
         """Each token's place in its row, [1, N]."""
         return self.places[None] % self.batch.tokens.shape[1]
 
-    def example(self, row: int) -> int:
+    def example(self, row: int) -> str:
         """As the batch's, by the token's place among the N."""
         return self.batch.example(int(self.places[row]))
 
@@ -159,11 +159,12 @@ def group_examples(examples: Sequence[EncodedExample], batch_size: int, tokens: 
         tokens: "all" sums every token of e, "answer" those of the completion.
         dtype: of the weights.
     """
-    shared: dict[tuple[tuple[int, ...], ...], list[tuple[int, EncodedExample]]] = {}
+    shared: dict[tuple[tuple[int, ...], ...], list[tuple[str, EncodedExample]]] = {}
     for index, example in enumerate(examples):
         number = index if example.number is None else example.number
+        told = example.instruction or example.replaced
         prefixes = tuple(example.header), tuple(example.instruction), tuple(example.replaced)
-        shared.setdefault(prefixes, []).append((number, example))
+        shared.setdefault(prefixes, []).append((f"examples[{number}]" if told else "the ordinary text", example))
     groups = []
     for (header, instruction, replaced), members in shared.items():
         members = sorted(members, key=lambda member: len(member[1].tokens))
@@ -172,7 +173,7 @@ def group_examples(examples: Sequence[EncodedExample], batch_size: int, tokens: 
 
 
 def _batches(
-    members: list[tuple[int, EncodedExample]], batch_size: int, tokens: str, dtype: torch.dtype
+    members: list[tuple[str, EncodedExample]], batch_size: int, tokens: str, dtype: torch.dtype
 ) -> Iterator[Batch]:
     start = 0
     while start < len(members):
@@ -194,7 +195,7 @@ def _batches(
             weights[row, first:length] = example.share / (length - first)
         lengths = torch.tensor([len(example.tokens) for _, example in rows])
         shares = tuple(example.share for _, example in rows)
-        yield Batch(ids, lengths, weights, tuple(number for number, _ in rows), shares)
+        yield Batch(ids, lengths, weights, tuple(place for place, _ in rows), shares)
         start = stop
 
 

@@ -110,7 +110,7 @@ class Run:
         try:
             self.accumulator.update(block.index, site, delta, activation, weights.to(delta.device))
         except NonFiniteRows as error:
-            place = "H" if batch is None else f"examples[{batch.example(error.row)}]"
+            place = "H" if batch is None else batch.example(error.row)
             raise ValueError(_not_finite(f"{error.name} of {place}", f"block {block.index}, site {site!r}")) from error
 
     def check_output(self, block: Block, y: Tensor, batch: Batch | Packed) -> None:
@@ -127,8 +127,8 @@ class Run:
         bad = ~y.isfinite().all(dim=-1).cpu() & real.repeat(len(y) // len(real), 1)
         if bad.any():
             # Not the token: kernels multiply hidden values by weights of 0, so NaN may reach tokens before it.
-            example = batch.example(int(bad.flatten().nonzero()[0]) % real.numel())
-            raise ValueError(_not_finite(f"the block's output for examples[{example}]", f"block {block.index}"))
+            place = batch.example(int(bad.flatten().nonzero()[0]) % real.numel())
+            raise ValueError(_not_finite(f"the block's output for {place}", f"block {block.index}"))
 
 
 def _not_finite(what: str, where: str) -> str:

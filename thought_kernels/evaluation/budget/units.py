@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 
 from thought_kernels.evaluation.sections.subject import Subject
+from thought_kernels.prompts.ordinary import ORDINARY
 
 
 @dataclass(frozen=True)
@@ -41,13 +42,15 @@ class Work:
 
 
 def rows_of(subject: Subject, examples: int | None = None) -> int:
-    """The rows that a patch of so many examples is fitted on, inputs and completions that the model writes among them.
+    """The rows that a patch of so many examples is fitted on: inputs and completions that the model writes are among
+    them, and ordinary text.
 
     Args:
         subject: with the recipe.
         examples: how many; None for all that are given.
     """
     count = len(subject.examples) if examples is None else examples
+    text = len(ORDINARY) if subject.recipe.text_weight else 0
     if any(example.completion is not None for example in subject.pool[:count]):
-        return count
-    return subject.recipe.completions * count + subject.recipe.written_inputs
+        return count + text
+    return subject.recipe.completions * count + subject.recipe.written_inputs + text
