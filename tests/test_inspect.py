@@ -136,8 +136,9 @@ def test_noise_is_its_own_null(shape: tuple[int, int], features: str) -> None:
     for name in ("saturation", "stable_rank", "effective_rank", "residual"):
         assert found[name] == pytest.approx(found[f"{name}_null"], rel=0.15), name
     assert found["half_width"] == pytest.approx(found["half_width_null"], abs=0.15)
-    assert found["spikes"] == 0 and found["spike_share"] == 0
-    assert found["bulk_distance"] < 0.1 and found["shuffle_distance"] < 0.1
+    for name in ("spikes", "spikes_null", "spike_share", "spike_share_null"):
+        assert found[name] == 0, name
+    assert found["bulk_distance_null"] < 0.1 and found["bulk_distance"] < 0.1 and found["shuffle_distance"] < 0.1
 
 
 def test_the_null_is_that_of_the_shuffled_matrix() -> None:
@@ -150,6 +151,16 @@ def test_the_null_is_that_of_the_shuffled_matrix() -> None:
     values = torch.linalg.svdvals(W.double()).square()
     bulk = marchenko_pastur(values, 30, 200)
     assert (found["spikes"], found["bulk_distance"]) == (bulk.spikes, pytest.approx(bulk.distance, rel=1e-6))
+    assert found["spikes_null"] == 0 and found["spike_share_null"] == 0
+
+
+def test_large_entries_have_spikes_in_any_order() -> None:
+    """Few entries that are far larger than the rest stand above the bulk wherever they are: the null says so."""
+    W = normal(60, 300)
+    W[torch.arange(5), torch.arange(5)] += 80.0
+    found = inspect_matrix(W)
+    assert found["spikes"] == 5 and found["spikes_null"] > 0
+    assert found["spike_share"] == pytest.approx(found["spike_share_null"], rel=0.3)
 
 
 def test_log_norms_are_their_definitions() -> None:

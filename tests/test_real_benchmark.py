@@ -16,6 +16,7 @@ import pytest
 import torch
 from models import tiny_gemma3, tiny_tokenizer
 
+import thought_kernels as tk
 from thought_kernels.fitting import transmute as transmuting
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks" / "tables"))
@@ -28,6 +29,7 @@ import report
 import rivals
 import run
 import scaling
+import scaling_tables
 import styles
 import tasks
 
@@ -281,3 +283,44 @@ def test_a_report_on_a_real_model_has_data_for_what_it_can(name: str) -> None:
     assert not of.reserved and len(given["examples"]) == 32 and given["pool"][:32] == given["examples"]
     assert len(given["others"]) == 2 and len(given["held_out"]) == 32
     assert not {str(text) for text in given["held_out"]} & set(given["pool"])
+
+
+def test_the_tables_of_scaling_are_of_their_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two seconds for each row and each 1e9 parameters, and ten beside: the rate is two again, whatever the model."""
+    results = run.Results(tmp_path / "scaling.csv")
+    monkeypatch.setattr(scaling_tables, "RESULTS", tmp_path / "scaling.csv")
+    for model, shape in scaling_tables.MEASURED.items():
+        for count in (4, 32, 64):
+            seconds = 10 + 2 * scaling_tables.fitted_rows(count) * shape.parameters / 1e9
+            results.add({
+                "model": model, "task": scaling.TASKS[model], "inputs": count, "recovered": 0.9, "seconds": seconds,
+                "generation": 3, "peak_mib": 7,
+            })  # fmt: skip
+        assert scaling_tables.rate(model) == pytest.approx(2)
+    assert scaling_tables.fitted_rows(32) == 32 * tk.Recipe.completions + tk.Recipe.written_inputs
+    lines = scaling_tables.inputs().splitlines()
+    assert [line.split("|")[1].strip() for line in lines[2:]] == ["4", "32", "64"] and "0.900 |" in lines[-1]
+    larger = scaling_tables.sizes().splitlines()[-1]
+    size = scaling_tables.LARGER["Gemma 3 27B"].parameters
+    seconds = f"{scaling_tables.fitted_rows(32) * 2 * size / 1e9:,.0f}"
+    assert f"{size / 1e6:,.0f} M" in larger and f"{seconds} to {seconds}" in larger
+
+
+def test_parameters_are_those_of_the_model() -> None:
+    """Shapes are typed by hand: they are those of a configuration with the same numbers."""
+    model = tiny_gemma3(0, torch.float32)
+    config = model.config
+    shape = scaling_tables.Shape(
+        config.num_hidden_layers, config.hidden_size, config.num_attention_heads * config.head_dim,
+        config.num_key_value_heads * config.head_dim, config.intermediate_size,
+    )  # fmt: skip
+    linear = [module for module in model.model.layers.modules() if isinstance(module, torch.nn.Linear)]
+    assert shape.parameters == sum(module.weight.numel() for module in linear)
+    named = [module for name, module in model.model.named_modules() if name.endswith(("o_proj", "down_proj"))]
+    assert shape.patch == sum(module.weight.numel() for module in named)
+
+
+def test_many_gpus_share_rows_and_each_solves() -> None:
+    one, many = (scaling_tables.predicted(scaling_tables.LARGER["Gemma 3 1B"], gpus) for gpus in (1, 64))
+    assert one["forwards"] == pytest.approx(64 * many["forwards"]) and one["sums"] == pytest.approx(64 * many["sums"])
+    assert one["solve"] == many["solve"] and one["all-reduce"] == 0 < many["all-reduce"]

@@ -25,7 +25,8 @@ def kinds() -> str:
         (
             one.kind.removeprefix("model.layers."), str(one.matrices), pair(one.saturation, one.saturation_null),
             f"{100 * one.above:.0f} %", pair(one.half_width, one.half_width_null),
-            pair(one.residual, one.residual_null), f"{100 * one.spike_share:.0f} %", f"{one.shuffle_distance:.2f}",
+            pair(one.residual, one.residual_null),
+            f"{100 * one.spike_share:.0f} % ({100 * one.spike_share_null:.0f} %)", f"{one.shuffle_distance:.2f}",
             pair(one.alpha, one.alpha_null, ".1f"), f"{one.alpha_weighted:.1f}", f"{one.log_norm:.2f}",
         )
         for one in summarise(rows)

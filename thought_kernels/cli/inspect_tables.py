@@ -18,7 +18,7 @@ r, c      the features are the rows, or the columns; after a slash: the same wit
 satur.    sum of fractional dimensionalities / rank; above: matrices above their shuffled entries
 kinds     per cent of features that are localized / band-localized / broadband
 CV        median distance of features from being eigenvectors
-spikes    eigenvalues above the Marchenko-Pastur law of the bulk, and their part of the whole
+spikes    eigenvalues above the Marchenko-Pastur law of the bulk, their part of the whole, and that of shuffled entries
 shuf.     distance of the spectrum to the shuffled one
 alpha     exponent of the density's tail, half its 95 % interval
 a-hat     mean of alpha times log10 of the largest eigenvalue; --csv has all figures
@@ -44,7 +44,7 @@ def matrices(rows: Sequence[MatrixRow]) -> Table:
         table.add_row(
             Text(row.name.removesuffix(".weight")), f"{row.rows}x{row.columns} {row.features[0]}",
             _pair(row.saturation, row.saturation_null), shares, _pair(row.residual, row.residual_null),
-            f"{row.spikes} {100 * (row.spike_share or 0):.0f}%", _cell(row.shuffle_distance), alpha,
+            f"{row.spikes} {_shares(row.spike_share, row.spike_share_null)}", _cell(row.shuffle_distance), alpha,
         )  # fmt: skip
     return table
 
@@ -55,7 +55,8 @@ def kinds(summaries: Sequence[KindSummary]) -> Table:
     for one in summaries:
         table.add_row(
             Text(one.kind), str(one.matrices), _pair(one.saturation, one.saturation_null), f"{100 * one.above:.0f}%",
-            _pair(one.residual, one.residual_null), f"{100 * one.spike_share:.0f}%", _cell(one.shuffle_distance),
+            _pair(one.residual, one.residual_null), _shares(one.spike_share, one.spike_share_null),
+            _cell(one.shuffle_distance),
             _pair(one.alpha, one.alpha_null), _cell(one.alpha_weighted),
         )  # fmt: skip
     return table
@@ -110,6 +111,10 @@ def _table(first: str, names: Sequence[str]) -> Table:
 
 def _cell(value: float | None, digits: str = ".2f") -> str:
     return "-" if value is None else format(value, digits)
+
+
+def _shares(value: float | None, null: float | None) -> str:
+    return f"{_cell(value, '.0%')}/{_cell(null, '.0%')}"
 
 
 def _pair(value: float | None, null: float | None, digits: str = ".2f") -> str:

@@ -84,8 +84,11 @@ class MatrixRow:
     residual: float | None = None
     residual_null: float | None = None
     spikes: int | None = None
+    spikes_null: int | None = None
     spike_share: float | None = None
+    spike_share_null: float | None = None
     bulk_distance: float | None = None
+    bulk_distance_null: float | None = None
     shuffle_distance: float | None = None
     alpha: float | None = None
     alpha_null: float | None = None
@@ -146,6 +149,7 @@ def inspect_matrix(W: Tensor, *, features: str = "longer") -> dict[str, Any]:
     tail, bulk = power_law_tail(eigenvalues), marchenko_pastur(eigenvalues, m, n)
     null = shuffled_figures(spectrum.matrix)
     noise, chance = SpectralDensity(null.eigenvalues, len(null.eigenvalues)), power_law_tail(null.eigenvalues)
+    flat = marchenko_pastur(null.eigenvalues, m, n)
     return {
         "zero_features": classes.counts["zero"],
         "rank": spectrum.rank,
@@ -163,8 +167,11 @@ def inspect_matrix(W: Tensor, *, features: str = "longer") -> dict[str, Any]:
         "residual": float(classes.measures.residual[present].median()),
         "residual_null": null.residual,
         "spikes": bulk.spikes,
+        "spikes_null": flat.spikes,
         "spike_share": bulk.share,
+        "spike_share_null": flat.share,
         "bulk_distance": bulk.distance,
+        "bulk_distance_null": flat.distance,
         "shuffle_distance": spectral_distance(eigenvalues, null.eigenvalues, min(m, n)),
         "alpha_null": chance and chance.alpha,
         "log_norm": float(eigenvalues.sum().log10()) + scale,

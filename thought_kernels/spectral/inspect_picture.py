@@ -18,7 +18,7 @@ _PANELS: tuple[tuple[str, _Of, _Of], ...] = (  # title, a row's figure, the same
     ("effective rank / smaller side", lambda row: _of_side(row, row.effective_rank),
      lambda row: _of_side(row, row.effective_rank_null)),
     ("median CV of features", lambda row: row.residual, lambda row: row.residual_null),
-    ("share of Σ λ in spikes above the bulk", lambda row: row.spike_share, lambda row: 0.0),
+    ("share of Σ λ in spikes above the bulk", lambda row: row.spike_share, lambda row: row.spike_share_null),
     ("distance of the spectrum to the shuffled one", lambda row: row.shuffle_distance, lambda row: 0.0),
     ("tail exponent α", lambda row: row.alpha, lambda row: row.alpha_null),
 )  # fmt: skip

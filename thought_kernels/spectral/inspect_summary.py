@@ -20,7 +20,7 @@ class KindSummary:
         kind: the name without numbers; "all" for the model.
         matrices: how many were measured.
         saturation, saturation_null, half_width, half_width_null, residual, residual_null, spike_share,
-            shuffle_distance, alpha, alpha_null: as MatrixRow has them; None where no matrix has one.
+            spike_share_null, shuffle_distance, alpha, alpha_null: as MatrixRow has them; None where no matrix has one.
         above: share of the matrices whose saturation is above that of their shuffled entries.
         alpha_weighted, log_norm, log_alpha_norm: means, as WeightWatcher's summary has them.
     """
@@ -35,6 +35,7 @@ class KindSummary:
     residual: float
     residual_null: float
     spike_share: float
+    spike_share_null: float
     shuffle_distance: float
     alpha: float | None
     alpha_null: float | None
@@ -44,7 +45,7 @@ class KindSummary:
 
 
 _MEDIANS = ("saturation", "saturation_null", "half_width", "half_width_null", "residual", "residual_null",
-            "spike_share", "shuffle_distance", "alpha", "alpha_null")  # fmt: skip
+            "spike_share", "spike_share_null", "shuffle_distance", "alpha", "alpha_null")  # fmt: skip
 _MEANS = ("alpha_weighted", "log_norm", "log_alpha_norm")
 
 
