@@ -35,13 +35,13 @@ def test_a_setting_fits_on_nothing_that_it_measures_on(model: str, name: str) ->
     setting = published.EXPERIMENTS[model][name](name, 600, 32)
     fit, validation, fresh = ({pair.question for pair in part} for part in setting.data)
     assert [len(part) for part in setting.data] == [600, 16, 32] and len(validation) == 16 and len(fresh) == 32
-    assert not (fit & validation or fit & fresh or validation & fresh) and len(fit) >= 31
+    assert not (fit & validation or fit & fresh or validation & fresh) and len(fit) >= 30
     if isinstance(setting.instruction, list):
         assert not {turn["content"] for turn in setting.instruction} & (fit | validation | fresh)
     fewer = published.EXPERIMENTS[model][name](name, 10, 32)
     assert fewer.data.fresh == setting.data.fresh and fewer.data.fit == setting.data.fit[:10]
     for pair, other in zip(setting.data.fresh, setting.data.fresh[1:], strict=False):
-        assert setting.match(pair.answer, pair.answer, pair.question) == 1
+        assert setting.match(pair.answer, pair.answer, pair.question) == 1 and pair.answer != pair.question
         if other.answer != pair.answer and name == "translation":
             assert setting.match(other.answer, pair.answer, pair.question) < 0.8
     at = published.points(model, setting.data.fit)
@@ -182,6 +182,16 @@ def test_tables_say_what_is_reproduced(results: Path) -> None:
     assert published_tables.PUBLISHED["published qwen addition"]() == "Not measured yet."
 
 
+def test_the_summary_says_whether_addition_reaches_what_was_wanted(results: Path) -> None:
+    addition = results.with_name("addition")
+    results.rename(addition)
+    said = "Addition on Qwen, default from 5 examples: 1.333 x prompted, at least 0.99 wanted: met. One answer of the 4"
+    assert said in published_tables.summary()
+    found = json.loads((addition / "results.json").read_text())
+    write_json({**found, "lines": [*found["lines"][:3], line("default", [0, 0.7])]}, addition / "results.json")
+    assert "0.933 x prompted, at least 0.99 wanted: not met." in published_tables.summary()
+
+
 def test_tables_show_effective_c1_and_who_was_right(results: Path) -> None:
     shown = published_tables.PUBLISHED["published qwen multiplication"]()
     assert "| paper: c₁ = 1, blocks 1-2 | 0.100 | 5 (0.1) | 0.050 | 10 (0.2) | – |" in shown
@@ -189,14 +199,19 @@ def test_tables_show_effective_c1_and_who_was_right(results: Path) -> None:
     alone = shown.split("Prompted wrong, patched right")[1].split("\n\n")[1].splitlines()[2:]
     assert alone == ["| paper | 10 | `a` | `oui` | `A` |"]
     assert r"| tuned | 5 (0.1) | `a\|b` | `x ⏎ y` | `'z'` |" in shown
-    assert "c₁ of residual: accuracy (recovered effect) on other inputs, 0.5: 0.25 (–), 1: 0.50 (0.75)." in shown
+    assert "c₁ of residual: accuracy (recovered effect) on other inputs, 0.5: 0.25 (–), 1: 0.50 (0.75). The " in shown
 
 
 def test_the_judges_table_has_what_was_judged(results: Path) -> None:
     assert published_tables.judge() == "Not measured yet."
     base = results.parents[1]
-    write_csv([{"asked": "words", "answers": "the English", "count": 4, "yes": 0.25}], base / "judge.csv")
-    assert published_tables.judge().endswith("| words | the English | 4 | 0.250 |")
+    kinds = {"the reference": 1, "another's reference": 0.0, "the English": 0.25}
+    known = [{"asked": "words", "answers": kind, "count": 4, "yes": yes} for kind, yes in kinds.items()]
+    write_csv(known, base / "judge.csv")
+    assert "| words | the English | 4 | 0.250 |" in published_tables.judge()
+    assert published_tables.judge().endswith("by 0.75, where 1 would be a perfect judge: what it says is worth little.")
+    write_csv(known[:2], base / "judge.csv")
+    assert published_tables.judge().endswith("by 1.00, where 1 would be a perfect judge: it can be used.")
     (base / "gemma" / "translation").mkdir(parents=True)
     found = {"line": "paper", "steps": 9, "inputs": 4, "judged": 0.5, "graded": 0.75, "agree": 0.25}
     write_csv([found], base / "gemma" / "translation" / "judged.csv")

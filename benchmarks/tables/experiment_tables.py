@@ -51,10 +51,7 @@ def curves(name: str) -> str:
             for sample in line["samples"] if sample["steps"] in nearest
         ]  # fmt: skip
         if line["sweep"]:
-            swept.append(f"c₁ of {line['name']}: accuracy (recovered effect) on other inputs, " + ", ".join(
-                f"{c1:g}: {accuracy:.2f} ({'–' if recovered is None else f'{recovered:.2f}'})"
-                for c1, accuracy, recovered in line["sweep"]
-            ) + ".")  # fmt: skip
+            swept.append(sweep(line))
     reached = f"first step with {REACHED} x prompted"
     return "\n\n".join([
         f"Prompted {prompted:.3f}, bare {found['base']:.3f}, on {found['inputs']} inputs.",
@@ -63,6 +60,18 @@ def curves(name: str) -> str:
         table(["line", "step (effective c₁)", "query", "with the instruction", "patched"], answers),
         *swept,
     ])  # fmt: skip
+
+
+def sweep(line: dict[str, Any]) -> str:
+    """What c1 was chosen from, and whether a better one may lie beyond what was tried."""
+    tried = ", ".join(
+        f"{c1:g}: {accuracy:.2f} ({'–' if recovered is None else f'{recovered:.2f}'})"
+        for c1, accuracy, recovered in line["sweep"]
+    )
+    at_an_edge = line["c1"] in (line["sweep"][0][0], line["sweep"][-1][0])
+    return f"c₁ of {line['name']}: accuracy (recovered effect) on other inputs, {tried}." + (
+        " The one chosen is at the edge of what was tried." if at_an_edge else ""
+    )
 
 
 def best_point(line: dict[str, Any]) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import experiment_tables
 from experiment_tables import best_point, curves, results, table
@@ -17,6 +18,8 @@ MEASURED = {
 # is not given; with a patched one of 1 no less than 1 will do.
 PAPER = {"addition": (None, 1.0), "multiplication": (1.0, 0.8), "translation": (0.72, 0.6)}
 PAPERS_LINES = ("paper", "tuned", "residual")
+WANTED = 0.99  # of the prompted accuracy
+USABLE = 0.8  # least margin of a judge between right and wrong answers
 ROUNDING = 1e-9  # of the product of two shares
 UNMEASURED = "Not measured yet."
 
@@ -36,7 +39,21 @@ def summary() -> str:
         "experiment", "model", "paper: prompted", "patched", "here: bare", "prompted", "paper", "tuned", "residual",
         "default", "default / prompted", "the paper's share of prompted", "reproduced",
     ]  # fmt: skip
-    return table(head, rows) if rows else UNMEASURED
+    if not rows:
+        return UNMEASURED
+    return "\n\n".join([table(head, rows), *([addition()] if is_measured("qwen", "addition") else [])])
+
+
+def addition() -> str:
+    """Addition from few examples, untuned, beside what was asked of it."""
+    found = results(folder("qwen", "addition"))
+    last = next(line["points"][-1] for line in found["lines"] if line["name"] == "default")
+    share = last["accuracy"] / found["prompted"] if found["prompted"] else 0.0
+    return (
+        f"Addition on Qwen, default from {last['steps']} examples: {share:.3f} x prompted, at least {WANTED} wanted: "
+        f"{'met' if share >= WANTED else 'not met'}. One answer of the {found['inputs']} is "
+        f"{1 / found['inputs'] / found['prompted'] if found['prompted'] else 0.0:.3f} x prompted."
+    )
 
 
 def row(model: str, experiment: str) -> list[str | float | None]:
@@ -72,7 +89,7 @@ def judge() -> str:
         return UNMEASURED
     with (base / "judge.csv").open(newline="", encoding="utf-8") as file:
         known = [[row["asked"], row["answers"], row["count"], float(row["yes"])] for row in csv.DictReader(file)]
-    parts = [table(["to translate", "answers", "count", "judged right"], known)]
+    parts = [table(["to translate", "answers", "count", "judged right"], known), verdict(known)]
     rows = []
     for model in MODELS:
         path = base / model / "translation" / "judged.csv"
@@ -85,6 +102,20 @@ def judge() -> str:
     if rows:
         parts.append(table(["model", "line", "step", "judged right", "by the reference", "agreement"], rows))
     return "\n\n".join(parts)
+
+
+def verdict(known: list[list[Any]]) -> str:
+    """Whether the judge tells right answers from wrong ones, by the margin between them."""
+    found = []
+    for asked in dict.fromkeys(row[0] for row in known):
+        yes = {kind: share for of, kind, _, share in known if of == asked}
+        margin = yes["the reference"] - max(share for kind, share in yes.items() if kind != "the reference")
+        found.append(
+            f"Of {asked} the judge says yes to the right answers more often than to the wrong ones that it takes most "
+            f"often by {margin:.2f}, where 1 would be a perfect judge: "
+            + ("it can be used." if margin >= USABLE else "what it says is worth little.")
+        )
+    return " ".join(found)
 
 
 PUBLISHED: dict[str, Callable[[], str]] = {
