@@ -109,14 +109,14 @@ def test_what_is_finished_is_not_measured_again(
 
 
 class Reader:
-    """A judge that says yes to the reference alone, and counts what it is asked."""
+    """A judge that leans to No, to the reference less than to all else, and counts what it is asked."""
 
     def __init__(self) -> None:
         self.asked = 0
 
     def __call__(self, texts: Sequence[str], answers: Sequence[str], questions: Sequence[str]) -> list[float]:
         self.asked += len(texts)
-        return [float(text == answer) for text, answer in zip(texts, answers, strict=True)]
+        return [-3.0 if text == answer else -5.0 for text, answer in zip(texts, answers, strict=True)]
 
 
 def answer(line: str, steps: int, query: str, patched: str, grades: tuple[float, float] = (1, 1)) -> dict[str, Any]:
@@ -130,9 +130,10 @@ def test_the_judge_is_judged_and_asked_once(tmp_path: Path) -> None:
     reader = Reader()
     judge = judged.Kept(reader, Journal(tmp_path / "journal.jsonl", {}))
     rows = judged.judge_known(judge, 20)
-    assert [(row["asked"], row["yes"]) for row in rows] == [
-        (asked, yes) for asked in ("sentences", "words") for yes in (1, 0, 0)
+    assert [(row["asked"], row["above"]) for row in rows] == [
+        (asked, above) for asked in ("sentences", "words") for above in (1, 0, 0)
     ]
+    assert {(row["yes"], row["threshold"]) for row in rows} == {(0, -4)}
     assert all(row["count"] == 20 for row in rows) and reader.asked == 120
     again = judged.Kept(reader, Journal(tmp_path / "journal.jsonl", {}))
     assert judged.judge_known(again, 20) == rows and reader.asked == 120
@@ -140,12 +141,18 @@ def test_the_judge_is_judged_and_asked_once(tmp_path: Path) -> None:
     file = tmp_path / "answers.csv"
     answers = [("yes", "oui", (1, 1)), ("no", "non", (1, 0.6)), ("yes", "no", (1, 0)), ("no", "oui", (1, 1))]
     write_csv([answer("paper", 5 * (n // 2), q, text, g) for n, (q, text, g) in enumerate(answers)], file)
-    points = judged.judge_answers(judge, file, "here")
+    points = judged.judge_answers(judge, file, "here", -4.0)
     assert [(row["line"], row["steps"], row["inputs"]) for row in points] == [
         ("prompted", "0", 2), ("paper", "0", 2), ("paper", "5", 2),
     ]  # fmt: skip
     assert [row["judged"] for row in points] == [1, 0.5, 0.5] and [row["agree"] for row in points] == [1, 0.5, 1]
     assert points[1]["graded"] == 0.8 and reader.asked == 120 + 4  # "oui" to "yes" and "no", "non", "no"
+
+
+def test_a_threshold_is_where_right_and_wrong_part_best() -> None:
+    assert judged.threshold([1.0, 2.0, 3.0], [-1.0, 0.0, 2.5]) == 0.5
+    assert judged.threshold([5.0], [5.0]) == 5.0
+    assert judged.share([1.0, 2.0, 3.0, 4.0], 2.0) == 0.5
 
 
 def line(name: str, accuracies: list[float]) -> dict[str, Any]:
@@ -206,16 +213,19 @@ def test_the_judges_table_has_what_was_judged(results: Path) -> None:
     assert published_tables.judge() == "Not measured yet."
     base = results.parents[1]
     kinds = {"the reference": 1, "another's reference": 0.0, "the English": 0.25}
-    known = [{"asked": "words", "answers": kind, "count": 4, "yes": yes} for kind, yes in kinds.items()]
+    known = [
+        {"asked": "words", "answers": kind, "count": 4, "yes": 0, "threshold": 1, "above": yes}
+        for kind, yes in kinds.items()
+    ]
     write_csv(known, base / "judge.csv")
-    assert "| words | the English | 4 | 0.250 |" in published_tables.judge()
+    assert "| words | the English | 4 | 0.000 | 0.250 |" in published_tables.judge()
     assert published_tables.judge().endswith("by 0.75, where 1 would be a perfect judge: what it says is worth little.")
     write_csv(known[:2], base / "judge.csv")
     assert published_tables.judge().endswith("by 1.00, where 1 would be a perfect judge: it can be used.")
     (base / "gemma" / "translation").mkdir(parents=True)
-    found = {"line": "paper", "steps": 9, "inputs": 4, "judged": 0.5, "graded": 0.75, "agree": 0.25}
+    found = {"line": "paper", "steps": 9, "inputs": 4, "yes": 0.0, "judged": 0.5, "graded": 0.75, "agree": 0.25}
     write_csv([found], base / "gemma" / "translation" / "judged.csv")
-    assert published_tables.judge().endswith("| Gemma 3 270M | paper | 9 | 0.500 | 0.750 | 0.250 |")
+    assert published_tables.judge().endswith("| Gemma 3 270M | paper | 9 | 0.000 | 0.500 | 0.750 | 0.250 |")
 
 
 def test_the_shipped_models_results_are_in_the_form_that_the_tables_read() -> None:

@@ -88,19 +88,29 @@ def judge() -> str:
     if not (base / "judge.csv").is_file():
         return UNMEASURED
     with (base / "judge.csv").open(newline="", encoding="utf-8") as file:
-        known = [[row["asked"], row["answers"], row["count"], float(row["yes"])] for row in csv.DictReader(file)]
-    parts = [table(["to translate", "answers", "count", "judged right"], known), verdict(known)]
+        known = [
+            [row["asked"], row["answers"], row["count"], float(row["yes"]), float(row["above"])]
+            for row in csv.DictReader(file)
+        ]
+    parts = [table(["to translate", "answers", "count", "yes", "above its threshold"], known), verdict(known)]
     rows = []
     for model in MODELS:
         path = base / model / "translation" / "judged.csv"
         if path.is_file():
             with path.open(newline="", encoding="utf-8") as file:
                 rows += [
-                    [MODELS[model], row["line"], row["steps"], *(float(row[k]) for k in ("judged", "graded", "agree"))]
+                    [
+                        MODELS[model],
+                        row["line"],
+                        row["steps"],
+                        *(float(row[k]) for k in ("yes", "judged", "graded", "agree")),
+                    ]
                     for row in csv.DictReader(file)
                 ]
     if rows:
-        parts.append(table(["model", "line", "step", "judged right", "by the reference", "agreement"], rows))
+        parts.append(
+            table(["model", "line", "step", "yes", "above its threshold", "by the reference", "agreement"], rows)
+        )
     return "\n\n".join(parts)
 
 
@@ -108,11 +118,11 @@ def verdict(known: list[list[Any]]) -> str:
     """Whether the judge tells right answers from wrong ones, by the margin between them."""
     found = []
     for asked in dict.fromkeys(row[0] for row in known):
-        yes = {kind: share for of, kind, _, share in known if of == asked}
-        margin = yes["the reference"] - max(share for kind, share in yes.items() if kind != "the reference")
+        above = {kind: share for of, kind, *_, share in known if of == asked}
+        margin = above["the reference"] - max(share for kind, share in above.items() if kind != "the reference")
         found.append(
-            f"Of {asked} the judge says yes to the right answers more often than to the wrong ones that it takes most "
-            f"often by {margin:.2f}, where 1 would be a perfect judge: "
+            f"Of {asked} the judge takes right answers more often than the kind of wrong ones that it takes most often "
+            f"by {margin:.2f}, where 1 would be a perfect judge: "
             + ("it can be used." if margin >= USABLE else "what it says is worth little.")
         )
     return " ".join(found)
