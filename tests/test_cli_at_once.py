@@ -59,7 +59,11 @@ TURN = "{prompt} -> {answer}"
         ((*TRANSMUTE, "--recipe", "paper", "--c1", "nan"), "paper_recipe: c1 must be finite, got nan", 1),
         ((*ADDITION, "--c1", "nan"), "paper_recipe: c1 must be finite, got nan", 1),
         ((*ADDITION, "--c2", "inf"), "paper_recipe: c2 must be finite, got inf", 1),
-        ((*ADDITION, "--lines", "paper,ours"), "experiment: lines must be among paper, tuned, default, got", 1),
+        (
+            (*ADDITION, "--lines", "paper,ours"),
+            "experiment: lines must be among paper, tuned, residual, default, got",
+            1,
+        ),
         ((*ADDITION, "--match", "fuzzy"), "scorer must be one of exact, contains", 1),
         ((*TRANSMUTE, "--pairing", "threefold"), "pairing must be one of", 1),
         ((*TRANSMUTE, "--format", TURN), "align: format must hold {completion}", 1),

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from families import tiny
 from models import tiny_gemma3, tiny_tokenizer
 from typer.testing import CliRunner
 
@@ -17,15 +18,16 @@ import thought_kernels as tk
 from thought_kernels.cli import app, scoring
 from thought_kernels.cli.experiment import task_split
 from thought_kernels.demo.tasks import held_out
-from thought_kernels.evaluation.experiments import experiments
+from thought_kernels.evaluation.experiments import measured
 from thought_kernels.evaluation.experiments.curves import default_steps, paper_steps
 from thought_kernels.evaluation.experiments.experiments import run_experiment
 from thought_kernels.evaluation.experiments.pairs import Pair, Split, read_pairs, split_pairs, usable
+from thought_kernels.evaluation.experiments.published import LINES
 from thought_kernels.evaluation.measures.trial import Trial
 from thought_kernels.evaluation.pictures.curves import draw_experiment
 from thought_kernels.evaluation.records.digests import fingerprint
 from thought_kernels.evaluation.records.journal import Journal
-from thought_kernels.evaluation.rivals.paper import C1_FACTORS, sweep_c1
+from thought_kernels.evaluation.rivals.paper import C1_FACTORS, best_c1, paper_patch, sweep_c1
 
 TOKENIZER = tiny_tokenizer()
 LAYERS = ["full_attention"] * 2
@@ -67,24 +69,30 @@ def test_a_split_measures_on_what_training_has_not_seen(data: Split) -> None:
 
 def test_the_lines_are_what_their_recipes_give(model: Any, data: Split, ran: tuple[Any, Path]) -> None:
     report, _ = ran
-    paper, tuned, default = report.lines
+    paper, tuned, residual, default = report.lines
     assert [point.steps for point in paper.points] == [0, *paper_steps(5)] == [0, 1, 2, 3, 4, 5]
     assert [point.steps for point in default.points] == [0, *default_steps(5)] == [0, 4, 5]
     assert (paper.c1, paper.c2, paper.layers) == (0.015, 0.0, [1])
     assert paper.points[-1].effective_c1 == pytest.approx(0.015 * 5 / 300)
-    assert tuned.c1 in [c1 for c1, _, _ in report.sweep] and len(report.sweep) == len(C1_FACTORS)
+    for line in (tuned, residual):
+        assert line.c1 == best_c1(line.sweep) and len(line.sweep) == len(C1_FACTORS)
+    assert paper.sweep == default.sweep == [] and tuned.sweep != residual.sweep
     assert default.points[0].accuracy == paper.points[0].accuracy == report.base
 
     questions, answers = zip(*data.fresh, strict=True)
     trial = Trial(model, TOKENIZER, "Sum the numbers", questions, answers, max_new_tokens=3)
     labelled = [{"prompt": pair.question, "completion": pair.answer} for pair in data.fit]
-    recipe = tk.paper_recipe(c1=tuned.c1, layers=[1])
-    whole = tk.transmute(model, TOKENIZER, "Sum the numbers", labelled, **recipe)
-    with whole.applied(model):
-        accuracy, texts = trial.answer(model)
-    assert tuned.points[-1].accuracy == accuracy
-    assert tuned.samples[-1].patched == texts[5 % 3] and tuned.samples[-1].query == questions[5 % 3]
-    assert tuned.samples[-1].prompted == trial.prompted_texts[5 % 3]
+    for line, activation in ((tuned, "input"), (residual, "residual")):
+        recipe = tk.paper_recipe(c1=line.c1, layers=[1], mlp_activation=activation)
+        with tk.transmute(model, TOKENIZER, "Sum the numbers", labelled, **recipe).applied(model):
+            accuracy, texts = trial.answer(model)
+        assert line.points[-1].accuracy == accuracy
+        assert line.samples[-1].patched == texts[5 % 3] and line.samples[-1].query == questions[5 % 3]
+        assert line.samples[-1].prompted == trial.prompted_texts[5 % 3]
+        last = [answer for answer in report.answers if (answer.line, answer.steps) == (line.name, 5)]
+        assert [answer.patched for answer in last] == texts and [answer.query for answer in last] == list(questions)
+        assert [answer.patched_grade for answer in last] == trial.grade(texts)
+        assert [answer.prompted_grade for answer in last] == trial.prompted_grades
     inputs_alone = [pair.question for pair in data.fit]
     with tk.transmute(model, TOKENIZER, "Sum the numbers", inputs_alone, max_new_tokens=3).applied(model):
         assert default.points[-1].accuracy == trial.answer(model)[0]
@@ -93,17 +101,23 @@ def test_the_lines_are_what_their_recipes_give(model: Any, data: Split, ran: tup
 def test_the_files_hold_the_report(ran: tuple[Any, Path]) -> None:
     report, output = ran
     written = json.loads((output / "results.json").read_text())
-    assert [line["name"] for line in written["lines"]] == ["paper", "tuned", "default"]
+    assert [line["name"] for line in written["lines"]] == list(LINES)
     assert written["settings"]["transmute_defaults"]["pairing"] == "sequential"
     with (output / "points.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == sum(len(line.points) for line in report.lines)
     assert len(list(csv.DictReader((output / "samples.csv").open()))) == len(rows)
+    with (output / "answers.csv").open() as file:
+        answers = list(csv.DictReader(file))
+    assert {(row["line"], int(row["steps"])) for row in answers} == {
+        (line.name, point.steps) for line in report.lines for point in (line.best, line.points[-1])
+    }
+    assert len(answers) == len(report.answers) and all(row["answer"] for row in answers)
     from matplotlib.image import imread
 
     assert imread(output / "figure.png").shape[1] >= 1000
     assert sorted(path.name for path in output.iterdir()) == [
-        "figure.png", "journal.jsonl", "points.csv", "results.json", "samples.csv",
+        "answers.csv", "figure.png", "journal.jsonl", "points.csv", "results.json", "samples.csv",
     ]  # fmt: skip
 
 
@@ -120,11 +134,11 @@ def test_a_stopped_run_goes_on_where_it_was(
         fitted.append(list(arguments[4]))
         return original(*arguments, **options)
 
-    original = experiments.paper_line
-    monkeypatch.setattr(experiments, "paper_line", paper_line)
-    monkeypatch.setattr(experiments, "default_line", None)
+    original = measured.paper_line
+    monkeypatch.setattr(measured, "paper_line", paper_line)
+    monkeypatch.setattr(measured, "default_line", None)
     again = run_experiment(model, TOKENIZER, "addition", data, tmp_path, max_new_tokens=3)
-    assert fitted == [[3, 5]] and again == report
+    assert fitted == [[3, 5], []] and again == report
     with pytest.raises(ValueError, match="must hold results of the same settings, got max_new_tokens 3 there"):
         run_experiment(model, TOKENIZER, "addition", data, tmp_path, max_new_tokens=4)
     with pytest.raises(ValueError, match="got weights "):
@@ -160,7 +174,37 @@ def test_translation_has_vectors_and_takes_any_pairs(model: Any, tmp_path: Path)
         model, TOKENIZER, "translation", data, tmp_path / "out", lines=["paper"], max_new_tokens=2, layers=[0, 1]
     )
     (line,) = report.lines
-    assert (line.c1, line.c2, line.layers, report.sweep) == (0.03, 0.2, [0, 1], [])
+    assert (line.c1, line.c2, line.layers, line.sweep) == (0.03, 0.2, [0, 1], [])
+
+
+def test_demonstrations_in_a_format_are_an_instruction_and_points_may_be_added(model: Any, tmp_path: Path) -> None:
+    told = [{"role": "user", "content": "1"}, {"role": "assistant", "content": "2"}]
+    data = Split([Pair("3", "4"), Pair("5", "6")] * 2, [Pair("7", "8")], [Pair("9", "0"), Pair("1", "2")])
+    options: dict[str, Any] = {
+        "instruction": told, "format": "{prompt}\n->\n{completion}\n\n", "lines": ["paper", "default"],
+        "max_new_tokens": 2,
+    }  # fmt: skip
+    few = run_experiment(model, TOKENIZER, "translation", data, tmp_path, points=[4], default_points=[2], **options)
+    assert [[point.steps for point in line.points] for line in few.lines] == [[0, 4], [0, 2]]
+    assert few.told == "1 demonstrations" and (few.settings["steps"], few.settings["distinct"]) == (4, 2)
+    more = run_experiment(model, TOKENIZER, "translation", data, tmp_path, points=[1, 4], default_points=[2], **options)
+    assert [point.steps for point in more.lines[0].points] == [0, 1, 4]
+    assert more.lines[0].points[-1] == few.lines[0].points[-1] and more.lines[1] == few.lines[1]
+    examples = [{"prompt": pair.question, "completion": pair.answer} for pair in data.fit]
+    patch = paper_patch(model, TOKENIZER, told, examples, 0.03, 0.2, format=options["format"])
+    trial = Trial(model, TOKENIZER, told, ["9", "1"], ["0", "2"], max_new_tokens=2, format=options["format"])
+    with patch.applied(model):
+        assert [answer.patched for answer in few.answers if (answer.line, answer.steps) == ("paper", 4)] == (
+            trial.answer(model)[1]
+        )
+    for points in ([], [2, 1], [0], [5], [1, 1]):
+        with pytest.raises(ValueError, match="points must be increasing numbers from 1 to 4, the pairs to fit on"):
+            run_experiment(model, TOKENIZER, "translation", data, tmp_path, points=points, **options)
+
+
+def test_the_other_reading_needs_an_mlp_behind_attention(data: Split, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="lines must be without residual where the MLP reads the block's own input"):
+        run_experiment(tiny("pythia"), TOKENIZER, "addition", data, tmp_path, lines=["default", "residual"])
 
 
 @pytest.mark.parametrize(

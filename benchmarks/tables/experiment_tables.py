@@ -14,6 +14,8 @@ from markdown_table import markdown
 RESULTS = Path(__file__).resolve().parents[1] / "results"
 CURVES = ("addition", "multiplication", "translation")
 REACHED = 0.97  # of the prompted accuracy
+RIGHT = 0.5  # least grade of an answer that counts as right where it is so or not
+MOST_SHOWN = 3  # answers of a kind and line; all are in answers.csv
 PREDICTIONS = {
     "felt": "`felt`", "felt_largest": "largest `felt` of a site", "read": "overlap of what is read",
     "write": "overlap of what is written", "alignment": "alignment", "norm": "norm of the other patch alone",
@@ -33,33 +35,87 @@ def table(head: list[str], rows: list[list[Any]]) -> str:
 
 
 def curves(name: str) -> str:
-    """Each line's best and last point, the answers of the paper's table, and how c1 was chosen."""
+    """Each line's best and last point, who was right there, the answers of the paper's table, and how c1 was chosen."""
     found = results(name)
-    prompted, rows = found["prompted"], []
+    prompted, rows, answers, swept = found["prompted"], [], [], []
     for line in found["lines"]:
-        points = line["points"]
-        best = max(points, key=lambda point: (point["accuracy"], -point["steps"]))
-        enough = [point["steps"] for point in points if point["accuracy"] >= REACHED * prompted > 0]
+        best, last = best_point(line), line["points"][-1]
+        enough = [point["steps"] for point in line["points"] if point["accuracy"] >= REACHED * prompted > 0]
         rows.append([
-            label(line), best["accuracy"], best["steps"], points[-1]["accuracy"], points[-1]["steps"],
+            label(line), *(value for point in (best, last) for value in (point["accuracy"], at(point))),
             min(enough, default=None),
         ])  # fmt: skip
-    parts = [
-        f"Prompted {prompted:.3f}, bare {found['base']:.3f}, on {found['inputs']} inputs that training has not seen.",
-        table(["line", "best", "at step", "last", "at step", f"first step with {REACHED} x prompted"], rows),
+        nearest = [min(line["samples"], key=lambda s, n=n: abs(s["steps"] - n))["steps"] for n in found["sampled"]]
+        answers += [
+            [line["name"], at(sample), *(quoted(sample[k]) for k in ("query", "prompted", "patched"))]
+            for sample in line["samples"] if sample["steps"] in nearest
+        ]  # fmt: skip
+        if line["sweep"]:
+            swept.append(sweep(line))
+    reached = f"first step with {REACHED} x prompted"
+    return "\n\n".join([
+        f"Prompted {prompted:.3f}, bare {found['base']:.3f}, on {found['inputs']} inputs.",
+        table(["line", "best", "at step (effective c₁)", "last", "at step (effective c₁)", reached], rows),
+        sides(name),
+        table(["line", "step (effective c₁)", "query", "with the instruction", "patched"], answers),
+        *swept,
+    ])  # fmt: skip
+
+
+def sweep(line: dict[str, Any]) -> str:
+    """What c1 was chosen from, and whether a better one may lie beyond what was tried."""
+    tried = ", ".join(
+        f"{c1:g}: {accuracy:.2f} ({'–' if recovered is None else f'{recovered:.2f}'})"
+        for c1, accuracy, recovered in line["sweep"]
+    )
+    at_an_edge = line["c1"] in (line["sweep"][0][0], line["sweep"][-1][0])
+    return f"c₁ of {line['name']}: accuracy (recovered effect) on other inputs, {tried}." + (
+        " The one chosen is at the edge of what was tried." if at_an_edge else ""
+    )
+
+
+def best_point(line: dict[str, Any]) -> Any:
+    """A line's first point of highest accuracy."""
+    return max(line["points"], key=lambda point: (point["accuracy"], -point["steps"]))
+
+
+def at(point: dict[str, Any]) -> str:
+    """A point's step with what the constant divisor makes of c1 there."""
+    return str(point["steps"]) + ("" if point["effective_c1"] is None else f" ({point['effective_c1']:.3g})")
+
+
+def quoted(text: str, most: int = 100) -> str:
+    """What a model wrote, in a cell of a table."""
+    text = text.strip().replace("\n", " ⏎ ").replace("`", "'").replace("|", "\\|")
+    return f"`{text if len(text) <= most else text[:most] + '…'}`" if text else "–"
+
+
+def sides(name: str) -> str:
+    """At each line's best and last point: how often the prompted and the patched model were right, and the answers
+    where the patched one alone was."""
+    with (RESULTS / "experiments" / name / "answers.csv").open(newline="", encoding="utf-8") as file:
+        answers = list(csv.DictReader(file))
+    points: dict[tuple[str, str], list[tuple[bool, bool]]] = {}
+    for row in answers:
+        right = (float(row["prompted_grade"]) >= RIGHT, float(row["patched_grade"]) >= RIGHT)
+        points.setdefault((row["line"], row["steps"]), []).append(right)
+    counts = [
+        [*point, *(found.count(sides) for sides in ((True, True), (False, True), (True, False), (False, False)))]
+        for point, found in points.items()
     ]
-    answers = []
-    for line in found["lines"]:
-        steps = [min(line["samples"], key=lambda s, n=n: abs(s["steps"] - n))["steps"] for n in found["sampled"]]
-        for sample in line["samples"]:
-            if sample["steps"] in steps:
-                answers.append([line["name"], sample["steps"], *(sample[k] for k in ("query", "prompted", "patched"))])
-    parts.append(table(["line", "step", "query", "with the instruction", "patched"], answers))
-    if found["sweep"]:
-        parts.append("c₁ tuned: accuracy (recovered effect) on other inputs, " + ", ".join(
-            f"{c1:g}: {accuracy:.2f} ({'–' if recovered is None else f'{recovered:.2f}'})"
-            for c1, accuracy, recovered in found["sweep"]
-        ) + ".")  # fmt: skip
+    parts = [table(["line", "step", "both right", "patched alone", "prompted alone", "neither"], counts)]
+    last = dict(points.keys())  # of each line, as they stand in the file
+    alone = [
+        [row["line"], row["steps"], *(quoted(row[k]) for k in ("query", "prompted", "patched"))]
+        for row in answers
+        if row["steps"] == last[row["line"]]
+        and float(row["prompted_grade"]) < RIGHT <= float(row["patched_grade"])
+    ]  # fmt: skip
+    if alone:
+        shown = {line: [row for row in alone if row[0] == line][:MOST_SHOWN] for line in last}
+        parts.append(f"Prompted wrong, patched right, at the lines' last points ({MOST_SHOWN} of a line at most):")
+        head = ["line", "step", "query", "with the instruction", "patched"]
+        parts.append(table(head, [row for rows in shown.values() for row in rows]))
     return "\n\n".join(parts)
 
 

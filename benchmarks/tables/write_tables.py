@@ -20,6 +20,7 @@ from demo_tables import DEMO
 from experiment_tables import EXPERIMENTS
 from inspect_tables import INSPECT
 from pareto_tables import PARETO
+from published_tables import PUBLISHED
 from real_picture import PICTURE, draw, is_current
 from real_tables import REAL
 from serving_tables import SERVING
@@ -47,6 +48,7 @@ TABLES: dict[str, Callable[[], str]] = {
     **DEMO,
     **CPU_TABLES,
     **EXPERIMENTS,
+    **PUBLISHED,
     **REAL,
     **SERVING,
     **PARETO,

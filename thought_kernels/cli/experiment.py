@@ -32,7 +32,11 @@ _Steps = Annotated[int, typer.Option(min=1, help="Examples at the end of the cur
 _Inputs = Annotated[int, typer.Option(min=1, help="Fresh inputs each point is measured on; the paper took 10.")]
 _Seed = Annotated[int, typer.Option(help="Of the choice of examples and inputs.")]
 _Lines = Annotated[
-    str, typer.Option(help="paper (published c1, c2), tuned (c1 chosen for this model), default (transmute's own).")
+    str,
+    typer.Option(
+        help="paper (published c1, c2), tuned (c1 chosen for this model), residual (tuned, a before the MLP's norm), "
+        "default (transmute's own)."
+    ),
 ]
 _Layers = Annotated[
     str | None, typer.Option(help="0-based blocks of the paper's recipe, such as 10-19 (default the same depth).")
@@ -146,9 +150,8 @@ def show(report: ExperimentReport) -> None:
     for column, side in (("line", "left"), ("best", "right"), ("at step", "right"), ("last", "right")):
         table.add_column(column, justify=side)  # type: ignore[arg-type]
     for line in report.lines:
-        best = max(line.points, key=lambda point: (point.accuracy, -point.steps))
         table.add_row(
-            Text(line.label), f"{best.accuracy:.3f}", str(best.steps),
+            Text(line.label), f"{line.best.accuracy:.3f}", str(line.best.steps),
             f"{line.points[-1].accuracy:.3f} at {line.points[-1].steps}",
         )  # fmt: skip
     options.out.print(table)

@@ -97,11 +97,13 @@ def split_pairs(pairs: Sequence[Pair], *, steps: int, inputs: int, seed: int) ->
     return Split(fit[:steps], validation, fresh)
 
 
-def check_context(model: Any, tokenizer: Any, instruction: Instruction, pairs: Iterable[Pair]) -> None:
+def check_context(
+    model: Any, tokenizer: Any, instruction: Instruction, pairs: Iterable[Pair], format: str | None = None
+) -> None:
     """Raises ValueError if a pair with the instruction is longer than the model's context, or does not align."""
     limit = getattr(describe(model).config, "max_position_embeddings", None)
     for pair in pairs:
-        row = encode(tokenizer, instruction, {"prompt": pair.question, "completion": pair.answer})
+        row = encode(tokenizer, instruction, {"prompt": pair.question, "completion": pair.answer}, format=format)
         if limit is not None and row.length > limit:
             raise ValueError(
                 f"experiment: data must fit the model's context of {limit} tokens, got {row.length} with the "

@@ -7,7 +7,9 @@ from dataclasses import dataclass
 
 from thought_kernels.fitting.recipe import Recipe, paper_recipe
 
-LINES = ("paper", "tuned", "default")
+LINES = ("paper", "tuned", "residual", "default")
+READINGS = {"paper": "input", "tuned": "input", "residual": "residual"}  # mlp_activation of the paper's recipe
+CHOSEN = ("tuned", "residual")  # lines whose c1 is chosen on the model
 
 
 def check_lines(lines: Sequence[str]) -> None:

@@ -2,12 +2,26 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from thought_kernels.evaluation.experiments.curves import Point, Sample
 from thought_kernels.evaluation.records.files import write_csv, write_json
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One question at one point of a line: the right answer, the prompted and the patched one, and their grades."""
+
+    line: str
+    steps: int
+    query: str
+    answer: str
+    prompted: str
+    patched: str
+    prompted_grade: float
+    patched_grade: float
 
 
 @dataclass(frozen=True)
@@ -20,6 +34,7 @@ class Line:
         layers: 0-based blocks of the paper's recipe, None for the default recipe.
         points: with the bare model at 0 steps.
         samples: one per point, the questions in turn.
+        sweep: what c1 was chosen from, (c1, accuracy, recovered effect) each; recovered is None where it is not finite.
     """
 
     name: str
@@ -28,6 +43,12 @@ class Line:
     layers: list[int] | None
     points: list[Point]
     samples: list[Sample]
+    sweep: list[tuple[float, float, float | None]] = field(default_factory=list)
+
+    @property
+    def best(self) -> Point:
+        """The point of highest accuracy, the first of several."""
+        return max(self.points, key=lambda point: (point.accuracy, -point.steps))
 
     @property
     def label(self) -> str:
@@ -35,8 +56,8 @@ class Line:
         if self.layers is None:
             return "transmute's defaults"
         blocks = f"blocks {self.layers[0]}-{self.layers[-1]}"
-        kind = "paper's settings" if self.name == "paper" else "paper's recipe, c₁ tuned here"
-        return f"{kind}, {blocks}, c₁ = {self.c1:g}" + (f", c₂ = {self.c2:g}" if self.c2 else "")
+        kinds = {"paper": "paper's settings", "tuned": "c₁ tuned here", "residual": "a before the norm, c₁ tuned here"}
+        return f"{kinds[self.name]}, {blocks}, c₁ = {self.c1:g}" + (f", c₂ = {self.c2:g}" if self.c2 else "")
 
 
 @dataclass(frozen=True)
@@ -48,9 +69,9 @@ class ExperimentReport:
         prompted, base: accuracy on the fresh inputs with and without the instruction.
         inputs: how many those are.
         lines: in the order of LINES.
-        sweep: (c1, accuracy, recovered effect) each, of the tuned line; recovered is None where it is not finite.
         sampled: steps of the paper's table.
         settings: what the results depend on.
+        answers: to every input, at each line's best and last points.
     """
 
     name: str
@@ -59,9 +80,15 @@ class ExperimentReport:
     base: float
     inputs: int
     lines: list[Line]
-    sweep: list[tuple[float, float, float | None]]
     sampled: tuple[int, ...]
     settings: dict[str, Any]
+    answers: list[Answer]
+
+    @property
+    def told(self) -> str:
+        """The instruction in a few words."""
+        instruction = self.settings["instruction"]
+        return instruction if isinstance(instruction, str) else f"{len(instruction) // 2} demonstrations"
 
     def table(self, line: Line) -> list[Sample]:
         """The samples nearest to the steps of the paper's table."""
@@ -70,8 +97,10 @@ class ExperimentReport:
 
 
 def write_results(report: ExperimentReport, output: Path) -> None:
-    """Writes results.json, points.csv and samples.csv, each replaced in one step."""
-    write_json(asdict(report), output / "results.json")
+    """Writes results.json, points.csv, samples.csv and answers.csv, each replaced in one step."""
+    found = asdict(report)
+    answers = found.pop("answers")
+    write_json(found, output / "results.json")
     points = [
         {"experiment": report.name, "line": line.name, "c1": line.c1, "c2": line.c2, **asdict(point)}
         for line in report.lines
@@ -80,3 +109,4 @@ def write_results(report: ExperimentReport, output: Path) -> None:
     samples = [{"line": line.name, **asdict(sample)} for line in report.lines for sample in line.samples]
     write_csv(points, output / "points.csv")
     write_csv(samples, output / "samples.csv")
+    write_csv(answers, output / "answers.csv")

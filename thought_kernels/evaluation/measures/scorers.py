@@ -106,6 +106,10 @@ class Judge:
 
     def __call__(self, texts: Sequence[str], answers: Sequence[str], questions: Sequence[str]) -> list[float]:
         """1.0 where the judge finds Yes likelier than No, else 0.0."""
+        return [float(odds > 0) for odds in self.odds(texts, answers, questions)]
+
+    def odds(self, texts: Sequence[str], answers: Sequence[str], questions: Sequence[str]) -> list[float]:
+        """log P(Yes) − log P(No) of each answer: what tells answers apart where a judge leans to one reply."""
         prompts = [
             self._ids(_filled(self._prompt, instruction=self._instruction, question=question, answer=answer, text=text))
             for text, answer, question in zip(texts, answers, questions, strict=True)
@@ -120,7 +124,7 @@ class Judge:
             ]
             for reply in (yes, no)
         ]
-        return [float(for_yes > for_no) for for_yes, for_no in zip(*likely, strict=True)]
+        return [for_yes - for_no for for_yes, for_no in zip(*likely, strict=True)]
 
     def _ids(self, text: str) -> list[int]:
         if getattr(self._tokenizer, "chat_template", None):

@@ -183,8 +183,12 @@ class Trial:
 
     def answer(self, model: Any) -> tuple[float, list[str]]:
         """Accuracy and answers of the model as it is now, without the instruction; no divergences, so cheaper."""
-        texts = self._ending.texts(self._complete(model, self.bare_prompts))
+        texts = self.answer_bare(model)
         return _mean(self.grade(texts)), texts
+
+    def answer_bare(self, model: Any) -> list[str]:
+        """Answers of the model as it is now without the instruction, not graded."""
+        return self._ending.texts(self._complete(model, self.bare_prompts))
 
     def answer_prompted(self, model: Any) -> list[str]:
         """Answers of the model as it is now with the instruction: whether a patch disturbs what the model is told."""

@@ -8,18 +8,18 @@ from typing import Any
 
 from thought_kernels.evaluation.experiments.curves import Point
 from thought_kernels.evaluation.experiments.results import ExperimentReport
-from thought_kernels.evaluation.pages.drawing import BLUE, GREEN, GREY, INK, ORANGE
+from thought_kernels.evaluation.pages.drawing import BLUE, GREEN, GREY, INK, ORANGE, RED
 from thought_kernels.evaluation.pictures.canvas import percent_axis, pyplot_without_window, save_picture
 from thought_kernels.evaluation.rivals.paper import PAPER_DIVISOR
 
-_LOOKS = ((BLUE, "o"), (GREEN, "s"), (ORANGE, "^"))
+_LOOKS = ((BLUE, "o"), (GREEN, "s"), (ORANGE, "^"), (RED, "D"))
 
 
 def draw_experiment(report: ExperimentReport, path: Path) -> None:
     """Writes an experiment's lines as a PNG, replacing the file in one step.
 
     Args:
-        report: of three lines at most; where the paper's is among them a second axis above shows its effective c1.
+        report: of four lines at most; where the paper's is among them a second axis above shows its effective c1.
         path: of the PNG; its folder must exist.
     """
     paper = next((line for line in report.lines if line.name == "paper"), None)
@@ -31,7 +31,7 @@ def draw_experiment(report: ExperimentReport, path: Path) -> None:
             above = axes.secondary_xaxis("top", functions=(lambda n: n * ratio, lambda c: c / ratio))
             above.set_xlabel(f"effective c₁ of the paper's settings, {paper.c1:g} · steps / {PAPER_DIVISOR}", size=9)
             above.tick_params(labelsize=9)
-        axes.set_title(f"{report.settings['instruction']}, {report.inputs} inputs")
+        axes.set_title(f"{report.told}, {report.inputs} inputs")
         figure.legend(loc="outside lower left", fontsize=9)
         save_picture(figure, path)
 

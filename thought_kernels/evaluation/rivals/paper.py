@@ -35,7 +35,7 @@ def effective_c1(c1: float, steps: int) -> float:
 
 def paper_patch(
     model: Any, tokenizer: Any, instruction: Instruction, examples: Sequence[Any], c1: float, c2: float = 0.0,
-    *, layers: Iterable[int] | None = None, **options: Any,
+    *, layers: Iterable[int] | None = None, mlp_activation: str = "input", **options: Any,
 ) -> ThoughtPatch:  # fmt: skip
     """Algorithm 1 on some of the examples; the sum over all pieces is Algorithm 1 on all of them, to rounding.
 
@@ -43,13 +43,14 @@ def paper_patch(
         model, tokenizer, instruction, examples: as transmute takes them.
         c1, c2: scales of matrices and vectors; the patch is linear in both.
         layers: 0-based blocks, None for paper_layers.
+        mlp_activation: which a, see paper_recipe.
         options: further arguments of transmute, none of them the recipe's.
 
     Raises:
         ValueError: an option that the recipe sets, or as paper_recipe.
     """
     blocks = paper_layers(len(describe(model).blocks)) if layers is None else list(layers)
-    recipe = paper_recipe(c1=c1, c2=c2, steps=PAPER_DIVISOR, layers=blocks)
+    recipe = paper_recipe(c1=c1, c2=c2, steps=PAPER_DIVISOR, layers=blocks, mlp_activation=mlp_activation)
     if taken := sorted(recipe.keys() & options.keys()):
         raise ValueError(
             f"paper_patch: options must be none of the recipe's own, got {', '.join(taken)}; use transmute with "
