@@ -144,7 +144,7 @@ def test_settings_are_python_values_or_texts() -> None:
 
 def test_tables_take_means_over_seeds_and_the_best_rate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(real_tables, "RESULTS", tmp_path)
-    results = run.Results(tmp_path / "real.csv")
+    results = run.Results(tmp_path / "real.csv", run.KEY, run.COLUMNS)
     row = {"model": "gemma", "task": "antonym", "kind": "word", "reserved": False, "seed": 0, "inputs": 32}
     patch = {**row, "method": "patch", "recipe": "default", "prompted": 0.8, "bare": 0, "generation": 1}
     results.add({**patch, "patched": 0.7, "recovered": 0.9, "seconds": 4})
