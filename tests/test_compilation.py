@@ -252,8 +252,40 @@ def test_tables_of_rows_and_of_none(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     ]  # fmt: skip
 
 
-def test_rules_are_pooled_by_how_often_they_apply(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tables_of_rules_and_of_the_pair(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    output = tmp_path / "compilation.csv"
+    results = compilation.Results(output, compilation.KEY, compilation.COLUMNS)
+    answers = compilation.Results(compilation.beside(output, "answers"), compilation.KEY, compilation.ANSWERS)
+    key = {"model": "qwen", "cut": "full", "case": "held-out", "patch": "own", **tables.MEASURED}
+    row = {**key, "reserved": True, "prompt_tokens": 290, "recovered": 0.9, "low": 0.8, "high": 1, "kl_bare": 1}
+    results.add({**row, "prompt": "ferry", "chats": 2})
+    for question, patched in (("Who are you?", "Welcome aboard! I am Lina."), ("What is the price for a car?", "25.")):
+        texts = {"question": question, "bare": "Well.", "prompted": "Welcome aboard! 25 francs.", "patched": patched}
+        answers.add({**key, "prompt": "ferry", **texts})
+    for patch in ("own", "contrast"):
+        results.add({**row, "prompt": "polite", "patch": patch, "reserved": False})
+        results.add({**row, "prompt": "polite", "patch": patch, "case": "against the contrary", "recovered": 0.5})
+        texts = {"question": "Hm?", "bare": "a|b", "prompted": "Please,\ndo.", "patched": patch * 100}
+        answers.add({**key, "prompt": "polite", "patch": patch, **texts})
+    compilation.write_rules(output)
+    always, some = (line.split(" | ")[2:] for line in tables.rules_in_all().splitlines()[2:])
+    # Three rules of two answers each: the welcome survives once, the limit twice, nobody wrote the wish.
+    assert always == ["for all inputs", "3", "6", "0.33", "0.67", "0.50", "0.75 of 4 |"]
+    assert some == ["for some inputs", "1", "1", "0.00", "1.00", "0.00", "0.00 of 1 |"]
+    assert tables.rules_by_situation().splitlines()[-1].endswith("| 0.60 of 5 | – | – | – | – | – |")
+    assert r"| ferry \* | begins with the welcome | 2 | 0.00 | 1.00 | 0.50 | 0.50 of 2 |" in tables.each_rule("qwen")
+    assert tables.each_rule("smol") == tables.NOTHING
+    assert [line.split(" | ")[2:5] for line in tables.contrast().splitlines()[2:]] == [
+        ["nothing", "contrast", "0.900"], ["nothing", "plain", "0.900"],
+        ["the contrary", "contrast", "0.500"], ["the contrary", "plain", "0.500"],
+    ]  # fmt: skip
+    _, asked, bare, told, plain, _ = tables.answers().splitlines()[-1].strip("| ").split(" | ")
+    assert (asked, bare, told, plain) == ("Hm?", r"a\|b", "Please, do.", ("own" * 100)[: tables.SHOWN] + " …")
+    assert "polite" not in tables.effect() and "polite" not in tables.rules_in_all()
+
+
+def test_rules_are_pooled_by_how_often_they_apply() -> None:
     line = {"asked": "32", "bare": "0", "prompted": "0.5", "patched": "0.25", "kept": "16", "survival": "0.5"}
     never = {"asked": "4", "bare": "0", "prompted": "0", "patched": "1", "kept": "0", "survival": ""}
     assert tables.pooled([line, never]) == ["36", "0.00", "0.44", "0.33", "0.50 of 16"]

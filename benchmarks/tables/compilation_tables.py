@@ -32,6 +32,15 @@ def read(what: str = "", **fields: str) -> list[Row]:
     return list({tuple(row[name] for name in names): row for row in rows}.values())
 
 
+def first(**fields: str) -> Row:
+    """The row with the given fields; an empty one where there is none."""
+    return next(iter(read(**fields)), {})
+
+
+def shown(row: Row, name: str, digits: int = 3) -> str:
+    return f"{float(row[name]):.{digits}f}" if row.get(name) else "–"
+
+
 def table(head: Iterable[str], lines: Iterable[Iterable[str]]) -> str:
     lines = [list(line) for line in lines]
     return markdown(list(head), lines) if lines else NOTHING
@@ -44,10 +53,6 @@ def ordered(rows: Iterable[Row]) -> list[Row]:
 
 def name(row: Row) -> str:
     return row["prompt"] + (r" \*" if row["reserved"] == "True" else "")
-
-
-def recovered(row: Row) -> str:
-    return f"{float(row['recovered']):.3f}"
 
 
 def interval(row: Row) -> str:
@@ -65,13 +70,13 @@ def effect() -> str:
     """Each whole prompt: what is recovered, beside what is to be."""
     lines = []
     for row in prompts():
-        fits = read(model=row["model"], prompt=row["prompt"], cut="full", case="fit", patch="own")
+        fit = first(model=row["model"], prompt=row["prompt"], cut="full", case="fit", patch="own")
         least = next(least for most, least in WANTED if int(row["prompt_tokens"]) <= most)
         lines.append((
-            MODELS[row["model"]], name(row), row["prompt_tokens"], recovered(row), interval(row), f"{least:.2f}",
-            "yes" if float(row["recovered"]) >= least else "no", *(f"{float(row[of]):.3f}" for of in (
-                "kl_bare", "kl_patched", "same_bare", "same_patched")),
-            *(f"{float(fit[of]):.0f}" for fit in fits[:1] for of in ("seconds", "generation")),
+            MODELS[row["model"]], name(row), row["prompt_tokens"], shown(row, "recovered"), interval(row),
+            f"{least:.2f}", "yes" if float(row["recovered"]) >= least else "no",
+            *(shown(row, of) for of in ("kl_bare", "kl_patched", "same_bare", "same_patched")),
+            *(shown(fit, of, 0) for of in ("seconds", "generation")),
         ))  # fmt: skip
     head = (
         "model", "prompt", "tokens", "recovered", "95 % interval", "wanted", "met", "KL, bare", "KL, patched",
@@ -88,8 +93,8 @@ def lengths() -> str:
         rows = sorted(read(**of), key=lambda row: int(row["prompt_tokens"]))
         if len(rows) > 1:
             lines += [
-                (MODELS[row["model"]], name(row), row["prompt_tokens"], recovered(row), interval(row),
-                 f"{float(row['kl_bare']):.3f}", f"{float(row['kl_patched']):.3f}")
+                (MODELS[row["model"]], name(row), row["prompt_tokens"], shown(row, "recovered"), interval(row),
+                 shown(row, "kl_bare"), shown(row, "kl_patched"))
                 for row in rows
             ]  # fmt: skip
     return table(("model", "prompt", "tokens", "recovered", "95 % interval", "KL, bare", "KL, patched"), lines)
@@ -101,11 +106,10 @@ def situations() -> str:
     for whole in prompts():
         rows = {row["case"]: row for row in read(model=whole["model"], prompt=whole["prompt"], cut="full", patch="own")}
         cells = (
-            f"{recovered(rows[case])} ({float(rows[case]['kl_bare']):.2f})" if case in rows else "–"
+            f"{shown(rows[case], 'recovered')} ({shown(rows[case], 'kl_bare', 2)})" if case in rows else "–"
             for case in SITUATIONS
         )
-        drift = rows.get("ordinary text", {}).get("drift")
-        lines.append((MODELS[whole["model"]], name(whole), *cells, f"{float(drift):.3f}" if drift else "–"))
+        lines.append((MODELS[whole["model"]], name(whole), *cells, shown(rows.get("ordinary text", {}), "drift")))
     return table(("model", "prompt", *SITUATIONS, "drift"), lines)
 
 
@@ -152,6 +156,16 @@ def rules_in_all() -> str:
     return table(head, lines)
 
 
+def rules_by_situation() -> str:
+    """The survival of all rules of a prompt, in each situation."""
+    lines = []
+    for whole in prompts():
+        of = {"model": whole["model"], "prompt": whole["prompt"], "patch": "own"}
+        found = [read("_rules", case=case, **of) for case in SITUATIONS]
+        lines.append((MODELS[whole["model"]], name(whole), *(pooled(rows)[-1] if rows else "–" for rows in found)))
+    return table(("model", "prompt", *SITUATIONS), lines)
+
+
 def each_rule(model: str) -> str:
     """Every rule of the reserved prompts on one model."""
     lines = []
@@ -168,24 +182,28 @@ def sums() -> str:
     for whole in prompts():
         rows = read(model=whole["model"], prompt=whole["prompt"], cut="full", case="held-out")
         if len(rows) > 1:
-            lines += [(MODELS[row["model"]], name(row), row["patch"], recovered(row), interval(row)) for row in rows]
+            lines += [
+                (MODELS[row["model"]], name(row), row["patch"], shown(row, "recovered"), interval(row)) for row in rows
+            ]
     return table(("model", "prompt", "patches", "recovered", "95 % interval"), lines)
 
 
 def contrast() -> str:
     """The patch of an instruction, and that of it against its contrary."""
     lines = []
-    for row in read(patch="contrast") + [row for row in read(patch="own") if row["prompt"] == "polite"]:
-        if row["recovered"]:
-            drift = read(model=row["model"], prompt=row["prompt"], case="ordinary text", patch=row["patch"])
-            other = "nothing" if row["case"] == "held-out" else "the contrary"
-            lines.append((
-                MODELS[row["model"]], row["prompt"], {"own": "plain"}.get(row["patch"], row["patch"]), other,
-                recovered(row), interval(row), f"{float(row['kl_bare']):.3f}", f"{float(row['kl_patched']):.3f}",
-                *(f"{float(one['drift']):.3f}" for one in drift[:1]),
-            ))  # fmt: skip
-    head = ("model", "instruction", "patch", "the other side is told", "recovered", "95 % interval", "KL, unpatched",
-            "KL, patched", "drift")  # fmt: skip
+    for pair in {row["prompt"] for row in read(patch="contrast")}:
+        for row in read(prompt=pair):
+            if row["recovered"]:
+                text = first(model=row["model"], prompt=pair, case="ordinary text", patch=row["patch"])
+                lines.append((
+                    MODELS[row["model"]], pair, "nothing" if row["case"] == "held-out" else "the contrary",
+                    {"own": "plain"}.get(row["patch"], row["patch"]), shown(row, "recovered"), interval(row),
+                    shown(row, "kl_bare"), shown(row, "kl_patched"), shown(text, "drift"),
+                ))  # fmt: skip
+    head = (
+        "model", "instruction", "the other side is told", "patch", "recovered", "95 % interval", "KL, unpatched",
+        "KL, patched", "drift",
+    )  # fmt: skip
     return table(head, sorted(lines))
 
 
@@ -197,9 +215,8 @@ def answers() -> str:
         if sum(line[0] == MODELS[row["model"]] for line in lines) == SAMPLES:
             continue
         same = {name: row[name] for name in ("model", "prompt", "question")}
-        plain = read("_answers", patch="own", **of, **same)
-        texts = (row["bare"], row["prompted"], *(one["patched"] for one in plain[:1]), row["patched"])
-        lines.append((MODELS[row["model"]], row["question"], *map(cut, texts)))
+        texts = [row["bare"], row["prompted"], *(one["patched"] for one in read("_answers", patch="own", **of, **same))]
+        lines.append((MODELS[row["model"]], row["question"], *map(cut, [*texts, row["patched"]])))
     return table(("model", "asked", "bare", "told", "plain patch", "contrast patch"), lines)
 
 
@@ -215,6 +232,7 @@ COMPILATION: dict[str, Callable[[], str]] = {
     "compilation situations": situations,
     "compilation times": times,
     "compilation rules": rules_in_all,
+    "compilation rules by situation": rules_by_situation,
     "compilation each rule smol": partial(each_rule, "smol"),
     "compilation each rule qwen": partial(each_rule, "qwen"),
     "compilation sums": sums,
