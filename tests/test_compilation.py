@@ -84,7 +84,8 @@ def test_survival_is_the_share_of_what_the_prompted_model_keeps() -> None:
     assert (hi["bare"], hi["prompted"], hi["patched"]) == (0.3333, 0.6667, 0.6667)
     assert (why["asked"], why["kept"], why["survival"], why["low"] < 1) == (1, 1, 1.0, True)
     (never,) = rules.survival(found[:1], [{**rows[0], "prompted": "no"}])
-    assert (never["kept"], never["survival"]) == (0, "")
+    assert (never["kept"], never["survival"], never["gained_survival"]) == (0, "", "")
+    assert (hi["gained"], hi["gained_survival"]) == (1, 1.0)  # the bare model says hi at when
     assert list(rules.survival(found[1:], rows[1:])) == []
 
 
@@ -271,10 +272,13 @@ def test_tables_of_rules_and_of_the_pair(tmp_path: Path, monkeypatch: pytest.Mon
     compilation.write_rules(output)
     always, some = (line.split(" | ")[2:] for line in tables.rules_in_all().splitlines()[2:])
     # Three rules of two answers each: the welcome survives once, the limit twice, nobody wrote the wish.
-    assert always == ["for all inputs", "3", "6", "0.33", "0.67", "0.50", "0.75 of 4 |"]
-    assert some == ["for some inputs", "1", "1", "0.00", "1.00", "0.00", "0.00 of 1 |"]
-    assert tables.rules_by_situation().splitlines()[-1].endswith("| 0.60 of 5 | – | – | – | – | – |")
-    assert r"| ferry \* | begins with the welcome | 2 | 0.00 | 1.00 | 0.50 | 0.50 of 2 |" in tables.each_rule("qwen")
+    assert always == ["for all inputs", "3", "6", "0.33", "0.67", "0.50", "0.75 of 4", "0.50 of 2 |"]
+    assert some == ["for some inputs", "1", "1", "0.00", "1.00", "0.00", "0.00 of 1", "0.00 of 1 |"]
+    assert tables.rules_by_situation().splitlines()[-1].endswith("| 0.33 of 3 | – | – | – | – | – |")
+    assert (
+        r"| ferry \* | begins with the welcome | 2 | 0.00 | 1.00 | 0.50 | 0.50 of 2 | 0.50 of 2 |"
+        in tables.each_rule("qwen")
+    )
     assert tables.each_rule("smol") == tables.NOTHING
     assert [line.split(" | ")[2:5] for line in tables.contrast().splitlines()[2:]] == [
         ["nothing", "contrast", "0.900"], ["nothing", "plain", "0.900"],
@@ -286,7 +290,10 @@ def test_tables_of_rules_and_of_the_pair(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_rules_are_pooled_by_how_often_they_apply() -> None:
-    line = {"asked": "32", "bare": "0", "prompted": "0.5", "patched": "0.25", "kept": "16", "survival": "0.5"}
-    never = {"asked": "4", "bare": "0", "prompted": "0", "patched": "1", "kept": "0", "survival": ""}
-    assert tables.pooled([line, never]) == ["36", "0.00", "0.44", "0.33", "0.50 of 16"]
+    shares = {"bare": "0", "prompted": "0.5", "patched": "0.25"}
+    line = {"asked": "32", **shares, "kept": "16", "survival": "0.5", "gained": "6", "gained_survival": "0.5"}
+    other = {"asked": "32", **shares, "kept": "4", "survival": "1", "gained": "2", "gained_survival": "1"}
+    never = {"asked": "4", **shares, "prompted": "0", "kept": "0", "survival": "", "gained": "0", "gained_survival": ""}
+    assert tables.pooled([line, never]) == ["36", "0.00", "0.44", "0.25", "0.50 of 16", "0.50 of 6"]
+    assert tables.pooled([line, other])[-2:] == ["0.60 of 20", "0.62 of 8"]
     assert tables.pooled([never])[-1] == "–"

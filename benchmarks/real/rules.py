@@ -56,15 +56,20 @@ def survival(found: Sequence[Rule], answers: Sequence[dict[str, str]]) -> Iterat
     Yields:
         rule; asked, how many inputs it applies to; bare, prompted and patched, the shares of their answers that keep
         it; kept, on how many inputs the prompted one does; survival, on what share of those the patched one does too,
-        with its bootstrap interval low to high, empty where the prompted model never keeps the rule.
+        with its bootstrap interval low to high; gained, on how many of them the bare one does not; gained_survival, on
+        what share of these the patched one does. Shares of nothing are empty.
     """
     for rule in found:
         asked = [row for row in answers if rule.applies(row["question"])]
         if not asked:
             continue
         shares = {name: sum(rule.kept(row[name]) for row in asked) / len(asked) for name in MODELS}
-        kept = [float(rule.kept(row["patched"])) for row in asked if rule.kept(row["prompted"])]
-        line = {"rule": rule.name, "asked": len(asked), **{name: round(share, 4) for name, share in shares.items()}}
-        interval = mean_interval(kept, seed=0) if kept else ("", "", "")
-        figures = (figure if figure == "" else round(figure, 4) for figure in interval)
-        yield {**line, "kept": len(kept), **dict(zip(("survival", "low", "high"), figures, strict=True))}
+        kept = [row for row in asked if rule.kept(row["prompted"])]
+        gained = [row for row in kept if not rule.kept(row["bare"])]
+        survived, won = ([float(rule.kept(row["patched"])) for row in rows] for rows in (kept, gained))
+        interval = [round(figure, 4) for figure in mean_interval(survived, seed=0)] if survived else [""] * 3
+        yield {
+            "rule": rule.name, "asked": len(asked), **{name: round(share, 4) for name, share in shares.items()},
+            "kept": len(kept), **dict(zip(("survival", "low", "high"), interval, strict=True)),
+            "gained": len(gained), "gained_survival": round(sum(won) / len(won), 4) if won else "",
+        }  # fmt: skip

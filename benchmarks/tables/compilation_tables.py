@@ -135,11 +135,21 @@ def times() -> str:
 def pooled(rows: Iterable[Row]) -> list[str]:
     """Shares over rules and inputs; a rule counts as often as it applies."""
     rows = list(rows)
-    asked, kept = (sum(int(row[of]) for row in rows) for of in ("asked", "kept"))
+    asked = sum(int(row["asked"]) for row in rows)
     shares = [sum(float(row[of]) * int(row["asked"]) for row in rows) / asked for of in ("bare", "prompted", "patched")]
-    survived = sum(float(row["survival"]) * int(row["kept"]) for row in rows if row["kept"] != "0")
-    survival = f"{survived / kept:.2f} of {kept}" if kept else "–"
-    return [str(asked), *(f"{share:.2f}" for share in shares), survival]
+    return [str(asked), *(f"{share:.2f}" for share in shares), share_of(rows, "kept", "survival"), gained(rows)]
+
+
+def gained(rows: Iterable[Row]) -> str:
+    """The survival of what the bare model does not keep."""
+    return share_of(rows, "gained", "gained_survival")
+
+
+def share_of(rows: Iterable[Row], count: str, share: str) -> str:
+    """The mean of shares, each of a count of its own."""
+    found = [(int(row[count]), float(row[share])) for row in rows if row[count] != "0"]
+    total = sum(number for number, _ in found)
+    return f"{sum(number * value for number, value in found) / total:.2f} of {total}" if total else "–"
 
 
 def rules_in_all() -> str:
@@ -152,17 +162,28 @@ def rules_in_all() -> str:
         for kind, some in (("for all inputs", always), ("for some inputs", [row for row in rows if row not in always])):
             if some:
                 lines.append((MODELS[whole["model"]], name(whole), kind, str(len(some)), *pooled(some)))
-    head = ("model", "prompt", "rules", "how many", "times asked", "bare", "prompted", "patched", "survival")
+    head = (
+        "model",
+        "prompt",
+        "rules",
+        "how many",
+        "times asked",
+        "bare",
+        "prompted",
+        "patched",
+        "survival",
+        "where bare breaks it",
+    )
     return table(head, lines)
 
 
 def rules_by_situation() -> str:
-    """The survival of all rules of a prompt, in each situation."""
+    """The survival of all rules of a prompt that the bare model breaks, in each situation."""
     lines = []
     for whole in prompts():
         of = {"model": whole["model"], "prompt": whole["prompt"], "patch": "own"}
         found = [read("_rules", case=case, **of) for case in SITUATIONS]
-        lines.append((MODELS[whole["model"]], name(whole), *(pooled(rows)[-1] if rows else "–" for rows in found)))
+        lines.append((MODELS[whole["model"]], name(whole), *map(gained, found)))
     return table(("model", "prompt", *SITUATIONS), lines)
 
 
@@ -173,7 +194,8 @@ def each_rule(model: str) -> str:
         if whole["model"] == model and whole["reserved"] == "True":
             for row in read("_rules", model=model, prompt=whole["prompt"], case="held-out", patch="own"):
                 lines.append((name(whole), row["rule"], *pooled([row])))
-    return table(("prompt", "rule", "times asked", "bare", "prompted", "patched", "survival"), lines)
+    head = ("prompt", "rule", "times asked", "bare", "prompted", "patched", "survival", "where bare breaks it")
+    return table(head, lines)
 
 
 def sums() -> str:
