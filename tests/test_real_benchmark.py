@@ -180,7 +180,7 @@ def test_settings_are_python_values_or_texts() -> None:
 
 def test_tables_take_means_over_seeds_and_the_best_rate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(real_tables, "RESULTS", tmp_path)
-    results = run.Results(tmp_path / "real.csv")
+    results = run.Results(tmp_path / "real.csv", run.KEY, run.COLUMNS)
     row = {"model": "gemma", "task": "antonym", "kind": "word", "reserved": False, "seed": 0, "inputs": 32}
     patch = {**row, "method": "patch", "recipe": "default", "prompted": 0.8, "bare": 0, "generation": 1}
     results.add({**patch, "patched": 0.7, "recovered": 0.9, "seconds": 4})
@@ -287,7 +287,7 @@ def test_a_report_on_a_real_model_has_data_for_what_it_can(name: str) -> None:
 
 def test_the_tables_of_scaling_are_of_their_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two seconds for each row and each 1e9 parameters, and ten beside: the rate is two again, whatever the model."""
-    results = run.Results(tmp_path / "scaling.csv")
+    results = run.Results(tmp_path / "scaling.csv", run.KEY, run.COLUMNS)
     monkeypatch.setattr(scaling_tables, "RESULTS", tmp_path / "scaling.csv")
     for model, shape in scaling_tables.MEASURED.items():
         for count in (4, 32, 64):

@@ -79,6 +79,30 @@ def cost(device: torch.device) -> Iterator[Row]:
     row.update(seconds=round(time.perf_counter() - started, 2), peak_mib=round(peaks[1] - peaks[0]))
 
 
+def fitted(model: Any, tokenizer: Any, of: Task, inputs: int, options: dict[str, Any]) -> tuple[ThoughtPatch, Row]:
+    """The patch of a task's first inputs, of the prompt alone for 0, and what it cost; what is written is timed apart.
+
+    Args:
+        model: a transformers causal language model.
+        tokenizer: its tokenizer.
+        of: the task.
+        inputs: how many.
+        options: of transmute.
+    """
+    questions = [question for question, _ in of.inputs[:inputs]] or None
+    inputs_written, completions_written = Stopwatch(encoding.more_inputs), Stopwatch(encoding.completed)
+    with (
+        mock.patch("thought_kernels.fitting.prepared.more_inputs", inputs_written),
+        mock.patch("thought_kernels.fitting.prepared.completed", completions_written),
+        warnings.catch_warnings(),
+        cost(model.get_input_embeddings().weight.device) as found,
+    ):
+        warnings.filterwarnings("ignore", "transmute: .* completions did not end")  # and were cut, as held-out ones
+        patch = tk.transmute(model, tokenizer, of.instruction, questions, **options)
+    generation = inputs_written.seconds + completions_written.seconds
+    return patch, {**found, "seconds": round(found["seconds"] - generation, 2), "generation": round(generation, 2)}
+
+
 class Measurement:
     """A task on a model: the prompted and the bare model are asked once, then any number of changes of it.
 
@@ -104,21 +128,8 @@ class Measurement:
 
     def fit(self, inputs: int, recipe: dict[str, Any]) -> tuple[ThoughtPatch, Row]:
         """The patch of the first inputs by a recipe, of the prompt alone for 0; what is written is timed apart."""
-        questions = [question for question, _ in self._task.inputs[:inputs]] or None
-        inputs_written, completions_written = Stopwatch(encoding.more_inputs), Stopwatch(encoding.completed)
-        with (
-            mock.patch("thought_kernels.fitting.prepared.more_inputs", inputs_written),
-            mock.patch("thought_kernels.fitting.prepared.completed", completions_written),
-            warnings.catch_warnings(),
-            cost(self.device) as found,
-        ):
-            warnings.filterwarnings("ignore", "transmute: .* completions did not end")  # and were cut, as held-out ones
-            patch = tk.transmute(
-                self.model, self._tokenizer, self._task.instruction, questions,
-                **{"max_new_tokens": self._max_new_tokens, **self._options, **recipe},
-            )  # fmt: skip
-        generation = inputs_written.seconds + completions_written.seconds
-        return patch, {**found, "seconds": round(found["seconds"] - generation, 2), "generation": round(generation, 2)}
+        options = {"max_new_tokens": self._max_new_tokens, **self._options, **recipe}
+        return fitted(self.model, self._tokenizer, self._task, inputs, options)
 
     def patched(self, inputs: int, recipe: dict[str, Any]) -> Row:
         """What the patch of the first inputs does on held-out ones."""

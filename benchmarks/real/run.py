@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import ast
-import csv
 import datetime
 import sys
 from collections.abc import Iterable, Iterator
@@ -23,6 +22,7 @@ from typing import Any
 
 import torch
 from measure import Measurement, Row
+from results import Results
 from rivals import CHECKPOINTS, FITS, LORA, RATES, made, trained
 from tasks import Task, names, task
 from tqdm import tqdm
@@ -47,28 +47,6 @@ SHOWN = (
     "task", "seed", "inputs", "method", "rate", "steps", "prompted", "bare", "patched", "recovered", "fitted", "drift",
     "seconds", "generation", "peak_mib", "settings",
 )  # fmt: skip
-
-
-class Results:
-    """The results file: what it holds is not measured again, and each new row is written at once."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._held = set()
-        if path.exists():
-            with path.open(newline="") as file:
-                self._held = {tuple(row[name] for name in KEY) for row in csv.DictReader(file)}
-
-    def __contains__(self, row: Row) -> bool:
-        return tuple(str(row.get(name, "")) for name in KEY) in self._held
-
-    def add(self, row: Row) -> None:
-        new = not self._path.exists()
-        with self._path.open("a", newline="") as file:
-            writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-            if new:
-                writer.writeheader()
-            writer.writerow(row)
 
 
 def wanted(options: argparse.Namespace, model: str, of: Task, device: str) -> Iterator[Row]:
@@ -123,7 +101,7 @@ def chosen(options: argparse.Namespace, model: str) -> Iterator[Task]:
 
 def run(options: argparse.Namespace, name: str, path: str, tasks: Iterable[Task]) -> None:
     """Measures what is missing of one model."""
-    results, recipe, device = Results(options.output), parsed(options.recipe), device_name(options.device)
+    results, recipe, device = Results(options.output, KEY, COLUMNS), parsed(options.recipe), device_name(options.device)
     todo = []
     for of in tasks:
         rows = [row for row in wanted(options, name, of, device) if row not in results]

@@ -15,6 +15,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from compilation_tables import COMPILATION
 from cpu_tables import CPU_TABLES
 from demo_tables import DEMO
 from experiment_tables import EXPERIMENTS
@@ -39,6 +40,7 @@ DOCUMENTS = (
     "docs/experiments.md",
     "docs/spectral_models.md",
     "docs/real_models.md",
+    "docs/compilation.md",
     "docs/serving.md",
     "docs/report.md",
 )
@@ -50,6 +52,7 @@ TABLES: dict[str, Callable[[], str]] = {
     **EXPERIMENTS,
     **PUBLISHED,
     **REAL,
+    **COMPILATION,
     **SERVING,
     **PARETO,
     **TOY,

@@ -1,0 +1,263 @@
+"""The tables of docs/compilation.md, from the rows of real/compilation.py."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Callable, Iterable
+from functools import partial
+from pathlib import Path
+
+from markdown_table import markdown
+from real_tables import MODELS
+
+RESULTS = Path(__file__).resolve().parents[1] / "results"
+KEY = ("model", "prompt", "cut", "case", "patch")
+MEASURED = {"inputs": "32", "held_out": "32", "answer_tokens": "64"}
+WANTED = ((400, 0.90), (1000, 0.85))  # prompts of up to so many tokens, and what is to be recovered
+SITUATIONS = ("held-out", "turn 2", "turn 3", "other system message", "unrelated requests", "long inputs")
+SAMPLES, SHOWN = 3, 160  # answers, and characters of each
+NOTHING = "Not measured yet."
+
+Row = dict[str, str]
+
+
+def read(what: str = "", **fields: str) -> list[Row]:
+    """Rows of a file with the given fields; of rows that were written twice the later ones."""
+    path, wanted = RESULTS / f"compilation{what}.csv", MEASURED | fields
+    if not path.exists():
+        return []
+    with path.open(newline="", encoding="utf-8") as file:
+        rows = [row for row in csv.DictReader(file) if wanted.items() <= row.items()]
+    names = (*KEY, *({"_rules": ("rule",), "_answers": ("question",)}.get(what, ())))
+    return list({tuple(row[name] for name in names): row for row in rows}.values())
+
+
+def first(**fields: str) -> Row:
+    """The row with the given fields; an empty one where there is none."""
+    return next(iter(read(**fields)), {})
+
+
+def shown(row: Row, name: str, digits: int = 3) -> str:
+    return f"{float(row[name]):.{digits}f}" if row.get(name) else "–"
+
+
+def table(head: Iterable[str], lines: Iterable[Iterable[str]]) -> str:
+    lines = [list(line) for line in lines]
+    return markdown(list(head), lines) if lines else NOTHING
+
+
+def ordered(rows: Iterable[Row]) -> list[Row]:
+    """By model, shorter prompts first."""
+    return sorted(rows, key=lambda row: (list(MODELS).index(row["model"]), int(row["prompt_tokens"]), row["prompt"]))
+
+
+def name(row: Row) -> str:
+    return row["prompt"] + (r" \*" if row["reserved"] == "True" else "")
+
+
+def interval(row: Row) -> str:
+    return f"{float(row['low']):.3f} to {float(row['high']):.3f}"
+
+
+def prompts() -> list[Row]:
+    """The rows of whole prompts on held-out inputs, those of the contrast pair aside."""
+    rows = read(cut="full", case="held-out", patch="own")
+    pairs = {row["prompt"] for row in read(patch="contrast")}
+    return ordered(row for row in rows if row["prompt"] not in pairs)
+
+
+def effect() -> str:
+    """Each whole prompt: what is recovered, beside what is to be."""
+    lines = []
+    for row in prompts():
+        fit = first(model=row["model"], prompt=row["prompt"], cut="full", case="fit", patch="own")
+        least = next(least for most, least in WANTED if int(row["prompt_tokens"]) <= most)
+        lines.append((
+            MODELS[row["model"]], name(row), row["prompt_tokens"], shown(row, "recovered"), interval(row),
+            f"{least:.2f}", "yes" if float(row["recovered"]) >= least else "no",
+            *(shown(row, of) for of in ("kl_bare", "kl_patched", "same_bare", "same_patched")),
+            *(shown(fit, of, 0) for of in ("seconds", "generation")),
+        ))  # fmt: skip
+    head = (
+        "model", "prompt", "tokens", "recovered", "95 % interval", "wanted", "met", "KL, bare", "KL, patched",
+        "same token, bare", "same token, patched", "seconds", "writing",
+    )  # fmt: skip
+    return table(head, lines)
+
+
+def lengths() -> str:
+    """Beginnings of the prompts."""
+    lines = []
+    for whole in prompts():
+        of = {"model": whole["model"], "prompt": whole["prompt"], "case": "held-out", "patch": "own"}
+        rows = sorted(read(**of), key=lambda row: int(row["prompt_tokens"]))
+        if len(rows) > 1:
+            lines += [
+                (MODELS[row["model"]], name(row), row["prompt_tokens"], shown(row, "recovered"), interval(row),
+                 shown(row, "kl_bare"), shown(row, "kl_patched"))
+                for row in rows
+            ]  # fmt: skip
+    return table(("model", "prompt", "tokens", "recovered", "95 % interval", "KL, bare", "KL, patched"), lines)
+
+
+def situations() -> str:
+    """What is recovered in each situation, with KL(prompted ‖ bare) a token, and drift."""
+    lines = []
+    for whole in prompts():
+        rows = {row["case"]: row for row in read(model=whole["model"], prompt=whole["prompt"], cut="full", patch="own")}
+        cells = (
+            f"{shown(rows[case], 'recovered')} ({shown(rows[case], 'kl_bare', 2)})" if case in rows else "–"
+            for case in SITUATIONS
+        )
+        lines.append((MODELS[whole["model"]], name(whole), *cells, shown(rows.get("ordinary text", {}), "drift")))
+    return table(("model", "prompt", *SITUATIONS, "drift"), lines)
+
+
+def times() -> str:
+    """Tokens and milliseconds of a request."""
+    lines = []
+    for row in ordered(read(case="times")):
+        told, bare = (float(row[f"tokens_{of}"]) for of in ("prompted", "bare"))
+        read_ms = [float(row[f"prefill_{of}_ms"]) for of in ("prompted", "cached", "bare")]
+        token_ms = [float(row[f"token_{of}_ms"]) for of in ("prompted", "bare")]
+        lines.append((
+            MODELS[row["model"]], name(row), f"{told:.0f}", f"{bare:.0f}", *(f"{ms:.0f}" for ms in read_ms),
+            f"{1 - read_ms[2] / read_ms[0]:.0%}", *(f"{ms:.1f}" for ms in token_ms),
+            f"{1 - token_ms[1] / token_ms[0]:.0%}",
+        ))  # fmt: skip
+    head = (
+        "model", "prompt", "tokens, prompted", "patched", "ms to the first token, prompted", "prompt kept in a cache",
+        "patched", "saved", "ms a later token, prompted", "patched", "saved",
+    )  # fmt: skip
+    return table(head, lines)
+
+
+def pooled(rows: Iterable[Row]) -> list[str]:
+    """Shares over rules and inputs; a rule counts as often as it applies."""
+    rows = list(rows)
+    asked = sum(int(row["asked"]) for row in rows)
+    shares = [sum(float(row[of]) * int(row["asked"]) for row in rows) / asked for of in ("bare", "prompted", "patched")]
+    return [str(asked), *(f"{share:.2f}" for share in shares), share_of(rows, "kept", "survival"), gained(rows)]
+
+
+def gained(rows: Iterable[Row]) -> str:
+    """The survival of what the bare model does not keep."""
+    return share_of(rows, "gained", "gained_survival")
+
+
+def share_of(rows: Iterable[Row], count: str, share: str) -> str:
+    """The mean of shares, each of a count of its own."""
+    found = [(int(row[count]), float(row[share])) for row in rows if row[count] != "0"]
+    total = sum(number for number, _ in found)
+    return f"{sum(number * value for number, value in found) / total:.2f} of {total}" if total else "–"
+
+
+def rules_in_all() -> str:
+    """The rules of each prompt taken together: those that hold always, and those for some inputs."""
+    lines = []
+    for whole in prompts():
+        of = {"model": whole["model"], "prompt": whole["prompt"], "case": "held-out", "patch": "own"}
+        rows = read("_rules", **of)
+        always = [row for row in rows if row["asked"] == whole["chats"]]
+        for kind, some in (("for all inputs", always), ("for some inputs", [row for row in rows if row not in always])):
+            if some:
+                lines.append((MODELS[whole["model"]], name(whole), kind, str(len(some)), *pooled(some)))
+    head = (
+        "model",
+        "prompt",
+        "rules",
+        "how many",
+        "times asked",
+        "bare",
+        "prompted",
+        "patched",
+        "survival",
+        "where bare breaks it",
+    )
+    return table(head, lines)
+
+
+def rules_by_situation() -> str:
+    """The survival of all rules of a prompt that the bare model breaks, in each situation."""
+    lines = []
+    for whole in prompts():
+        of = {"model": whole["model"], "prompt": whole["prompt"], "patch": "own"}
+        found = [read("_rules", case=case, **of) for case in SITUATIONS]
+        lines.append((MODELS[whole["model"]], name(whole), *map(gained, found)))
+    return table(("model", "prompt", *SITUATIONS), lines)
+
+
+def each_rule(model: str) -> str:
+    """Every rule of the reserved prompts on one model."""
+    lines = []
+    for whole in prompts():
+        if whole["model"] == model and whole["reserved"] == "True":
+            for row in read("_rules", model=model, prompt=whole["prompt"], case="held-out", patch="own"):
+                lines.append((name(whole), row["rule"], *pooled([row])))
+    head = ("prompt", "rule", "times asked", "bare", "prompted", "patched", "survival", "where bare breaks it")
+    return table(head, lines)
+
+
+def sums() -> str:
+    """Patches of several prompts in one model, each on its own held-out inputs."""
+    lines = []
+    for whole in prompts():
+        rows = read(model=whole["model"], prompt=whole["prompt"], cut="full", case="held-out")
+        if len(rows) > 1:
+            lines += [
+                (MODELS[row["model"]], name(row), row["patch"], shown(row, "recovered"), interval(row)) for row in rows
+            ]
+    return table(("model", "prompt", "patches", "recovered", "95 % interval"), lines)
+
+
+def contrast() -> str:
+    """The patch of an instruction, and that of it against its contrary."""
+    lines = []
+    for pair in {row["prompt"] for row in read(patch="contrast")}:
+        for row in read(prompt=pair):
+            if row["recovered"]:
+                text = first(model=row["model"], prompt=pair, case="ordinary text", patch=row["patch"])
+                lines.append((
+                    MODELS[row["model"]], pair, "nothing" if row["case"] == "held-out" else "the contrary",
+                    {"own": "plain"}.get(row["patch"], row["patch"]), shown(row, "recovered"), interval(row),
+                    shown(row, "kl_bare"), shown(row, "kl_patched"), shown(text, "drift"),
+                ))  # fmt: skip
+    head = (
+        "model", "instruction", "the other side is told", "patch", "recovered", "95 % interval", "KL, unpatched",
+        "KL, patched", "drift",
+    )  # fmt: skip
+    return table(head, sorted(lines))
+
+
+def answers() -> str:
+    """A few answers of each side of the contrast pair."""
+    lines = []
+    of = {"case": "held-out", "cut": "full"}
+    for row in read("_answers", patch="contrast", **of):
+        if sum(line[0] == MODELS[row["model"]] for line in lines) == SAMPLES:
+            continue
+        same = {name: row[name] for name in ("model", "prompt", "question")}
+        texts = [row["bare"], row["prompted"], *(one["patched"] for one in read("_answers", patch="own", **of, **same))]
+        lines.append((MODELS[row["model"]], row["question"], *map(cut, [*texts, row["patched"]])))
+    return table(("model", "asked", "bare", "told", "plain patch", "contrast patch"), lines)
+
+
+def cut(text: str) -> str:
+    """The beginning of an answer on one line of a table."""
+    line = " ".join(text.split()).replace("|", r"\|")
+    return line if len(line) <= SHOWN else f"{line[:SHOWN]} …"
+
+
+COMPILATION: dict[str, Callable[[], str]] = {
+    "compilation effect": effect,
+    "compilation lengths": lengths,
+    "compilation situations": situations,
+    "compilation times": times,
+    "compilation rules": rules_in_all,
+    "compilation rules by situation": rules_by_situation,
+    "compilation each rule smol": partial(each_rule, "smol"),
+    "compilation each rule qwen": partial(each_rule, "qwen"),
+    "compilation sums": sums,
+    "compilation contrast": contrast,
+    "compilation answers": answers,
+}
