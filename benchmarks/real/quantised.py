@@ -5,9 +5,9 @@
 
 The argument is a name for the rows, the model (benchmarks/real/pretrained.py fetches it, or a folder of float32
 weights) and a task. transformers quantises the linear modules as it loads them. `recovered` is
-1 − Σ KL(prompted ‖ patched) / Σ KL(prompted ‖ bare) of one quantised model, for the patch that was fitted to it, and for
-the one that was fitted to the float32 weights. `kl_quantised` is how far quantising alone moves the prompted model from the
-float32 one, in nats a token.
+1 − Σ KL(prompted ‖ patched) / Σ KL(prompted ‖ bare) of one quantised model, for the patch that was fitted to it, and
+for the one that was fitted to the float32 weights. `kl_quantised` is how far quantising alone moves the prompted model
+from the float32 one, in nats a token.
 """
 
 from __future__ import annotations
@@ -47,10 +47,16 @@ def _torchao(name: str, **options: Any) -> Any:
     return TorchAoConfig(getattr(torchao.quantization, name)(**options))
 
 
+def _torchao_four_bits() -> Any:
+    from torchao.quantization.granularity import PerGroup
+
+    return _torchao("IntxWeightOnlyConfig", weight_dtype=torch.int4, granularity=PerGroup(32))
+
+
 WEIGHTS: dict[str, Callable[[], Any]] = {
     "float32": lambda: None,
     "torchao, 8 bits": lambda: _torchao("Int8WeightOnlyConfig"),
-    "torchao, 4 bits": lambda: _torchao("IntxWeightOnlyConfig", weight_dtype=torch.int4),
+    "torchao, 4 bits": _torchao_four_bits,
     "bitsandbytes, 8 bits": lambda: BitsAndBytesConfig(load_in_8bit=True),
     "bitsandbytes, 4 bits": lambda: BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4"),
 }
