@@ -1,4 +1,4 @@
-"""Patches on models that share modules between blocks, are wrapped, copied, quantised, or run again in backward."""
+"""Patches on models that share modules between blocks, are wrapped, copied, or run again in backward."""
 
 from __future__ import annotations
 
@@ -22,7 +22,6 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 import thought_kernels as tk
 from thought_kernels.models import describe
 from thought_kernels.patches.patch import ThoughtPatch
-from thought_kernels.spectral import diagnose
 
 IDS = token_ids()
 
@@ -192,19 +191,6 @@ def test_checkpoints_that_begin_after_the_patch_are_noticed_once(
     told = [warning for warning in caught if str(warning.message).startswith("applied: ")]
     assert [warning.filename for warning in told] == [__file__]
     assert "call backward before the patch is removed" in str(told[0].message)
-
-
-@pytest.mark.filterwarnings("ignore:.*torch.ao.quantization:DeprecationWarning")
-def test_a_dynamically_quantised_model_is_not_exported(tmp_path: Path) -> None:
-    model = torch.ao.quantization.quantize_dynamic(tiny_gemma3(), {nn.Linear})
-    patch = random_patch(sites=["attention"], vectors=False)
-    with pytest.raises(ValueError, match="^export_peft: o_proj must have weights as parameters, got torch.*Linear; "):
-        patch.export_peft(tmp_path / "folder", model)
-    assert not (tmp_path / "folder").exists()
-    with pytest.raises(ValueError, match="^diagnose: model must have plain floating weights, .* no weight at o_"):
-        diagnose(patch, model)
-    with pytest.raises(ValueError, match="^merge_: o_proj must be a torch.nn.Linear, got torch.*Linear; "):
-        patch.merge_(model)
 
 
 @pytest.mark.parametrize(

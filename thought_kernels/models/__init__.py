@@ -6,6 +6,7 @@
     block      Block: the arithmetic between the sites that patches act on (no architecture named)
     norm       RMSNorm and LayerNorm, and their change in difference form
     linear     weights of linear modules, and which library forms their float32 products on a CPU
+    quantised  weights of quantised modules as the numbers that they stand for
     load       a model and its tokenizer from a folder, the hub or a GGUF file
     undisturbed  dropout, autocast and the package's own attention off while activations are compared
 

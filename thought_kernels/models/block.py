@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from thought_kernels.models.families import Family
 from thought_kernels.models.linear import OneDNNLinear, input_width
 from thought_kernels.models.norm import Norm, hooked, wide
+from thought_kernels.models.quantised import unpacks
 
 
 @dataclass(frozen=True, eq=False)
@@ -287,9 +288,16 @@ class Block:
 
 
 def _called(module: nn.Module, rows: Tensor) -> Tensor:
-    """The module's output in the rows' dtype, hooks included: narrower weights are widened for the call."""
+    """The module's output in the rows' dtype, hooks included: narrower weights are widened for the call.
+
+    Those that unpack themselves are unpacked: not all of them multiply rows of another dtype, or can be converted.
+    """
     narrow = (torch.float16, torch.bfloat16)
     if rows.dtype in narrow:
         return module(rows)
-    widened = {name: weight.to(rows.dtype) for name, weight in module.named_parameters() if weight.dtype in narrow}
+    widened = {
+        name: (weight.dequantize() if unpacks(weight) else weight).to(rows.dtype)
+        for name, weight in module.named_parameters()
+        if weight.dtype in narrow
+    }
     return torch.func.functional_call(module, widened, (rows,)) if widened else module(rows)

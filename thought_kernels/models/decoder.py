@@ -145,8 +145,10 @@ class Decoder:
                 f"logits: model must have a language-model head, got {type(self.model).__name__}; "
                 "load it as a causal language model"
             )
+        x = self.final_norm(x)
         with OneDNNLinear():
-            logits = self.lm_head(self.final_norm(x).to(self.lm_head.weight.device))
+            # A head that torch has quantised has no parameters, and is where the norm before it is.
+            logits = self.lm_head(x.to(next(self.lm_head.parameters(), x).device))
         if self.logit_divisor != 1:
             logits = logits / self.logit_divisor
         if self.logit_softcap is None:

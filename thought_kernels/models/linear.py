@@ -41,6 +41,12 @@ def linear_weight(module: Any) -> Tensor:
     return module.weight.T if is_transposed(module) else module.weight
 
 
+def bias_of(module: Any) -> Tensor | None:
+    """b [d_out] of a linear module, None where it has none. Those that torch has quantised have a method for it."""
+    bias = getattr(module, "bias", None)
+    return bias() if callable(bias) else bias
+
+
 def input_width(module: Any) -> int:
     """d_in of a linear module, quantised and wrapped ones included."""
     return module.nx if is_transposed(module) else module.in_features

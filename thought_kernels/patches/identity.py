@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from thought_kernels.models import describe
-from thought_kernels.models.linear import is_plain, linear_weight
+from thought_kernels.models.quantised import weight_of
+from thought_kernels.models.undisturbed import undisturbed
 from thought_kernels.ops.caller import warn
 from thought_kernels.patches.apply import targets
 from thought_kernels.patches.data import PatchData
@@ -41,7 +42,8 @@ def identity(model: Any, tokenizer: Any = None) -> dict[str, Any]:
 
     Returns:
         {"config": {field: value}, "weights": {name: {"sha256", "as_float16", "numbers"}}, "tokenizer": {"vocabulary",
-        "template"}}, JSON values only. Weights that are packed or elsewhere are not among them.
+        "template"}}, JSON values only. Quantised weights are told by the numbers that they stand for; those
+        that are elsewhere are not among them.
     """
     decoder = describe(model)
     config = json.loads(json.dumps(decoder.config.to_dict(), default=str))
@@ -134,16 +136,16 @@ def _of_tokenizer(recorded: Mapping[str, Any], found: Mapping[str, Any]) -> Iter
 
 
 def _weights(decoder: Any) -> Iterator[tuple[str, Tensor]]:
-    """The embedding, and what is patched in the first, a middle and the last block, where it is plain numbers."""
+    """The embedding as it is, and W [d_out, d_in] of what is patched in the first, a middle and the last block."""
     named = [("embedding", decoder.embed_tokens)]
     for index in sorted({0, len(decoder.blocks) // 2, len(decoder.blocks) - 1}):
         block = decoder.blocks[index]
         named += [(f"block {index}, attention", block.o_proj), (f"block {index}, down", block.down_proj)]
     for name, module in named:
-        weight: Any = getattr(module, "weight", None)
-        if is_plain(weight) and weight.dim() == 2:
-            # Of an embedding as it is; of a linear module as [d_out, d_in], however it is kept.
-            yield name, weight if name == "embedding" else linear_weight(module)
+        with undisturbed(decoder.model):
+            weight = weight_of(module, decoder.dtype, decoder.device)
+        if weight is not None and weight.dim() == 2:
+            yield name, weight
 
 
 @torch.no_grad()

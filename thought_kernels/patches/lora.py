@@ -17,8 +17,9 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from thought_kernels.models import describe, in_memory
+from thought_kernels.models import in_memory
 from thought_kernels.models.linear import input_width, is_transposed, linear_weight
+from thought_kernels.models.quantised import called_weight, dequantised
 from thought_kernels.models.undisturbed import undisturbed
 from thought_kernels.patches.data import PatchData
 from thought_kernels.patches.site import SitePatch, is_finite
@@ -121,7 +122,7 @@ class Lora:
 
     Raises:
         ValueError: a bad rank or energy, a patch that does not fit the model, a loss that is not accepted, modules
-            without weights or with two names, NaN, or nothing to carry.
+            with two names, NaN, or nothing to carry.
     """
 
     def __init__(
@@ -136,15 +137,13 @@ class Lora:
         progress: bool,
     ) -> None:
         accepted.check(function)
-        self.root: Any = in_memory(function, model).model
-        self._function, self._dtype = function, describe(model).dtype
+        self._decoder, self._function = in_memory(function, model), function
+        self.root: Any = self._decoder.model
         self._names = {id(module): name for name, module in self.root.named_modules()}
         # All refusals come before the first decomposition.
         planned, self.dropped = placed(
             function, patch, model, instead=instead, fold=accepted.fold, drop=accepted.drop, biases=biases
         )
-        for part in planned:
-            _check_weights(function, part)
         _check_one_name(function, self.root, planned)
         self.factors: dict[str, Factors] = {}
         self.carried: dict[tuple[int, str], SitePatch] = {}
@@ -213,9 +212,9 @@ class Lora:
 
         W is the module's weight, 1 where there is no module.
         """
-        kept = torch.float64 if self._dtype == torch.float64 else torch.float32
+        kept = torch.float64 if self._decoder.dtype == torch.float64 else torch.float32
         columns = left if bias is None else torch.cat([left, bias.to(left)[:, None]], dim=1)
-        product = (columns if module is None else _times_weight(module, columns, self._dtype)).to("cpu", kept)
+        product = (columns if module is None else self._times_weight(module, columns)).to("cpu", kept)
         if not is_finite(product):
             raise ValueError(
                 f"{self._function}: {name} must have finite weights that fit {kept}, got NaN or an infinity"
@@ -223,16 +222,14 @@ class Lora:
         extra = None if bias is None else product[:, -1].contiguous()
         return Factors(right.T.to("cpu", kept).contiguous(), product[:, : left.shape[1]].contiguous(), extra)
 
-
-def _check_weights(function: str, part: Placed) -> None:
-    """Raises unless what B = W U is made of are weights: such modules quantise what they multiply, U too."""
-    for module, name in zip(part.modules, part.names, strict=True):
-        if part.key[1] != "down" and next(module.parameters(), None) is None:
-            raise ValueError(
-                f"{function}: {name} must have weights as parameters, got "
-                f"{type(module).__module__}.{type(module).__name__}; block {part.key[0]}, site {part.key[1]!r}: export "
-                "for the model before it was quantised"
-            )
+    def _times_weight(self, module: nn.Module, columns: Tensor) -> Tensor:
+        """W times columns [d, k], in float64; modules that wrap others are asked for W themselves."""
+        weight = _weight(module)
+        if weight is None:
+            with undisturbed(self.root):
+                weight = called_weight(module, len(columns), self._decoder.dtype, self._decoder.device)
+        columns = columns.to(weight.device)
+        return torch.cat([chunk.double() @ columns for chunk in weight.split(_ROWS_PER_CHUNK)])
 
 
 def _check_one_name(function: str, root: nn.Module, planned: list[Placed]) -> None:
@@ -272,15 +269,10 @@ def _decomposed(whole: SitePatch, stored: SitePatch, accepted: Accepted) -> tupl
     return u[:, :kept] * s[:kept], v[:, :kept].contiguous(), lost
 
 
-@torch.no_grad()
-def _times_weight(module: nn.Module, columns: Tensor, dtype: torch.dtype) -> Tensor:
-    """W times columns [d, k], in float64 for plain weights; other modules (quantised, wrapped) are asked themselves."""
-    weight = linear_weight(module) if type(module) is nn.Linear or is_transposed(module) else None
-    if weight is not None and weight.is_floating_point() and not weight.is_meta:
-        columns = columns.to(weight.device)
-        rows = [chunk.double() @ columns for chunk in weight.detach().split(_ROWS_PER_CHUNK)]
-        return torch.cat(rows)
-    device = next(module.parameters()).device
-    inputs = columns.T.to(device, dtype)
-    with undisturbed(module):
-        return (module(inputs) - module(torch.zeros_like(inputs[:1]))).T.double()
+def _weight(module: Any) -> Tensor | None:
+    """W [d_out, d_in] of a linear module that holds it, quantised ones included; None of what wraps another module."""
+    if type(module) is nn.Linear or is_transposed(module):
+        weight = linear_weight(module)
+        if type(weight.data) is Tensor and weight.is_floating_point() and not weight.is_meta:
+            return weight.detach()
+    return dequantised(module) if "weight" in module._parameters or callable(getattr(module, "weight", None)) else None

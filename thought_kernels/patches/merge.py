@@ -193,7 +193,7 @@ def _plain_linear(function: str, module: Any, name: str, width: int | None, wher
     if not is_linear(module):
         raise ValueError(
             f"{function}: {name} must be a torch.nn.Linear, got {type(module).__module__}.{type(module).__name__}; "
-            f"{where}: use applied"
+            f"{where}: use applied, or export a LoRA"
         )
     for parameter in (module.weight, module.bias):
         if parameter is None:
@@ -201,7 +201,8 @@ def _plain_linear(function: str, module: Any, name: str, width: int | None, wher
         if type(parameter) is not nn.Parameter or not is_plain(parameter):
             raise ValueError(
                 f"{function}: {name} must have plain floating weights, got {type(parameter.data).__name__} of "
-                f"{parameter.dtype} on {parameter.device}; {where}: quantised weights are never written, use applied"
+                f"{parameter.dtype} on {parameter.device}; {where}: quantised weights are never written, use applied, "
+                "or export a LoRA"
             )
     found = linear_weight(module).shape[1]
     if width not in (None, found):

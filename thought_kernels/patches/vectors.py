@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from thought_kernels.models.linear import bias_of
 from thought_kernels.patches.apply import check_unshared, targets
 from thought_kernels.patches.data import PatchData
 from thought_kernels.patches.site import SitePatch
@@ -79,7 +80,7 @@ def placed(
     dropped += without
     for key, (entry, block) in entries.items():
         names, modules = _modules(key[1], block)
-        biased = biases and all(getattr(module, "bias", None) is not None for module in modules)
+        biased = biases and all(bias_of(module) is not None for module in modules)
         is_zero = entry.vector is None or not entry.vector.any()
         folds = not is_zero and not biased
         refusal = _why_not_folded(function, key, entry, fold, instead) if folds else ""
@@ -145,7 +146,7 @@ def obstacle_behind_down(block: Any) -> str:
 def _no_bias(block: Any, biases: bool) -> str:
     if not biases:
         return "the format has no biases"
-    return "" if getattr(block.down_proj, "bias", None) is not None else f"{block.parts.down_proj} has no bias"
+    return "" if bias_of(block.down_proj) is not None else f"{block.parts.down_proj} has no bias"
 
 
 def _why_not_folded(function: str, key: tuple[int, str], entry: SitePatch, fold: bool, instead: str) -> str:

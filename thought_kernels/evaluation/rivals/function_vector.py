@@ -18,7 +18,8 @@ from thought_kernels.evaluation.rivals.steering import ANSWER, steered
 from thought_kernels.generation.prefix import cache_of
 from thought_kernels.models import describe
 from thought_kernels.models.decoder import Block, Decoder
-from thought_kernels.models.linear import linear_weight
+from thought_kernels.models.linear import bias_of
+from thought_kernels.models.quantised import weight_of
 from thought_kernels.models.undisturbed import undisturbed
 from thought_kernels.prompts.prompt import EncodedExample, Instruction
 
@@ -183,7 +184,10 @@ def function_vector(model: Any, rows: Rows) -> tuple[Tensor, list[Head]]:
 def _written_by(decoder: Decoder, means: dict[int, Tensor], layer: int, head: int) -> Tensor:
     """What one head's mean output adds to the residual stream, the post-attention norm's scale taken as at the mean."""
     block = decoder.blocks[layer]
-    weight = linear_weight(block.o_proj).float().cpu()
+    found = weight_of(block.o_proj, decoder.dtype, block.device)
+    if found is None:
+        raise ValueError(f"function_vector: o_proj must have its weights in memory, got others; block {layer}")
+    weight = found.float().cpu()
     part = slice(head * block.head_dim, (head + 1) * block.head_dim)
     mean = means[layer].cpu()
     written = block.residual_multiplier * (weight[:, part] @ mean[part])
@@ -191,7 +195,7 @@ def _written_by(decoder: Decoder, means: dict[int, Tensor], layer: int, head: in
     if norm is None:
         return written
     whole = weight @ mean
-    bias: Any = block.o_proj.bias
+    bias = bias_of(block.o_proj)
     whole = whole if bias is None else whole + bias.float().cpu()
     scale = norm.weight_offset + norm.module.weight.float().cpu()
     return written * torch.rsqrt(whole.square().mean() + norm.eps) * scale
