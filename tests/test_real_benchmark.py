@@ -316,8 +316,9 @@ def test_parameters_are_those_of_the_model() -> None:
     )  # fmt: skip
     linear = [module for module in model.model.layers.modules() if isinstance(module, torch.nn.Linear)]
     assert shape.parameters == sum(module.weight.numel() for module in linear)
-    named = [module for name, module in model.model.named_modules() if name.endswith(("o_proj", "down_proj"))]
-    assert shape.patch == sum(module.weight.numel() for module in named)
+    examples = [{"prompt": "8 76", "completion": "x=2 ok"}]
+    patch = tk.transmute(tiny_gemma3(0, torch.float32, vocab_size=len(TOKENIZER)), TOKENIZER, "Sum", examples)
+    assert shape.patch == sum(entry.dense().numel() for entry in patch.entries.values())
 
 
 def test_many_gpus_share_rows_and_each_solves() -> None:

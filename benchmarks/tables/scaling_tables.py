@@ -35,8 +35,8 @@ class Shape:
 
     @property
     def patch(self) -> int:
-        """Numbers of a patch of o_proj and down_proj."""
-        return self.blocks * self.hidden * (self.heads + self.mlp)
+        """Numbers of a dense patch: Δ between heads, and that of down_proj."""
+        return self.blocks * (self.heads**2 + self.hidden * self.mlp)
 
 
 MEASURED = {
@@ -116,21 +116,22 @@ def sizes() -> str:
 FORWARD, SUMS, SOLVE = 0.4 * 989e12, 0.6 * 67e12, 0.4 * 67e12
 BANDWIDTH = {1: math.inf, 8: 300e9, 64: 40e9}  # bytes a second of a ring within a machine, and between machines
 LATENCY = 1e-4  # seconds of one all-reduce
-FORWARDS = 3.3  # of the examples' tokens that a fit is worth, without its sums: bench_fit.py counts them
+FORWARDS = 2.4  # of the rows' tokens: two streams, and each block's patches; bench_fit.py counts and measures them
 ROWS, TOKENS = 32_768, 64
 
 
 def predicted(shape: Shape, gpus: int) -> dict[str, float]:
     """Seconds of a sequential fit's parts on so many GPUs: rows are shared, sums added, and every GPU solves."""
     tokens = ROWS * TOKENS / gpus
-    sides = (shape.heads, shape.mlp)  # of o_proj's and down_proj's inputs
-    numbers = sum(side * (side + shape.hidden) for side in sides) * shape.blocks
+    sites = ((shape.heads, shape.heads), (shape.mlp, shape.hidden))  # widths of a and δ
+    sums = shape.blocks * sum(a * (a + 2 * d) for a, d in sites)  # of one token; half of Z, which is symmetric, and C
+    numbers = shape.blocks * sum(a * (a + d) for a, d in sites)
     return {
         "forwards": FORWARDS * 2 * shape.parameters * tokens / FORWARD,
-        "sums": 2 * numbers * tokens / SUMS,
+        "sums": sums * tokens / SUMS,
         "all-reduce": 0.0 if gpus == 1 else
         2 * (gpus - 1) / gpus * 4 * numbers / BANDWIDTH[gpus] + 2 * shape.blocks * LATENCY,
-        "solve": shape.blocks * sum(side**3 / 3 + 2 * side**2 * shape.hidden for side in sides) / SOLVE,
+        "solve": shape.blocks * sum(a**3 / 3 + 2 * d * a**2 for a, d in sites) / SOLVE,
     }  # fmt: skip
 
 

@@ -24,6 +24,7 @@ from pareto_tables import PARETO
 from published_tables import PUBLISHED
 from real_picture import PICTURE, draw, is_current
 from real_tables import REAL
+from scaling_tables import SCALING
 from serving_tables import SERVING
 from toy_tables import TOY
 
@@ -55,6 +56,7 @@ TABLES: dict[str, Callable[[], str]] = {
     **COMPILATION,
     **SERVING,
     **PARETO,
+    **SCALING,
     **TOY,
     **INSPECT,
 }
