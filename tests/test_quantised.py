@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import accelerate
 import pytest
 import torch
 from families import tiny
@@ -24,6 +25,7 @@ from transformers import AutoModelForCausalLM
 import thought_kernels as tk
 from thought_kernels.demo import CHECKPOINT
 from thought_kernels.evaluation.rivals.function_vector import _written_by
+from thought_kernels.fitting.checkpoint import run_key
 from thought_kernels.models import describe
 from thought_kernels.models.linear import bias_of
 from thought_kernels.models.quantised import called_weight, dequantised, weight_of
@@ -298,3 +300,50 @@ def test_quantised_by_a_library(name: str, tmp_path: Path) -> None:
     fresh = AutoModelForCausalLM.from_pretrained(CHECKPOINT, **options)
     adapted = logits(peft.PeftModel.from_pretrained(fresh, tmp_path / "lora").eval(), ids)
     assert largest(adapted - wanted) <= max(error, 1e-4) * largest(wanted)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
+def test_another_quantised_model_has_another_checkpoint() -> None:
+    """Modules that torch has quantised have no parameters, and packed weights no bits to sum."""
+    model = tiny_gemma3(dtype=torch.float32, vocab_size=len(WORDS))
+    other = copy.deepcopy(model)
+    other.model.layers[1].self_attn.o_proj.weight.data.mul_(-1)
+    for quantise in (dynamically, packed):
+        keys = [run_key(quantise(copy.deepcopy(one)), {}) for one in (model, other, model)]
+        assert keys[0] == keys[2] != keys[1]
+
+
+def dynamically(model: Any) -> Any:
+    return torch.ao.quantization.quantize_dynamic(model, {nn.Linear}, dtype=torch.qint8)
+
+
+def packed(model: Any) -> Any:
+    for _, _, module in linears(model):
+        module.weight = nn.Parameter(module.weight.data.as_subclass(Packed), requires_grad=False)
+    return model
+
+
+def test_weights_that_are_elsewhere_are_not_read() -> None:
+    """Offloaded, sharded, or in an adapter's wrapper: left out of an identity, and no reason to fail."""
+
+    class Own(nn.Linear):
+        pass
+
+    own = Own(3, 2, device="meta")
+    assert weight_of(own, torch.float32, CPU) is None and weight_of(None, torch.float32, CPU) is None
+    wrapper = nn.Module()
+    wrapper.in_features, wrapper.base_layer = 3, nn.Linear(3, 2, device="meta")
+    assert weight_of(wrapper, torch.float32, CPU) is None
+    wrapper.base_layer = inner = nn.Linear(3, 2)
+    assert weight_of(wrapper, torch.float32, CPU) is inner.weight
+
+
+def test_a_patch_loads_onto_an_offloaded_model(tmp_path: Path) -> None:
+    model = tiny_gemma3(dtype=torch.float32, vocab_size=len(WORDS))
+    patch = tk.transmute(model, WORDS, "Sum now", [{"prompt": "8 7", "completion": "ok"}])
+    patch.save_pretrained(tmp_path)
+    offloaded = accelerate.cpu_offload(copy.deepcopy(model))
+    loaded = tk.ThoughtPatch.from_pretrained(tmp_path, model=offloaded)
+    ids = token_ids()
+    with patch.applied(model), loaded.applied(offloaded):
+        assert largest(logits(model, ids) - logits(offloaded, ids)) <= 1e-5 * largest(logits(model, ids))

@@ -65,22 +65,22 @@ def test_hundreds_of_inputs_differ_and_none_is_held_out_too(model: str) -> None:
         assert not {turn["content"] for turn in task.instruction if turn["role"] == "user"} & set(prompts)
 
 
-@pytest.mark.parametrize(
-    ("number", "words"),
-    [
-        (0, "zero"),
-        (19, "nineteen"),
-        (20, "twenty"),
-        (42, "forty-two"),
-        (100, "one hundred"),
-        (999, "nine hundred ninety-nine"),
-    ],
-)
-def test_numbers_are_written_in_words(number: int, words: str) -> None:
+def test_numbers_are_written_in_words() -> None:
+    table = tomllib.loads((Path(scaling.__file__).parent / "scaling.toml").read_text())["numbers"]
+    words = {
+        0: "zero",
+        19: "nineteen",
+        20: "twenty",
+        42: "forty-two",
+        999: "nine hundred ninety-nine",
+        100: "one hundred",
+    }
+    assert {number: scaling.spelled(number, table) for number in words} == words
     task = scaling.scaling_task("gemma")
-    assert dict([*task.inputs, *task.held_out]).get(str(number), words) == words
-    table = tomllib.loads((Path(scaling.__file__).parent / "scaling.toml").read_text())
-    assert scaling.spelled(number, table["numbers"]) == words
+    told = dict([*task.inputs, *task.held_out])
+    assert told == {number: scaling.spelled(int(number), table) for number in told} and len(set(told.values())) == len(
+        told
+    )
 
 
 def test_sums_and_products_are_right() -> None:

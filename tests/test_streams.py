@@ -247,7 +247,9 @@ def test_nan_in_padding_is_no_error() -> None:
 
 
 def test_examples_keep_their_place_in_the_users_list() -> None:
-    listed = [example._replace(number=number) for number, example in zip((7, 4, 1), encoded(), strict=True)]
+    listed = [
+        example._replace(place=f"examples[{number}]") for number, example in zip((7, 4, 1), encoded(), strict=True)
+    ]
     assert group_examples(listed, 8, "all", torch.float64)[0].batches[0].examples == (4, 7, 1)  # by length
     assert group_examples(encoded(), 8, "all", torch.float64)[0].batches[0].examples == (1, 0, 2)
     model = model_of(5)

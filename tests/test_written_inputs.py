@@ -92,7 +92,10 @@ def test_the_patch_is_that_of_the_examples_and_the_inputs_that_it_remembers() ->
     assert patch.provenance["examples"] == 3 and texts
     assert patch.provenance["generated_completions"] == 6 + len(texts)
     prompt, decoder = encoding.Prompt(TOLD, None, "\n", None), describe(MODEL)
-    rows = [prompt.encode(TOKENIZER, load_examples([text])[0], number) for number, text in enumerate([*GIVEN, *texts])]
+    rows = [
+        prompt.encode(TOKENIZER, load_examples([text])[0], f"examples[{number}]")
+        for number, text in enumerate([*GIVEN, *texts])
+    ]
     stops = Ending((1, TOKENIZER.convert_tokens_to_ids("<end_of_turn>")), "", TOKENIZER)
     rows[3:] = [row._replace(share=0.5) for row in rows[3:]]
     written = with_completions(
@@ -111,7 +114,7 @@ def test_they_stand_in_the_examples_chats(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr("thought_kernels.fitting.transmute.fit", lambda decoder, recipe, found, **_: rows.extend(found))
     fitted(chats[:1], completions=1)
     wanted = encode(TOKENIZER, TOLD, chats[1])
-    assert rows[1].with_prefix == wanted.with_prefix and rows[1].number == 1
+    assert rows[1].with_prefix == wanted.with_prefix and rows[1].place == "written input 0"
     assert rows[1].tokens[: len(wanted.tokens)] == wanted.tokens
 
 

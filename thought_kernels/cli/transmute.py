@@ -126,8 +126,9 @@ def transmute(
         "batch_size": batch_size, "memory_budget": memory_budget, "max_new_tokens": max_new_tokens, "seed": seed,
         "bad_examples": bad_examples,
     })  # fmt: skip
-    if examples is not None:
-        read_examples(examples, BadExamples(bad_examples or "stop"))  # a file that is none is refused at once
+    bad = BadExamples(bad_examples or "stop")
+    if examples is not None and not read_examples(examples, bad) and not example:  # before the model is loaded
+        bad.sentence(0)
     given = [*(() if examples is None else [examples]), *(example or [])] or None
     options.check_layers(model, chosen.layers, offline)
     replaced = (output / RECORD_FILE).exists()

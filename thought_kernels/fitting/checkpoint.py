@@ -10,13 +10,14 @@ they keep and take up the same blocks.
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 import re
 import secrets
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,8 @@ import torch
 from torch import Tensor
 
 from thought_kernels.generation.processes import ALONE, Processes
+from thought_kernels.models.linear import bias_of
+from thought_kernels.models.quantised import dequantised, unpacks
 from thought_kernels.ops.caller import warn
 from thought_kernels.ops.checks import as_path
 from thought_kernels.patches import storage
@@ -142,22 +145,32 @@ class Checkpoint:
 
 def run_key(model: torch.nn.Module, told: Mapping[str, Any]) -> str:
     """A hash of all that decides what a run makes: JSON values, weights and buffers, what is hooked, versions."""
-    tensors = [*model.named_parameters(), *model.named_buffers()]
     hooked = [(name, len(m._forward_hooks), len(m._forward_pre_hooks)) for name, m in model.named_modules()]
     run = {
         **told, "version": __version__, "torch": torch.__version__,
-        "weights": [(name, str(tensor.dtype), list(tensor.shape), _sum(tensor)) for name, tensor in tensors],
+        "weights": [(name, str(tensor.dtype), list(tensor.shape), _sum(tensor)) for name, tensor in _weights(model)],
         "hooks": [one for one in hooked if any(one[1:])],
     }  # fmt: skip
     return hashlib.sha256(json.dumps(run, sort_keys=True, default=str).encode()).hexdigest()
 
 
-def _sum(tensor: Tensor) -> int | None:
-    """As merge's; None of a packed weight that has no bits of its own."""
+def _weights(model: torch.nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Parameters, buffers, and what modules hold that torch has quantised, which have neither."""
+    yield from (*model.named_parameters(), *model.named_buffers())
+    for name, module in model.named_modules():
+        if callable(getattr(module, "weight", None)):
+            unpacked = (dequantised(module), bias_of(module))
+            yield from ((name, one) for one in unpacked if isinstance(one, Tensor))
+
+
+def _sum(tensor: Tensor) -> int | str:
+    """As merge's; of packed weights, which have no bits of their own, by the numbers they stand for, or as saved."""
     try:
-        return checksum(tensor)
+        return checksum(tensor.dequantize() if unpacks(tensor) else tensor)
     except (RuntimeError, NotImplementedError, KeyError, TypeError):
-        return None
+        content = io.BytesIO()
+        torch.save(tensor.detach(), content)
+        return hashlib.sha256(content.getvalue()).hexdigest()
 
 
 def _read(path: Path, run: str) -> dict[str, Any] | None:

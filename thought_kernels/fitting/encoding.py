@@ -10,9 +10,10 @@ from thought_kernels.generation.inputs import written_inputs
 from thought_kernels.generation.processes import ALONE, Processes
 from thought_kernels.models.decoder import Decoder
 from thought_kernels.ops.caller import warn
-from thought_kernels.prompts.examples import Example
+from thought_kernels.prompts.chat import writer_of
+from thought_kernels.prompts.examples import Example, Placed
 from thought_kernels.prompts.fits import check_fits
-from thought_kernels.prompts.instruction import Instruction, begins_with
+from thought_kernels.prompts.instruction import Instruction, begins_with, prompted
 from thought_kernels.prompts.prompt import EncodedExample, encode
 
 WRITTEN_SHARE = 0.5  # a small model's inputs are less like the next one than the examples are
@@ -26,16 +27,24 @@ class Prompt(NamedTuple):
     separator: str
     format: str | None
 
-    def encode(self, tokenizer: Any, example: Example, number: int) -> EncodedExample:
-        """An example as ids; raises as `encode` does, with the example's number."""
+    def check(self, tokenizer: Any) -> None:
+        """Raises what is wrong with the call, whatever the examples are."""
+        writer_of(tokenizer, self.format, self.separator)
+        probe = Example(({"role": "user", "content": "probe"},), None)
+        prompted("instruction", self.instruction, probe, self.separator, "probe")
+        if self.without is not None:
+            prompted("without", self.without, probe, self.separator, "probe")
+
+    def encode(self, tokenizer: Any, example: Example, place: str) -> EncodedExample:
+        """An example as ids; raises as `encode` does, and says where the example stands."""
         try:
             row = encode(
                 tokenizer, self.instruction, example, without=self.without, separator=self.separator,
                 format=self.format,
             )  # fmt: skip
-        except ValueError as error:
-            raise ValueError(f"{error}; found at examples[{number}]") from error
-        return row._replace(number=number)
+        except (ValueError, TypeError) as error:
+            raise type(error)(f"{error}; found at {place}") from error
+        return row._replace(place=place)
 
 
 class Writing(NamedTuple):
@@ -51,7 +60,8 @@ class Writing(NamedTuple):
 
 def check_row(decoder: Decoder, tokenizer: Any, row: EncodedExample) -> None:
     """Raises ValueError unless the model can read both of a row's prompts."""
-    check_fits(f"transmute: examples[{row.number}]", row, tokenizer, decoder.context, decoder.vocabulary)
+    comma = "," if ", " in str(row.place) else ""  # of a file's line
+    check_fits(f"transmute: {row.place}{comma}", row, tokenizer, decoder.context, decoder.vocabulary)
 
 
 def more_inputs(
@@ -87,14 +97,14 @@ def with_inputs(
     They have this share of an example's weight. A text that is blank, that the prompt cannot stand before, or that
     begins with the instruction, is left out.
     """
-    found, used = list(rows), []
+    found, used = list(rows), list[str]()
     for index, text in enumerate(texts):
         messages = examples[index % len(examples)].messages
         example = Example((*messages[:-1], {"role": "user", "content": text}), None)
         if not text.strip() or begins_with(prompt.instruction, prompt.separator, example):
             continue
         try:
-            row = prompt.encode(tokenizer, example, len(found))
+            row = prompt.encode(tokenizer, example, f"written input {len(used)}")
             check_row(decoder, tokenizer, row)
         except ValueError:
             continue
@@ -131,17 +141,17 @@ def check_header(weight: float, encoded: list[EncodedExample]) -> None:
             "transmute: header_weight must be 0 where the prompt without the instruction is no beginning of the prompt "
             f"with it, got {weight}; only rows that both have in common can join with δ = 0"
         )
-    headless = [row.number for row in encoded if not row.header]
+    headless = [row.place for row in encoded if not row.header]
     if headless:
         raise ValueError(
             f"transmute: header_weight must be 0 where nothing stands before the instruction, got {weight} with "
-            f"examples[{headless[0]}]; there are no rows of a header to join"
+            f"{headless[0]}; there are no rows of a header to join"
         )
 
 
-def check_untold(instruction: Instruction, separator: str, examples: list[Example]) -> None:
+def check_untold(instruction: Instruction, separator: str, examples: Sequence[Placed]) -> None:
     """Refuses, or where only some are, warns of examples that begin with the instruction: a patch adds it again."""
-    told = [number for number, example in enumerate(examples) if begins_with(instruction, separator, example)]
+    told = [place for place, example in examples if begins_with(instruction, separator, example)]
     if not told:
         return
     found = f"got {len(told)} of {len(examples)} that begin with it, the first at {told[0]}"

@@ -27,7 +27,7 @@ from thought_kernels.ops.caller import warn
 from thought_kernels.patches.identity import identity
 from thought_kernels.prompts.bad_examples import BadExamples
 from thought_kernels.prompts.everyday import everyday
-from thought_kernels.prompts.examples import Example, read_examples
+from thought_kernels.prompts.examples import Example, Placed, read_examples
 from thought_kernels.prompts.instruction import Instruction
 from thought_kernels.prompts.ordinary import ordinary_rows
 from thought_kernels.prompts.prompt import EncodedExample
@@ -62,7 +62,7 @@ def prepared(
     given = _given(decoder, tokenizer, prompt, examples, bad)
     encoded, written = _rows(decoder, tokenizer, prompt, given, resolved, writing, checkpoint)
     if bad.left_out:
-        written["left_out"] = bad.left_out
+        written["left_out"] = bad.told()
     described = {
         "instruction": _told(prompt.instruction),
         "without": None if prompt.without is None else _told(prompt.without),
@@ -86,26 +86,26 @@ class _Given(NamedTuple):
 
 
 def _given(decoder: Decoder, tokenizer: Any, prompt: Prompt, examples: Any, bad: BadExamples) -> _Given:
-    """What the examples are; numbers in messages are those of all that were given."""
-    shown, fitted = everyday(prompt.instruction) if examples is None else ([], True)
-    if not fitted:
-        return _Given(shown, [])
+    """What the examples are, each as a row of ids; what cannot be read is left out if `bad` says so."""
+    prompt.check(tokenizer)
+    if examples is None:
+        shown, fitted = everyday(prompt.instruction)
+        if not fitted:
+            return _Given(shown, [])
+        given = [Placed(f"everyday request {index}", example) for index, example in enumerate(shown)]
+    else:
+        given = read_examples(examples, bad)
 
-    def read(example: Example, number: int) -> EncodedExample:
-        row = prompt.encode(tokenizer, example, number)
+    def read(place: str, example: Example) -> EncodedExample:
+        row = prompt.encode(tokenizer, example, place)
         check_row(decoder, tokenizer, row)
         return row
 
-    found = [
-        (example, row)
-        for number, example in enumerate(shown if examples is None else read_examples(examples, bad))
-        if example is not None and (row := bad.read(read, example, number)) is not None
-    ]
+    found = [(one, row) for one in given if (row := bad.read(one.place, read, *one)) is not None]
     if bad.left_out:
         warn(bad.sentence(len(found)))
-    kept = [example for example, _ in found]
-    check_untold(prompt.instruction, prompt.separator, kept)
-    return _Given(kept, [row for _, row in found])
+    check_untold(prompt.instruction, prompt.separator, [one for one, _ in found])
+    return _Given([one.example for one, _ in found], [row for _, row in found])
 
 
 def _rows(

@@ -112,7 +112,7 @@ def transmute(
         seed: of what is drawn, inputs and completions.
         progress: show progress bars on stderr, of the writing and of the fit.
         bad_examples: "stop" at an example that cannot be read, does not align or does not fit the context, or "skip"
-            it: a warning and the patch's provenance say which were left out, and why.
+            it: a warning counts them and says what is wrong with the first, the patch's provenance has the places.
         checkpoint: a folder of its own in which a long run keeps what the model has written and, for "sequential", the
             state between blocks, twice a minute at most. The same call goes on from there when it was stopped, to the
             same patch bit for bit, given as many threads; another call's content is not read, and replaced. Delete it

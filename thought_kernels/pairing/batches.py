@@ -161,10 +161,9 @@ def group_examples(examples: Sequence[EncodedExample], batch_size: int, tokens: 
     """
     shared: dict[tuple[tuple[int, ...], ...], list[tuple[str, EncodedExample]]] = {}
     for index, example in enumerate(examples):
-        number = index if example.number is None else example.number
-        told = example.instruction or example.replaced
+        place = f"examples[{index}]" if example.place is None else example.place
         prefixes = tuple(example.header), tuple(example.instruction), tuple(example.replaced)
-        shared.setdefault(prefixes, []).append((f"examples[{number}]" if told else "the ordinary text", example))
+        shared.setdefault(prefixes, []).append((place, example))
     groups = []
     for (header, instruction, replaced), members in shared.items():
         members = sorted(members, key=lambda member: len(member[1].tokens))

@@ -18,7 +18,6 @@ from torch import Tensor
 
 from thought_kernels.models import describe
 from thought_kernels.models.quantised import weight_of
-from thought_kernels.models.undisturbed import undisturbed
 from thought_kernels.ops.caller import warn
 from thought_kernels.patches.apply import targets
 from thought_kernels.patches.data import PatchData
@@ -142,8 +141,7 @@ def _weights(decoder: Any) -> Iterator[tuple[str, Tensor]]:
         block = decoder.blocks[index]
         named += [(f"block {index}, attention", block.o_proj), (f"block {index}, down", block.down_proj)]
     for name, module in named:
-        with undisturbed(decoder.model):
-            weight = weight_of(module, decoder.dtype, decoder.device)
+        weight = weight_of(module, decoder.dtype, decoder.device)
         if weight is not None and weight.dim() == 2:
             yield name, weight
 

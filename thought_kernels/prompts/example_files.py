@@ -7,54 +7,81 @@ import io
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+_MARK = b"\xef\xbb\xbf"  # some editors begin with it
 _COLUMNS = ("prompt", "completion")
 _HEADERS = {"prompts", "question", "questions", "input", "inputs", "text", "texts", "query", "request", "instruction"}
 
 
-def read_rows(path: Path) -> Iterator[tuple[str, Any]]:
-    """("examples.csv, line 3", a text, dict or message list) for each row of a txt, csv, json or jsonl file.
+class Row(NamedTuple):
+    """A row of a file.
 
-    A file with another ending is read as jsonl. In place of a row that cannot be read stands its ValueError.
+    Attributes:
+        where: "examples.csv, line 3".
+        value: a text, dict or message list.
+        error: what to raise where it cannot be read.
+    """
+
+    where: str
+    value: Any
+    error: ValueError | None = None
+
+
+def read_rows(path: Path) -> Iterator[Row]:
+    """The rows of a txt, csv, json or jsonl file; one with another ending is read as jsonl.
 
     Raises:
-        ValueError: no such file, no text in UTF-8, or a file of which no row can be told from the next.
+        ValueError: no such file, or one whose rows cannot be told apart.
     """
     if not path.is_file():
         raise ValueError(
             "load_examples: examples must be a list of examples or the path of a txt, csv, json or jsonl file, "
             f"got {str(path)!r}, where no file is"
         )
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as file:  # some editors begin with a mark
-            text = file.read()
-    except UnicodeDecodeError as error:
-        raise ValueError(f"load_examples: {path} must be text in UTF-8, got other bytes; {error}") from error
-    return _READERS.get(path.suffix.lower(), _jsonl)(path, text)
+    return _READERS.get(path.suffix.lower(), _jsonl)(path, path.read_bytes().removeprefix(_MARK))
 
 
-def _lines(path: Path, text: str) -> Iterator[tuple[str, str]]:
-    for number, line in enumerate(text.replace("\r\n", "\n").split("\n"), start=1):
-        if line.strip():
-            yield f"{path}, line {number}", line
-
-
-def _jsonl(path: Path, text: str) -> Iterator[tuple[str, Any]]:
-    for where, line in _lines(path, text):
+def _lines(path: Path, content: bytes) -> Iterator[Row]:
+    for number, line in enumerate(content.split(b"\n"), start=1):
+        where = f"{path}, line {number}"
         try:
-            row = _parsed(line, f"{where}, must be one JSON value, got {line[:60]!r}")
-        except ValueError as error:
-            row = error
-        yield where, row
+            text = line.decode().removesuffix("\r")
+        except UnicodeDecodeError as error:
+            yield Row(where, None, _no_text(f"{where},", error))
+            continue
+        if text.strip():
+            yield Row(where, text)
 
 
-def _json(path: Path, text: str) -> Iterator[tuple[str, Any]]:
-    rows = _parsed(text, f"{path} must be JSON, got something else")
+def _jsonl(path: Path, content: bytes) -> Iterator[Row]:
+    for row in _lines(path, content):
+        if row.error is None:
+            try:
+                value = _parsed(row.value, f"{row.where}, must be one JSON value, got {row.value[:60]!r}")
+                row = row._replace(value=value)
+            except ValueError as error:
+                row = row._replace(error=error)
+        yield row
+
+
+def _json(path: Path, content: bytes) -> Iterator[Row]:
+    rows = _parsed(_decoded(path, content), f"{path} must be JSON, got something else")
     if not isinstance(rows, list):
         raise ValueError(f"load_examples: {path} must be a list of examples, got a JSON {type(rows).__name__}")
     for index, row in enumerate(rows):
-        yield f"{path}, entry {index}", row
+        yield Row(f"{path}, entry {index}", row)
+
+
+def _decoded(path: Path, content: bytes) -> str:
+    try:
+        return content.decode()
+    except UnicodeDecodeError as error:
+        raise _no_text(str(path), error) from error
+
+
+def _no_text(subject: str, error: UnicodeDecodeError) -> ValueError:
+    return ValueError(f"load_examples: {subject} must be text in UTF-8, got other bytes; {error}")
 
 
 def _parsed(text: str, refusal: str) -> Any:
@@ -65,23 +92,17 @@ def _parsed(text: str, refusal: str) -> Any:
         raise ValueError(f"load_examples: {refusal}; {error}") from None
 
 
-def _csv(path: Path, text: str) -> Iterator[tuple[str, Any]]:
+def _csv(path: Path, content: bytes) -> Iterator[Row]:
     """Rows under the columns prompt and completion; where each row is one text, all of them are prompts.
 
     Then a first row "prompt" is the column's name. An empty completion is none.
     """
-    rows, line = [], 1
-    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
-    try:
-        for row in reader:  # a quoted cell may hold line ends: the row stands where it starts
-            if any(cell.strip() for cell in row):
-                rows.append((f"{path}, line {line}", row))
-            line = reader.line_num + 1
-    except csv.Error as error:
-        raise ValueError(f"load_examples: {path}, line {line}, must be comma-separated values; {error}") from None
+    rows = list(_cells(path, _decoded(path, content)))
     if not rows:
         return
-    (where, first), *rest = rows
+    (where, first, wrong), *rest = rows
+    if wrong is not None:
+        raise wrong
     columns = [cell.strip().lower() for cell in first]
     if len(columns) == 1 and columns != ["prompt"]:
         _check_no_header(where, columns[0])
@@ -91,18 +112,32 @@ def _csv(path: Path, text: str) -> Iterator[tuple[str, Any]]:
             f"load_examples: {where}, must name the columns prompt and completion, or prompt alone, got "
             f"{', '.join(first)}; rename or drop the others"
         )
-    for where, row in rest:
-        if len(row) != len(columns):
-            yield (
-                where,
-                ValueError(
-                    f"load_examples: {where}, must have {len(columns)} cells as the first row has, got {len(row)}; "
-                    "a text with a comma in it stands in quotation marks"
-                ),
+    for where, row, error in rest:
+        if error is None and len(row) != len(columns):
+            error = ValueError(
+                f"load_examples: {where}, must have {len(columns)} cells as the first row has, got {len(row)}; "
+                "a text with a comma in it stands in quotation marks"
             )
+        cells = {} if error is not None else dict(zip(columns, row, strict=True))
+        yield Row(where, {"prompt": cells.get("prompt"), "completion": cells.get("completion") or None}, error)
+
+
+def _cells(path: Path, text: str) -> Iterator[Row]:
+    """The cells of each row that has any; behind a row that cannot be read it goes on at that row's second line."""
+    lines, start = list(io.StringIO(text, newline="")), 0
+    reader, first = csv.reader(lines, strict=True), 0  # the reader's first line
+    while start < len(lines):
+        where = f"{path}, line {start + 1}"
+        try:
+            row = next(reader)
+            start = first + reader.line_num  # a quoted cell may hold line ends
+        except csv.Error as error:
+            yield Row(where, None, ValueError(f"load_examples: {where}, must be comma-separated values; {error}"))
+            start = first = start + 1
+            reader = csv.reader(lines[first:], strict=True)
             continue
-        cells = dict(zip(columns, row, strict=True))
-        yield where, {"prompt": cells["prompt"], "completion": cells.get("completion") or None}
+        if any(cell.strip() for cell in row):
+            yield Row(where, row)
 
 
 def _check_no_header(where: str, cell: str) -> None:
@@ -115,6 +150,6 @@ def _check_no_header(where: str, cell: str) -> None:
         raise ValueError(f"load_examples: {where}, must name the column prompt, got {cell!r}; rename it")
 
 
-_READERS: dict[str, Callable[[Path, str], Iterator[tuple[str, Any]]]] = {
+_READERS: dict[str, Callable[[Path, bytes], Iterator[Row]]] = {
     ".txt": _lines, ".csv": _csv, ".json": _json, ".jsonl": _jsonl,
 }  # fmt: skip

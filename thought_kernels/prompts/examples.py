@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from thought_kernels.prompts.bad_examples import BadExamples
-from thought_kernels.prompts.example_files import read_rows
+from thought_kernels.prompts.example_files import Row, read_rows
 
 ROLES = ("system", "user", "assistant")
 _KEYS = ({"prompt"}, {"prompt", "completion"}, {"messages"})
@@ -45,32 +45,41 @@ def load_examples(examples: Iterable[Any] | str | os.PathLike[str]) -> list[Exam
     Raises:
         ValueError, TypeError: if there is no example, or one has another form; names its index or line.
     """
-    return [example for example in read_examples(examples, BadExamples()) if example is not None]
+    return [example for _, example in read_examples(examples, BadExamples())]
 
 
-def read_examples(examples: Iterable[Any] | str | os.PathLike[str], bad: BadExamples) -> list[Example | None]:
-    """What load_examples reads, with None in the place of an example that cannot be read and is left out."""
+class Placed(NamedTuple):
+    """An example, and where it stands: "examples[3]", or "FILE, line 4"."""
+
+    place: str
+    example: Example
+
+
+def read_examples(examples: Iterable[Any] | str | os.PathLike[str], bad: BadExamples) -> list[Placed]:
+    """What load_examples reads, each with its place, but for what cannot be read where `bad` leaves it out."""
     if isinstance(examples, (str, os.PathLike)):
         loaded = _read_file(Path(examples), bad)
     else:
         loaded = _read_list(examples, bad)
-    if not loaded:
+    if not loaded and not bad.left_out:
         raise ValueError("load_examples: examples must hold at least one example, got none")
     return loaded
 
 
-def _read_list(examples: Any, bad: BadExamples) -> list[Example | None]:
+def _read_list(examples: Any, bad: BadExamples) -> list[Placed]:
     if isinstance(examples, Mapping):
         hint = "choose one of its splits" if type(examples).__name__.endswith("DatasetDict") else "put it in a list"
         raise TypeError(f"load_examples: examples must be a list of examples, got a {type(examples).__name__}; {hint}")
     if not isinstance(examples, Iterable):
         raise TypeError(f"load_examples: examples must be a list or a path, got {type(examples).__name__}")
-    loaded: list[Example | None] = []
+    loaded: list[Placed] = []
     for index, example in enumerate(examples):
         if isinstance(example, os.PathLike):
             loaded += _read_file(Path(example), bad)
-        else:
-            loaded.append(bad.read(read_example, example, f"load_examples: examples[{index}]"))
+            continue
+        place = f"examples[{index}]"
+        found = bad.read(place, read_example, example, f"load_examples: {place}")
+        loaded += [] if found is None else [Placed(place, found)]
     return loaded
 
 
@@ -94,7 +103,7 @@ def read_messages(messages: Iterable[Any], subject: str) -> tuple[dict[str, str]
     read = []
     for index, message in enumerate(messages):
         if not isinstance(message, Mapping) or set(message) != {"role", "content"}:
-            actual = f"keys {sorted(message)}" if isinstance(message, Mapping) else type(message).__name__
+            actual = f"keys {sorted(map(str, message))}" if isinstance(message, Mapping) else type(message).__name__
             raise ValueError(f"{subject} must hold messages with keys role and content, got {actual} at {index}")
         if message["role"] not in ROLES:
             raise ValueError(f"{subject} must have roles among {', '.join(ROLES)}, got {message['role']!r} at {index}")
@@ -104,14 +113,15 @@ def read_messages(messages: Iterable[Any], subject: str) -> tuple[dict[str, str]
     return tuple(read)
 
 
-def _read_file(path: Path, bad: BadExamples) -> list[Example | None]:
-    return [bad.read(_read_row, row, f"load_examples: {where},") for where, row in read_rows(path)]
+def _read_file(path: Path, bad: BadExamples) -> list[Placed]:
+    found = [(row.where, bad.read(row.where, _read_row, row)) for row in read_rows(path)]
+    return [Placed(place, example) for place, example in found if example is not None]
 
 
-def _read_row(row: Any, subject: str) -> Example:
-    if isinstance(row, ValueError):
-        raise row
-    return read_example(row, subject)
+def _read_row(row: Row) -> Example:
+    if row.error is not None:
+        raise row.error
+    return read_example(row.value, f"load_examples: {row.where},")
 
 
 def _from_mapping(example: Mapping[str, Any], subject: str) -> Example:
@@ -181,7 +191,11 @@ def _text(content: Any, subject: str) -> str:
         return check_text(content, subject)
     if isinstance(content, (list, tuple)):
         for part in content:
-            if not isinstance(part, Mapping) or part.get("type", "text") != "text" or "text" not in part:
+            if (
+                not isinstance(part, Mapping)
+                or part.get("type", "text") != "text"
+                or not isinstance(part.get("text"), str)
+            ):
                 raise ValueError(f"{subject} must hold text parts only, got {part!r:.60}; images cannot be transmuted")
         return check_text("".join(part["text"] for part in content), subject)
     raise TypeError(f"{subject} must have text as its content, got {type(content).__name__}")

@@ -70,4 +70,5 @@ def ordinary_rows(
             f"transmute: text_weight must be 0 where the tokenizer has no tokens for ordinary text, got {weight}"
         )
     each = weight * sum(row.share for row in rows) / sum(len(one) - 1 for one in known)
-    return [EncodedExample(one[:1], [], one[1:], 0, share=each * (len(one) - 1)) for one in known]
+    place = "the ordinary text"
+    return [EncodedExample(one[:1], [], one[1:], 0, place, share=each * (len(one) - 1)) for one in known]

@@ -65,7 +65,7 @@ class EncodedExample(NamedTuple):
         tokens: e, the ids after it, up to and with what closes the completion, or up to where it would start.
         answer_start: index in `tokens` of the token that holds the completion's first character; len(tokens) without a
             completion.
-        number: place in the user's list of examples, 0-based, for messages; None if unknown.
+        place: where it stands, for messages, such as "examples[3]" or "FILE, line 4"; None if unknown.
         replaced: I°, the rest of P°; empty where the instruction is inserted.
         share: of one example's weight: 1/k for each of an example's k completions, half of it for an input that the
             model wrote.
@@ -75,7 +75,7 @@ class EncodedExample(NamedTuple):
     instruction: list[int]
     tokens: list[int]
     answer_start: int
-    number: int | None = None
+    place: str | None = None
     replaced: Sequence[int] = ()
     share: float = 1.0
 

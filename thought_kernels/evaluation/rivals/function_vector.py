@@ -186,7 +186,10 @@ def _written_by(decoder: Decoder, means: dict[int, Tensor], layer: int, head: in
     block = decoder.blocks[layer]
     found = weight_of(block.o_proj, decoder.dtype, block.device)
     if found is None:
-        raise ValueError(f"function_vector: o_proj must have its weights in memory, got others; block {layer}")
+        raise ValueError(
+            f"function_vector: o_proj must have its weights in memory, got {type(block.o_proj).__name__} without them, "
+            f"block {layer}; load the model without offloading or sharding it"
+        )
     weight = found.float().cpu()
     part = slice(head * block.head_dim, (head + 1) * block.head_dim)
     mean = means[layer].cpu()
