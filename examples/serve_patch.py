@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -26,6 +27,7 @@ import thought_kernels as tk
 from thought_kernels.demo import CHECKPOINT
 
 SECONDS = 300  # for the server to start, and for it to load a model and answer
+DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # the server is here, behind no proxy
 
 
 def main() -> None:
@@ -65,6 +67,9 @@ def served(port: int) -> Iterator[str]:
         "--port",
         str(port),
     ]
+    with socket.socket() as taken:
+        if taken.connect_ex(("127.0.0.1", port)) == 0:
+            raise SystemExit(f"port must be free, got {port}, where something answers; give another --port")
     process = subprocess.Popen(command, env={**os.environ, "HF_HUB_OFFLINE": "1"})
     try:
         address = f"http://127.0.0.1:{port}"
@@ -72,7 +77,10 @@ def served(port: int) -> Iterator[str]:
         yield address
     finally:
         process.terminate()
-        process.wait()
+        try:
+            process.wait(timeout=30)
+        except subprocess.TimeoutExpired:
+            process.kill()
 
 
 def answer(server: str, folder: Path, text: str) -> str:
@@ -81,7 +89,7 @@ def answer(server: str, folder: Path, text: str) -> str:
     request = urllib.request.Request(
         f"{server}/v1/chat/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
     )
-    with urllib.request.urlopen(request, timeout=SECONDS) as response:
+    with DIRECT.open(request, timeout=SECONDS) as response:
         return json.load(response)["choices"][0]["message"]["content"]
 
 
@@ -90,7 +98,7 @@ def _await(process: subprocess.Popen[bytes], address: str) -> None:
     end = time.monotonic() + SECONDS
     while process.poll() is None and time.monotonic() < end:
         try:
-            urllib.request.urlopen(address, timeout=SECONDS).close()
+            DIRECT.open(address, timeout=SECONDS).close()
             return
         except (urllib.error.URLError, ConnectionError):
             time.sleep(0.2)
