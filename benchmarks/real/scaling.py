@@ -3,8 +3,8 @@
     python benchmarks/real/scaling.py --models smol=DIR gemma=DIR qwen=DIR [--inputs 4 8 16 32 64 128 256 512]
 
 A base model (gemma) writes numbers out in words after eight demonstrations, the others answer everyday questions as a
-pirate would. Inputs are made of parts (scaling.toml), so that there are enough of them; 32 others are held out. Rows
-that are there are kept.
+pirate would. Inputs are made of parts (scaling.toml), so that there are enough of them; 32 others are held out, numbers
+that no fit has seen or questions in the same patterns about things that none has seen. Rows that are there are kept.
 """
 
 from __future__ import annotations
@@ -12,12 +12,14 @@ from __future__ import annotations
 import argparse
 import random
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from run import OUTPUT, run
 from tasks import HELD_OUT, HERE, Task
 
+OTHER_THINGS = 3  # of each part, held out
 COUNTS = (4, 8, 16, 32, 64, 128, 256, 512)
 TASKS = {"gemma": "numbers", "smol": "questions", "qwen": "questions"}
 
@@ -46,16 +48,21 @@ def scaling_task(model: str, seed: int = 0) -> Task:
             for role, text in (("user", str(number)), ("assistant", spelled(number, table)))
         ]
         kind = "word"
+        held_out, fitted = _split(draw, rows, HELD_OUT)
     else:
-        rows = [
-            (pattern.format(thing), None)
-            for part in table["parts"]
-            for pattern in part["patterns"]
-            for thing in part["things"]
-        ]
+        held_out, fitted = [], []
+        for part in table["parts"]:  # what is held out is of other things, in the same patterns
+            for things, rows in zip(_split(draw, part["things"], OTHER_THINGS), (held_out, fitted), strict=True):
+                rows += [(pattern.format(thing), None) for pattern in part["patterns"] for thing in things]
         told, kind = table["text"], "instruction"
-    draw.shuffle(rows)
-    return Task(name, kind, seed, False, told, rows[HELD_OUT:], rows[:HELD_OUT])
+        held_out, fitted = _split(draw, held_out, HELD_OUT)[0], _split(draw, fitted, 0)[1]
+    return Task(name, kind, seed, False, told, fitted, held_out)
+
+
+def _split(draw: random.Random, rows: Sequence[Any], count: int) -> tuple[list[Any], list[Any]]:
+    """So many rows drawn at random, and the others, in random order too."""
+    drawn = draw.sample(rows, len(rows))
+    return drawn[:count], drawn[count:]
 
 
 def main() -> None:

@@ -33,6 +33,15 @@ class Shape:
         """Of the linear layers of all blocks: q, o; k, v; gate, up, down."""
         return self.blocks * self.hidden * (2 * self.heads + 2 * self.keys + 3 * self.mlp)
 
+    def solving(self, tokens: int) -> float:
+        """Multiplications and additions of the normal equations of both sites, on their smaller side, in float64."""
+        total = 0.0
+        for width, out in ((self.heads, self.heads), (self.mlp, self.hidden)):
+            side = min(width, tokens)
+            gram = 0 if side == width else tokens**2 * width + 2 * tokens * out * width  # the rows' own, and Δ from it
+            total += gram + side**3 / 3 + 2 * out * side**2
+        return self.blocks * total
+
     @property
     def patch(self) -> int:
         """Numbers of a dense patch: Δ between heads, and that of down_proj."""
@@ -48,6 +57,7 @@ LARGER = {
     "Gemma 3 12B": Shape(48, 3840, 4096, 2048, 15360), "Gemma 3 27B": Shape(62, 5376, 4096, 2048, 21504),
 }  # fmt: skip
 INPUTS = 32
+ROW_TOKENS = 50  # of a fitted row, about
 
 
 def read() -> list[Row]:
@@ -91,13 +101,17 @@ def rate(model: str) -> float:
 
 
 def sizes() -> str:
-    """What a fit of 32 inputs takes: measured on each model, and from its rate on larger ones, which nobody has run."""
+    """What a fit of 32 inputs takes: measured on each model, and from its rate on larger ones, which nobody has run.
+
+    The rate is that of rows; solving, which grows faster with a model's widths, is counted beside it in products.
+    """
     found = {row["model"]: row for row in read() if int(row["inputs"]) == INPUTS}
-    lines = []
+    lines, tokens = [], fitted_rows(INPUTS) * ROW_TOKENS
     for model, row in found.items():
         shape = MEASURED[model]
         lines.append((
             MODELS[model], millions(shape.parameters), f"{rate(model):.2f}", f"{float(row['seconds']):.0f}",
+            f"{shape.solving(tokens) / 1e12:.1f}",
             f"{shape.patch * 4 / 2**20:,.0f}",
         ))  # fmt: skip
     chat = [rate(model) for model in found if model != "gemma"]
@@ -105,18 +119,25 @@ def sizes() -> str:
         seconds = [fitted_rows(INPUTS) * each * shape.parameters / 1e9 for each in (min(chat), max(chat))]
         lines.append((
             f"{name} (not run)", millions(shape.parameters), "–", f"{seconds[0]:,.0f} to {seconds[1]:,.0f}",
-            f"{shape.patch * 4 / 2**20:,.0f}",
+            f"{shape.solving(tokens) / 1e12:,.1f}", f"{shape.patch * 4 / 2**20:,.0f}",
         ))  # fmt: skip
-    head = ("model", "parameters in blocks", "seconds a row and 1e9 parameters", "fit of 32 inputs, s", "patch, MiB")
+    head = (
+        "model",
+        "parameters in blocks",
+        "seconds a row and 1e9 parameters",
+        "fit of 32 inputs, s",
+        "solving, 1e12 products",
+        "patch, MiB",
+    )
     return markdown(head, lines)
 
 
-# Of one GPU, multiplications and additions a second: the forwards (bfloat16), the sums (float32), the solve (float64);
-# shares of an H200's published peaks that dense products of these sizes usually reach. Nothing of it was measured.
-FORWARD, SUMS, SOLVE = 0.4 * 989e12, 0.6 * 67e12, 0.4 * 67e12
+# Of one GPU, multiplications and additions a second: the forwards and the sums (both bfloat16 on tensor cores, the sums
+# by tiles that scale each row), the solve (float64); guessed shares of an H200's published peaks. Nothing is measured.
+FORWARD, SUMS, SOLVE = 0.4 * 989e12, 0.3 * 989e12, 0.4 * 67e12
 BANDWIDTH = {1: math.inf, 8: 300e9, 64: 40e9}  # bytes a second of a ring within a machine, and between machines
 LATENCY = 1e-4  # seconds of one all-reduce
-FORWARDS = 2.4  # of the rows' tokens: two streams, and each block's patches; bench_fit.py counts and measures them
+FORWARDS = 2.4  # of the rows' tokens: two streams, and each block's patches, as bench_fit.py counts them
 ROWS, TOKENS = 32_768, 64
 
 
