@@ -416,7 +416,7 @@ def test_a_bad_csv_file_is_named_with_its_line(text: str, expected: str | None, 
 def test_a_file_that_is_no_text_is_named(read: Callable[[Path], Any], tmp_path: Path) -> None:
     path = tmp_path / "examples.jsonl"
     path.write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(ValueError, match="examples.jsonl must be text in UTF-8, got other bytes"):
+    with pytest.raises(ValueError, match="examples.jsonl(, line 1,)? must be text in UTF-8, got other bytes"):
         read(path)
 
 

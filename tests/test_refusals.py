@@ -5,13 +5,16 @@ from __future__ import annotations
 import ast
 import re
 import warnings
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from models import tiny_gemma3, tiny_tokenizer
+from typer.testing import CliRunner
 
 import thought_kernels as tk
+from thought_kernels.cli import app
 from thought_kernels.estimation.scales import ScaleWarning
 
 TOKENIZER = tiny_tokenizer()
@@ -111,7 +114,9 @@ def test_examples_that_begin_with_the_instruction(instruction: Any, told: Any, o
     options |= {"max_new_tokens": 2, "completions": 1}
     with pytest.raises(ValueError, match="^transmute: examples must be without the instruction, got 1 of 1 that begin"):
         tk.transmute(model_of(), TOKENIZER, instruction, [told], **options)
-    with pytest.warns(UserWarning, match="^transmute: examples should be without .* got 1 of 2 .*, the first at 1; "):
+    with pytest.warns(
+        UserWarning, match=r"^transmute: examples should be without .* got 1 of 2 .*, the first at examples\[1\]; "
+    ):
         tk.transmute(model_of(), TOKENIZER, instruction, [EXAMPLE, told], **options)
 
 
@@ -199,3 +204,30 @@ def test_warnings_name_the_caller_s_line_so_that_each_is_told_once() -> None:
         fit()
     first = fit.__code__.co_firstlineno + 1
     assert [(warning.filename, warning.lineno) for warning in caught] == [(__file__, first), (__file__, first + 1)]
+
+
+def test_the_tokenizer_of_another_model_is_told() -> None:
+    given = [{"prompt": "8 7", "completion": "1"}]
+    other = tiny_gemma3(0, torch.float32, vocab_size=2 * len(TOKENIZER) + 1)
+    with pytest.warns(
+        UserWarning, match=f"tokenizer should be the model's own, got one of {len(TOKENIZER)} tokens for"
+    ):
+        tk.transmute(other, TOKENIZER, "Sum", given)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        tk.transmute(tiny_gemma3(0, torch.float32, vocab_size=2 * len(TOKENIZER)), TOKENIZER, "Sum", given)
+
+
+def test_what_was_meant_is_said(tmp_path: Path) -> None:
+    model = tiny_gemma3(0, torch.float32, vocab_size=len(TOKENIZER))
+    with pytest.raises(TypeError, match="model must be a transformers model, got .*Tokenizer.*; give the model first"):
+        tk.transmute(TOKENIZER, model, "Sum", ["8"])
+    with pytest.raises(ValueError, match="put a single text in a list"):
+        tk.transmute(model, TOKENIZER, "Sum", "8 7")
+    tk.transmute(model, TOKENIZER, "Sum", [{"prompt": "8", "completion": "1"}]).save_pretrained(tmp_path / "patch")
+    with pytest.raises(ValueError, match=r"which holds a patch; load the patch with ThoughtPatch\.from_pretrained"):
+        tk.load(tmp_path / "patch")
+    (tmp_path / "inputs.jsonl").write_text('"8"\n')
+    arguments = ["transmute", "-i", "x", "-o", tmp_path / "y", "-e", tmp_path / "inputs.jsonl"]
+    result = CliRunner().invoke(app, [*map(str, arguments)])
+    assert result.exit_code == 2 and "give a file by" in result.stderr

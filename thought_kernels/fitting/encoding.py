@@ -10,7 +10,7 @@ from thought_kernels.generation.inputs import written_inputs
 from thought_kernels.generation.processes import ALONE, Processes
 from thought_kernels.models.decoder import Decoder
 from thought_kernels.ops.caller import warn
-from thought_kernels.prompts.chat import writer_of
+from thought_kernels.prompts.chat import text_tokenizer, writer_of
 from thought_kernels.prompts.examples import Example, Placed
 from thought_kernels.prompts.fits import check_fits
 from thought_kernels.prompts.instruction import Instruction, begins_with, prompted
@@ -62,6 +62,16 @@ def check_row(decoder: Decoder, tokenizer: Any, row: EncodedExample) -> None:
     """Raises ValueError unless the model can read both of a row's prompts."""
     comma = "," if ", " in str(row.place) else ""  # of a file's line
     check_fits(f"transmute: {row.place}{comma}", row, tokenizer, decoder.context, decoder.vocabulary)
+
+
+def check_tokenizer(decoder: Decoder, tokenizer: Any) -> None:
+    """Warns of a tokenizer that knows so few of the model's tokens that it must be another model's."""
+    size = len(text_tokenizer(tokenizer))
+    if 2 * size < decoder.vocabulary:
+        warn(
+            f"transmute: tokenizer should be the model's own, got one of {size} tokens for {decoder.vocabulary} "
+            "embeddings; load both from one folder"
+        )
 
 
 def more_inputs(

@@ -15,6 +15,7 @@ from thought_kernels.fitting.encoding import (
     Writing,
     check_header,
     check_row,
+    check_tokenizer,
     check_untold,
     completed,
     more_inputs,
@@ -88,6 +89,7 @@ class _Given(NamedTuple):
 def _given(decoder: Decoder, tokenizer: Any, prompt: Prompt, examples: Any, bad: BadExamples) -> _Given:
     """What the examples are, each as a row of ids; what cannot be read is left out if `bad` says so."""
     prompt.check(tokenizer)
+    check_tokenizer(decoder, tokenizer)
     if examples is None:
         shown, fitted = everyday(prompt.instruction)
         if not fitted:

@@ -61,6 +61,8 @@ def family_names() -> str:
 
 def unsupported(function: str, actual: str, model_type: str | None) -> str:
     """The sentence that refuses a model of a type that no description serves."""
+    if model_type is None and "Tokenizer" in actual:
+        return f"{function}: model must be a transformers model, got {actual}; give the model first, then its tokenizer"
     missing = MISSING.get(model_type or "", "")
     return f"{function}: model must be of one of the families {family_names()}, got {actual}; " + (
         f"its blocks have {missing}, which no description covers yet"

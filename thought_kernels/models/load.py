@@ -137,6 +137,11 @@ def _source(model: str | os.PathLike[str], offline: bool) -> _Source:
             return _Source(name, None, local=True)
         if len(files) == 1:
             return _gguf(files[0])
+        if (path / "thought_patch.json").is_file():
+            raise ValueError(
+                f"load: model must be a folder with a model, got {name!r}, which holds a patch; load the patch with "
+                "ThoughtPatch.from_pretrained, and the model from its own folder"
+            )
         held = f"{len(files)} GGUF files: {[file.name for file in files[:3]]}; name one of them" if files else "none"
         raise ValueError(
             f"load: model must be a folder with config.json or with one GGUF file, got {name!r}, which has {held}"

@@ -37,7 +37,7 @@ def read_rows(path: Path) -> Iterator[Row]:
     if not path.is_file():
         raise ValueError(
             "load_examples: examples must be a list of examples or the path of a txt, csv, json or jsonl file, "
-            f"got {str(path)!r}, where no file is"
+            f"got {str(path)!r}, where no file is; put a single text in a list"
         )
     return _READERS.get(path.suffix.lower(), _jsonl)(path, path.read_bytes().removeprefix(_MARK))
 
