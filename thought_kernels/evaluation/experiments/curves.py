@@ -71,6 +71,11 @@ def default_line(
         yield count, transmute(model, tokenizer, instruction, inputs[:count], **options)
 
 
+def own_examples(questions: Sequence[str], written: Sequence[str]) -> list[dict[str, Any]]:
+    """Questions with what the prompted model wrote to them, for recipes that take one completion and no more inputs."""
+    return [{"prompt": q, "completion": answer or None} for q, answer in zip(questions, written, strict=True)]
+
+
 def answered(
     model: Any, trial: Trial, patches: Iterable[tuple[int, ThoughtPatch]]
 ) -> Iterator[tuple[int, float, list[str]]]:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from thought_kernels.evaluation.experiments.composition import finite
+from thought_kernels.evaluation.experiments.curves import own_examples
 from thought_kernels.evaluation.experiments.pairs import Pair, check_context
 from thought_kernels.evaluation.measures.trial import Score, Trial
 from thought_kernels.fitting.recipe import Recipe
@@ -130,8 +131,10 @@ def run_knowledge(
         )
         for pairs in (ask, fit)
     )  # fmt: skip
+    # Without completions transmute would write more questions, and what is asked afterwards might be among these.
     patch = transmute(
-        model, tokenizer, facts, _answered(fit, seen.prompted_texts), **options, **(recipe or Recipe()),
+        model, tokenizer, facts, own_examples([pair.question for pair in fit], seen.prompted_texts), **options,
+        **(recipe or Recipe()),
     )  # fmt: skip
     with patch.applied(model):
         score = asked.score(model)
@@ -143,12 +146,6 @@ def run_knowledge(
         patched_answerable=sum(score.grades[index] for index in able) / len(able) if able else None,
         recovered=finite(score.effect.recovered), seen=seen_accuracy, rows=_rows(ask, asked, score),
     )  # fmt: skip
-
-
-def _answered(pairs: Sequence[Pair], texts: Sequence[str]) -> list[dict[str, Any]]:
-    """Questions with what the prompted model wrote to them: without it transmute would write more of their like, and
-    what is asked afterwards might be among these."""
-    return [{"prompt": pair.question, "completion": text or None} for pair, text in zip(pairs, texts, strict=True)]
 
 
 def _rows(pairs: Sequence[Pair], trial: Trial, score: Score) -> list[dict[str, Any]]:
