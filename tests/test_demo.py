@@ -22,6 +22,7 @@ from thought_kernels.demo.demo import DemoReport, Row, run_demo
 from thought_kernels.demo.picture import draw
 from thought_kernels.demo.tasks import RESERVED_FOR_FINAL_STUDY, TASKS, held_out, inputs, split_by_symbols
 from thought_kernels.demo.tokenizer import build_tokenizer
+from thought_kernels.evaluation.experiments import curves
 from thought_kernels.evaluation.experiments.curves import default_steps, paper_steps
 from thought_kernels.evaluation.measures.trial import Trial
 from thought_kernels.evaluation.records.files import write_json
@@ -85,6 +86,21 @@ def test_patches_are_fitted_on_inputs_that_are_not_measured(model: Any, monkeypa
     assert len(set(fit)) == len(set(near)) == 32 and len(set(fresh)) == len(set(far)) == 40
     assert all(map(held_out, fresh)) and not any(map(held_out, fit))
     assert not {*" ".join(near).split()} & {*" ".join(far).split()}
+
+
+def test_the_curves_call_transmute_on_inputs_alone(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[Any] = []
+
+    def transmute(model: Any, tokenizer: Any, told: Any, examples: Any, **options: Any) -> Any:
+        given.append((examples, sorted(options)))
+        return tk.transmute(model, tokenizer, told, examples, **options)
+
+    monkeypatch.setattr(curves, "transmute", transmute)
+    run_demo(model, TOKENIZER, instructions=["sum"], **SMALL)
+    assert [(len(examples), names) for examples, names in given] == [
+        (count, ["batch_size", "max_new_tokens"]) for count in default_steps(6)
+    ]
+    assert all(isinstance(text, str) for examples, _ in given for text in examples)
 
 
 def test_curves_hold_every_point(report: DemoReport) -> None:

@@ -16,7 +16,7 @@ from patches import random_patch
 import thought_kernels as tk
 from thought_kernels.estimation.accumulator import ThoughtAccumulator
 from thought_kernels.evaluation import resume
-from thought_kernels.evaluation.measures.intervals import mean_interval, recovered_interval
+from thought_kernels.evaluation.measures.intervals import mean_interval, recovered_interval, share_interval
 from thought_kernels.evaluation.measures.memory import MemoryPeak
 from thought_kernels.evaluation.measures.scorers import Each, Judge, ScorerError, as_scorer
 from thought_kernels.evaluation.measures.trial import Trial
@@ -100,6 +100,18 @@ def test_an_interval_does_not_collapse_where_all_inputs_agree() -> None:
     assert mean_interval([1.0] * n, seed=0) == (1.0, pytest.approx(0.025 ** (1 / n)), 1.0)
     assert mean_interval([0.0] * n, seed=0) == (0.0, 0.0, pytest.approx(1 - 0.025 ** (1 / n)))
     assert mean_interval([0.5] * n, seed=0) == (0.5, 0.5, 0.5)
+
+
+def test_a_shares_interval_holds_the_shares_that_it_is_no_surprise_under() -> None:
+    for p, n in ((0.0, 16), (0.25, 16), (0.5, 32), (1.0, 24)):
+        value, low, high = share_interval(p, n)
+        assert value == p and 0 <= low <= p <= high <= 1
+        for end in {low, high} - {0.0, 1.0}:  # a share that lies 1.96 of its own deviations from what was found
+            assert abs(p - end) == pytest.approx(1.95996 * math.sqrt(end * (1 - end) / n), rel=1e-4)
+    assert share_interval(0.75, 16, level=0.5).low > share_interval(0.75, 16).low
+    for share, count in ((1.01, 4), (-0.1, 4), (0.5, 0)):
+        with pytest.raises(ValueError, match="share must be from 0 to 1 of at least one input"):
+            share_interval(share, count)
 
 
 def test_the_recovered_effect_resamples_both_sums_together() -> None:

@@ -18,7 +18,7 @@ import thought_kernels as tk
 from thought_kernels.cli import app, scoring
 from thought_kernels.cli.experiment import task_split
 from thought_kernels.demo.tasks import held_out
-from thought_kernels.evaluation.experiments import measured
+from thought_kernels.evaluation.experiments import curves, measured
 from thought_kernels.evaluation.experiments.curves import default_steps, paper_steps
 from thought_kernels.evaluation.experiments.experiments import run_experiment
 from thought_kernels.evaluation.experiments.pairs import Pair, Split, read_pairs, split_pairs, usable
@@ -93,9 +93,32 @@ def test_the_lines_are_what_their_recipes_give(model: Any, data: Split, ran: tup
         assert [answer.patched for answer in last] == texts and [answer.query for answer in last] == list(questions)
         assert [answer.patched_grade for answer in last] == trial.grade(texts)
         assert [answer.prompted_grade for answer in last] == trial.prompted_grades
-    inputs_alone = [pair.question for pair in data.fit]
-    with tk.transmute(model, TOKENIZER, "Sum the numbers", inputs_alone, max_new_tokens=3).applied(model):
-        assert default.points[-1].accuracy == trial.answer(model)[0]
+
+
+def test_the_default_line_is_transmute_as_a_user_calls_it(
+    model: Any, data: Split, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[tuple[Any, dict[str, Any], Any]] = []
+
+    def transmute(model: Any, tokenizer: Any, told: Any, examples: Any, **options: Any) -> Any:
+        calls.append((examples, options, tk.transmute(model, tokenizer, told, examples, **options)))
+        return calls[-1][2]
+
+    monkeypatch.setattr(curves, "transmute", transmute)
+    given = {"format": "{prompt}\n->\n{completion}\n\n", "max_new_tokens": 3, "batch_size": 4}
+    report = run_experiment(model, TOKENIZER, "addition", data, tmp_path, lines=["default"], **given)
+    questions = [pair.question for pair in data.fit]
+    assert [(examples, options) for examples, options, _ in calls] == [(questions[:4], given), (questions, given)]
+    made = [patch.provenance for *_, patch in calls]
+    assert all(found["completions"] == tk.Recipe().completions == 3 and found["written_inputs"] for found in made)
+    assert all(found["generated_completions"] == 3 * n + len(found["written_inputs"]) for found, n in
+               zip(made, (4, 5), strict=True))  # fmt: skip
+    journal = (tmp_path / "journal.jsonl").read_text().splitlines()
+    assert {json.loads(row)["name"] for row in journal[1:]} == {"levels", "default 4", "default 5"}
+    trial = Trial(model, TOKENIZER, "Sum the numbers", *map(list, zip(*data.fresh, strict=True)), **given)
+    with tk.transmute(model, TOKENIZER, "Sum the numbers", questions, **given).applied(model):
+        texts = trial.answer(model)[1]
+    assert [answer.patched for answer in report.answers if answer.steps == 5] == texts
 
 
 def test_the_files_hold_the_report(ran: tuple[Any, Path]) -> None:

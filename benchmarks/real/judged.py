@@ -2,11 +2,12 @@
 
     python benchmarks/real/judged.py --judge DIR [--results ../results/experiments/real]
 
-First the judge is judged: references as answers, which are right, and references of other sentences and the English
-itself, which are wrong, into judge.csv. A small judge leans to one reply whatever it reads, so it is given a threshold
-of its log-odds, the one that tells half of these answers apart best, and is judged by the other half. Then it grades
-every answer at each line's best and last point, into judged.csv beside the answers. A run that was stopped goes on from
-judge.jsonl, which is removed when it is finished.
+First the judge is judged, into judge.csv, by answers whose worth is known, to inputs that no experiment reports: other
+translations than the reference, which are right, and one with a wrong word, another input's reference and the English
+itself, which are wrong. A small judge leans to one reply whatever it reads, so it is given a threshold of its log-odds,
+the one that tells half of these answers apart best, and is judged by the other half. Then it grades every answer at
+each line's best and last point, into judged.csv beside the answers. A run that was stopped goes on from judge.jsonl,
+which is removed when it is finished.
 """
 
 from __future__ import annotations
@@ -14,13 +15,13 @@ from __future__ import annotations
 import argparse
 import csv
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from published import OUTPUT
 from tqdm import tqdm
-from translations import sentences, word_split
+from translations import known_translations
 
 from thought_kernels.evaluation.experiments.published import PUBLISHED
 from thought_kernels.evaluation.measures.scorers import Judge
@@ -30,22 +31,28 @@ from thought_kernels.evaluation.records.journal import Journal
 from thought_kernels.models.load import load
 from thought_kernels.version import __version__
 
-RIGHT = "the reference"
+RIGHT = "another translation"
 BATCH = 16  # answers between two lines of the journal
 Asked = tuple[str, str, str]  # text, reference, question
 
 
-def known_answers(count: int) -> dict[tuple[str, str], list[Asked]]:
-    """Answers that are right or wrong beyond doubt, by what was asked for and what they are."""
-    words = word_split(1, count)[1].fresh
+def known_answers(reported: Container[str]) -> dict[tuple[str, str], list[Asked]]:
+    """Answers that are right or wrong beyond doubt, by what was asked for and what they are.
+
+    The reference itself is not among them: the judge sees it, so equal texts would do.
+    """
     found: dict[tuple[str, str], list[Asked]] = {}
-    for asked, pairs in (("sentences", sentences()[:count]), ("words", words)):
-        others = [*pairs[1:], pairs[0]]
-        found[asked, RIGHT] = [(pair.answer, pair.answer, pair.question) for pair in pairs]
-        found[asked, "another's reference"] = [
-            (other.answer, pair.answer, pair.question) for pair, other in zip(pairs, others, strict=True)
-        ]
-        found[asked, "the English"] = [(pair.question, pair.answer, pair.question) for pair in pairs]
+    for asked, every in known_translations().items():
+        known = [one for one in every if one.question not in reported]
+        texts = {
+            RIGHT: [one.right for one in known], "a wrong word": [one.wrong for one in known],
+            "another's reference": [one.reference for one in [*known[1:], *known[:1]]],
+            "the English": [one.question for one in known],
+        }  # fmt: skip
+        for kind, answers in texts.items():
+            found[asked, kind] = [
+                (text, one.reference, one.question) for text, one in zip(answers, known, strict=True)
+            ]  # fmt: skip
     return found
 
 
@@ -82,16 +89,16 @@ def share(odds: Sequence[float], least: float) -> float:
     return round(sum(value > least for value in odds) / len(odds), 4)
 
 
-def judge_known(judge: Kept, count: int) -> list[dict[str, Any]]:
-    """How often the judge says Yes to answers that are known, and how often it is above the threshold."""
-    odds = {key: judge(answers, ", ".join(key)) for key, answers in known_answers(count).items()}
+def judge_known(judge: Kept, known: Mapping[tuple[str, str], Sequence[Asked]]) -> list[dict[str, Any]]:
+    """How often the judge says Yes to answers that are known, and is above the threshold that others of them chose."""
+    odds = {key: judge(answers, ", ".join(key)) for key, answers in known.items()}
     rows = []
     for asked in dict.fromkeys(asked for asked, _ in odds):
         of = {kind: found for (other, kind), found in odds.items() if other == asked}
         wrong = [value for kind, found in of.items() if kind != RIGHT for value in found[::2]]
         least = threshold(of[RIGHT][::2], wrong)
         rows += [
-            {"asked": asked, "answers": kind, "count": len(found), "yes": share(found, 0.0),
+            {"asked": asked, "answers": kind, "count": len(found[1::2]), "yes": share(found[1::2], 0.0),
              "threshold": round(least, 4), "above": share(found[1::2], least)}
             for kind, found in of.items()
         ]  # fmt: skip
@@ -100,8 +107,7 @@ def judge_known(judge: Kept, count: int) -> list[dict[str, Any]]:
 
 def judge_answers(judge: Kept, file: Path, name: str, least: float) -> list[dict[str, Any]]:
     """Each point's share above the threshold, the prompted model's too, beside the experiment's own grades."""
-    with file.open(newline="", encoding="utf-8") as opened:
-        rows = list(csv.DictReader(opened))
+    rows = rows_of(file)
     told = {row["query"]: row for row in rows}
     points: dict[tuple[str, str], list[tuple[Asked, float]]] = {
         ("prompted", "0"): [
@@ -123,23 +129,28 @@ def judge_answers(judge: Kept, file: Path, name: str, least: float) -> list[dict
     return found
 
 
+def rows_of(file: Path) -> list[dict[str, str]]:
+    with file.open(newline="", encoding="utf-8") as opened:
+        return list(csv.DictReader(opened))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--judge", required=True, metavar="DIR")
-    parser.add_argument("--known", type=int, default=32, help="answers of each kind that are known")
     parser.add_argument("--results", type=Path, default=OUTPUT)
     options = parser.parse_args()
     model, tokenizer = load(options.judge)
     files = sorted(options.results.glob("*/translation/answers.csv"))
+    known = known_answers({row["query"] for file in files for row in rows_of(file)})
     settings = {
-        "judge": fingerprint(model), "known": options.known, "version": __version__,
+        "judge": fingerprint(model), "known": data_hash(list(known.values())), "version": __version__,
         "answers": {file.parents[1].name: data_hash(file.read_text(encoding="utf-8")) for file in files},
     }  # fmt: skip
     journal = Journal(options.results / "judge.jsonl", settings)
     judge = Kept(Judge(model, tokenizer, PUBLISHED["translation"].instruction).odds, journal)
-    known = judge_known(judge, options.known)
-    write_csv(known, options.results / "judge.csv")
-    least = {row["asked"]: row["threshold"] for row in known}
+    judged = judge_known(judge, known)
+    write_csv(judged, options.results / "judge.csv")
+    least = {row["asked"]: row["threshold"] for row in judged}
     for file in files:
         name = file.parents[1].name
         rows = judge_answers(judge, file, name, least["words" if name == "gemma" else "sentences"])

@@ -5,13 +5,15 @@
 
 A model is a folder or a .gguf file; those not given are skipped. The paper's 600 steps and divisor 300, with fewer
 points a line on Qwen, where each takes half a minute. An experiment that was stopped goes on from its journal, which is
-removed when it is finished; what is finished is not measured again: delete its folder for that. judged.py then has a
+removed when it is finished; what is finished is not measured again, and refused where its settings were others: delete
+its folder for that. judged.py then has a
 model grade the translations, and write_tables.py makes the tables of docs/experiments.md anew.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -19,23 +21,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from measure import BATCH_SIZE, MAX_NEW_TOKENS, first_line, last_number
+from measure import BATCH_SIZE, MAX_NEW_TOKENS, first_line
 from tasks import WORD_FORMAT
-from translations import VALIDATION, sentence_split, word_split, words_in_common
+from translations import sentence_split, word_split, words_in_common
+from triples import last_value, triple_split
 
 import thought_kernels as tk
-from thought_kernels.cli.experiment import task_split
 from thought_kernels.evaluation.experiments.experiments import run_experiment
 from thought_kernels.evaluation.experiments.pairs import Pair, Split
 from thought_kernels.evaluation.experiments.published import CHOSEN, PUBLISHED, READINGS
-from thought_kernels.evaluation.measures.answers import final_value
 from thought_kernels.evaluation.measures.trial import prompted_texts
 from thought_kernels.evaluation.pictures.curves import draw_experiment
+from thought_kernels.evaluation.records.digests import data_hash
 from thought_kernels.evaluation.rivals.paper import C1_FACTORS, PAPER_DIVISOR, paper_patch
 from thought_kernels.models.load import load
 from thought_kernels.prompts.prompt import Instruction
 
 OUTPUT = Path(__file__).parents[1] / "results" / "experiments" / "real"
+ARITHMETIC_TOKENS = 64  # a model that explains what it does names the result late
 PROBED = 8  # inputs that are answered, and read, for the estimate
 
 
@@ -54,16 +57,9 @@ class Setting:
         return {"max_new_tokens": self.max_new_tokens, "format": self.format, "batch_size": BATCH_SIZE}
 
 
-def last_value(text: str, answer: str, question: str) -> bool:
-    """The last number that the text names is the result."""
-    return last_number(text, final_value(answer), question)
-
-
 def _numbers(name: str, steps: int, inputs: int) -> Setting:
-    tasks = {"addition": "sum", "multiplication": "multiply"}
-    data = task_split(tasks[name], steps=steps, inputs_count=inputs, seed=0)
-    data = data._replace(validation=data.validation[:VALIDATION])
-    return Setting(PUBLISHED[name].instruction, data, last_value, MAX_NEW_TOKENS["arithmetic"])
+    data = triple_split(name, steps, inputs)
+    return Setting(PUBLISHED[name].instruction, data, last_value, ARITHMETIC_TOKENS)
 
 
 def _sentences(name: str, steps: int, inputs: int) -> Setting:
@@ -113,26 +109,55 @@ def estimate(model: Any, tokenizer: Any, setting: Setting, at: dict[str, list[in
     read = len(readings) * (len(data.fit) + min(PAPER_DIVISOR, len(data.fit)))
     asked = (len(READINGS) * len(at["points"]) + len(at["default_points"]) + 2) * len(data.fresh)
     tried = 2 * len(CHOSEN) * len(C1_FACTORS) * len(data.validation)  # a read answer and a written one each
-    written = recipe.written_inputs * (1 + recipe.completions)  # a line and its answers, for each default patch
-    rows = sum(count + recipe.written_inputs * recipe.completions for count in at["default_points"])
-    answers = asked + tried + written * len(at["default_points"]) + max(at["default_points"])
+    # A default patch is of the examples' completions and of one to each input, a line, that the model writes itself.
+    rows = sum(count * recipe.completions + recipe.written_inputs for count in at["default_points"])
+    answers = asked + tried + rows + recipe.written_inputs * len(at["default_points"])
     longest = max(1, max(len(ids) for ids in tokenizer(texts, add_special_tokens=False).input_ids))
     few = answer * answers + example * read + row * rows
     return few / 60, (few + answer * (asked + tried / 2) * max(0.0, setting.max_new_tokens / longest - 1)) / 60
 
 
+def is_finished(folder: Path, setting: Setting) -> bool:
+    """Whether the folder holds the experiment's results and no journal of a run that was stopped.
+
+    Raises:
+        ValueError: results of other settings, such as those of a trial with fewer steps.
+    """
+    if not (folder / "results.json").is_file() or (folder / "journal.jsonl").is_file():
+        return False
+    held = json.loads((folder / "results.json").read_text(encoding="utf-8"))["settings"]
+    here = {
+        "steps": len(setting.data.fit), "inputs": len(setting.data.fresh), "match": setting.match.__qualname__,
+        "max_new_tokens": setting.max_new_tokens, "data": data_hash(setting.data),
+    }  # fmt: skip
+    other = [
+        f"{key} {held.get(key)!r} there and {value!r} here" for key, value in here.items() if held.get(key) != value
+    ]
+    if other:
+        raise ValueError(
+            f"published: {folder} must hold results of the same settings, got {', '.join(other)}; remove it or give "
+            "another --output"
+        )
+    return True
+
+
+def missing(options: argparse.Namespace, name: str) -> list[tuple[str, Path, Setting]]:
+    """Experiments of a model that are still to be measured; all of them where only their time is asked for."""
+    found = []
+    for experiment, of in EXPERIMENTS[name].items():
+        folder, setting = options.output / name / experiment, of(experiment, options.steps, options.inputs)
+        if options.only in (None, f"{name}/{experiment}") and (options.estimate or not is_finished(folder, setting)):
+            found.append((experiment, folder, setting))
+    return found
+
+
 def run(options: argparse.Namespace, name: str, path: str) -> None:
     """Measures, or estimates, what is missing of one model."""
-    missing = []
-    for experiment, of in EXPERIMENTS[name].items():
-        folder = options.output / name / experiment
-        finished = (folder / "results.json").is_file() and not (folder / "journal.jsonl").is_file()
-        if options.only in (None, f"{name}/{experiment}") and (options.estimate or not finished):
-            missing.append((experiment, folder, of(experiment, options.steps, options.inputs)))
-    if not missing:
+    wanted = missing(options, name)
+    if not wanted:
         return
     model, tokenizer = load(path)
-    for experiment, folder, setting in missing:
+    for experiment, folder, setting in wanted:
         at, started = points(name, setting.data.fit), time.monotonic()
         least, most = estimate(model, tokenizer, setting, at)
         print(f"{name} {experiment}: {least:.0f} to {most:.0f} minutes from its beginning", flush=True)
@@ -163,6 +188,11 @@ def main() -> None:
     known = [f"{name}/{experiment}" for name, experiments in EXPERIMENTS.items() for experiment in experiments]
     if options.only not in (None, *known):
         parser.error(f"only must be one of {', '.join(known)}, got {options.only!r}")
+    try:
+        for entry in options.models:  # before hours are spent on the first of them
+            missing(options, entry.partition("=")[0])
+    except ValueError as error:
+        parser.error(str(error))
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "transmute: .* completions did not end")  # and were cut, as all answers are
         for entry in options.models:

@@ -12,12 +12,14 @@ import random
 import re
 from collections import Counter
 from pathlib import Path
+from typing import NamedTuple
 
 from tasks import task
 
 from thought_kernels.evaluation.experiments.pairs import Pair, Split
 
 SENTENCES = Path(__file__).with_name("sentences.tsv")
+KNOWN = Path(__file__).with_name("known_translations.tsv")
 VALIDATION = 16  # at most, to choose c1 on
 
 Turns = list[dict[str, str]]
@@ -41,10 +43,37 @@ def word_split(steps: int, inputs: int) -> tuple[Turns, Split]:
 
     Without those that are the same in both languages, which a model that repeats its input gets right.
     """
+    demonstrations, pairs = _words()
+    return demonstrations, _split([pair for pair in pairs if pair.question != pair.answer], steps, inputs)
+
+
+class Known(NamedTuple):
+    """A question with answers whose worth is known: its reference, another right answer, and one with a wrong word."""
+
+    question: str
+    reference: str
+    right: str
+    wrong: str
+
+
+def known_translations() -> dict[str, list[Known]]:
+    """Sentences and words that the experiments fit or choose c1 on, by their kind."""
+    references = {"sentences": dict(sentences()), "words": dict(_words()[1])}
+    with KNOWN.open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file, delimiter="\t"))
+    return {
+        kind: [
+            Known(row["english"], of[row["english"]], row["french"], row["wrong"])
+            for row in rows if row["english"] in of
+        ]
+        for kind, of in references.items()
+    }  # fmt: skip
+
+
+def _words() -> tuple[Turns, list[Pair]]:
     words = task("english-french", seed=0, inputs=1000)
     assert isinstance(words.instruction, list)
-    pairs = [Pair(*pair) for pair in [*words.held_out, *words.inputs]]
-    return words.instruction, _split([pair for pair in pairs if pair.question != pair.answer], steps, inputs)
+    return words.instruction, [Pair(*pair) for pair in [*words.held_out, *words.inputs]]
 
 
 def _split(pairs: list[Pair], steps: int, inputs: int) -> Split:

@@ -15,6 +15,7 @@ RESULTS = Path(__file__).resolve().parents[1] / "results"
 CURVES = ("addition", "multiplication", "translation")
 REACHED = 0.97  # of the prompted accuracy
 RIGHT = 0.5  # least grade of an answer that counts as right where it is so or not
+GRADED = {"words_in_common": "F1"}  # scorers whose grades lie between
 MOST_SHOWN = 3  # answers of a kind and line; all are in answers.csv
 PREDICTIONS = {
     "felt": "`felt`", "felt_largest": "largest `felt` of a site", "read": "overlap of what is read",
@@ -56,7 +57,7 @@ def curves(name: str) -> str:
     return "\n\n".join([
         f"Prompted {prompted:.3f}, bare {found['base']:.3f}, on {found['inputs']} inputs.",
         table(["line", "best", "at step (effective c₁)", "last", "at step (effective c₁)", reached], rows),
-        sides(name),
+        sides(name, found["settings"]["match"]),
         table(["line", "step (effective c₁)", "query", "with the instruction", "patched"], answers),
         *swept,
     ])  # fmt: skip
@@ -90,9 +91,9 @@ def quoted(text: str, most: int = 100) -> str:
     return f"`{text if len(text) <= most else text[:most] + '…'}`" if text else "–"
 
 
-def sides(name: str) -> str:
-    """At each line's best and last point: how often the prompted and the patched model were right, and the answers
-    where the patched one alone was."""
+def sides(name: str, match: str) -> str:
+    """At each line's best and last point: how often the prompted and the patched model were right, or graded at least
+    RIGHT, and the answers where the patched one alone was."""
     with (RESULTS / "experiments" / name / "answers.csv").open(newline="", encoding="utf-8") as file:
         answers = list(csv.DictReader(file))
     points: dict[tuple[str, str], list[tuple[bool, bool]]] = {}
@@ -103,7 +104,8 @@ def sides(name: str) -> str:
         [*point, *(found.count(sides) for sides in ((True, True), (False, True), (True, False), (False, False)))]
         for point, found in points.items()
     ]
-    parts = [table(["line", "step", "both right", "patched alone", "prompted alone", "neither"], counts)]
+    right = f"{GRADED[match]} at least {RIGHT}:" if match in GRADED else "right:"
+    parts = [table(["line", "step", f"{right} both", "patched alone", "prompted alone", "neither"], counts)]
     last = dict(points.keys())  # of each line, as they stand in the file
     alone = [
         [row["line"], row["steps"], *(quoted(row[k]) for k in ("query", "prompted", "patched"))]
@@ -113,7 +115,8 @@ def sides(name: str) -> str:
     ]  # fmt: skip
     if alone:
         shown = {line: [row for row in alone if row[0] == line][:MOST_SHOWN] for line in last}
-        parts.append(f"Prompted wrong, patched right, at the lines' last points ({MOST_SHOWN} of a line at most):")
+        kind = f"Patched alone with {right.rstrip(':')}" if match in GRADED else "Prompted wrong, patched right"
+        parts.append(f"{kind}, at the lines' last points ({MOST_SHOWN} of a line at most):")
         head = ["line", "step", "query", "with the instruction", "patched"]
         parts.append(table(head, [row for rows in shown.values() for row in rows]))
     return "\n\n".join(parts)

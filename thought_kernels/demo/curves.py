@@ -109,22 +109,22 @@ def draw_curve(
         model, tokenizer, task.instruction, fresh, [task.answer(x) for x in fresh], known=known, divergences=False,
         **options,
     )  # fmt: skip
-    # The prompted model's own answers, written once and shared by all points and both recipes.
-    generation = {name: value for name, value in options.items() if name != "match"}
-    written = prompted_texts(model, tokenizer, task.instruction, fit[:steps], **generation)
-    arguments = (model, tokenizer, task.instruction, curves.own_examples(fit[:steps], written))
+    generation, told = {name: value for name, value in options.items() if name != "match"}, task.instruction
+    # The prompted model's own answers for the paper's recipe, written once for all points; ours writes its own.
+    answers = curves.own_examples(fit[:steps], prompted_texts(model, tokenizer, told, fit[:steps], **generation))
+    ours = curves.default_line(model, tokenizer, told, fit, curves.default_steps(steps), **generation)
     found = []
     for name, patches, used in (
-        ("paper's recipe", curves.paper_line(*arguments, curves.paper_steps(steps), c1), c1),
-        ("default recipe", curves.default_line(*arguments, curves.default_steps(steps)), None),
+        ("paper's recipe", curves.paper_line(model, tokenizer, told, answers, curves.paper_steps(steps), c1), c1),
+        ("default recipe", ours, None),
     ):
         rows = [(0, trial.base, trial.base_texts)]
         for row in curves.answered(model, trial, patches):
             ticker(f"{task.instruction}: {name}, {row[0]} examples read")
             rows.append(row)
         found.append(curves.curve(rows, fresh, trial.prompted_texts, used))
-    (paper, answers), (default, _) = found
-    samples = [sample for sample in answers if sample.steps in _sampled_steps(steps)]
+    (paper, answered), (default, _) = found
+    samples = [sample for sample in answered if sample.steps in _sampled_steps(steps)]
     layers = published.paper_layers(len(describe(model).blocks))
     return Curve(task.name, trial.prompted, trial.base, paper, default, samples, c1, layers, len(fresh))
 

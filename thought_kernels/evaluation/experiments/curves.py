@@ -61,15 +61,18 @@ def paper_line(
 
 
 def default_line(
-    model: Any, tokenizer: Any, instruction: Instruction, examples: Sequence[Any], steps: Iterable[int], **options: Any
+    model: Any, tokenizer: Any, instruction: Instruction, inputs: Sequence[str], steps: Iterable[int], **options: Any
 ) -> Iterator[tuple[int, ThoughtPatch]]:
-    """The patch of transmute's default recipe on the first examples, for each number of them."""
+    """What transmute makes of the first inputs by itself, for each number of them.
+
+    It is given no completions: with one of its own beside any input it would write no further inputs, and no draws.
+    """
     for count in steps:
-        yield count, transmute(model, tokenizer, instruction, examples[:count], **{"batch_size": 128, **options})
+        yield count, transmute(model, tokenizer, instruction, inputs[:count], **options)
 
 
 def own_examples(questions: Sequence[str], written: Sequence[str]) -> list[dict[str, Any]]:
-    """Questions with what the prompted model wrote to them, as transmute takes examples."""
+    """Questions with what the prompted model wrote to them, for recipes that take one completion and no more inputs."""
     return [{"prompt": q, "completion": answer or None} for q, answer in zip(questions, written, strict=True)]
 
 

@@ -6,7 +6,8 @@ Four lines on the same axes:
                dataset's own answers
     tuned      the same with c1 chosen for this model on inputs that nothing else is measured on (c2 in proportion)
     residual   as tuned, with the other reading of the paper's a: the stream before the MLP's norm (paper_recipe)
-    default    transmute as it is called without options, on inputs alone: the prompted model writes the answers
+    default    transmute as a user calls it, on inputs alone and with its defaults: it writes further inputs and all
+               answers itself. Only format, batch_size and where answers are cut are given
 
 The paper's blocks 10..19 of 26 become the same share of another model's depth (curves.paper_layers). A step is an
 example, as in Algorithm 1. Every point is measured on the same inputs, where the paper drew ten anew at each step.

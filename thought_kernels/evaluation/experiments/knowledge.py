@@ -105,7 +105,7 @@ def run_knowledge(
         facts: a paragraph, or chat turns.
         fit: questions that the patch is fitted on; their answers are used for `seen` only.
         ask: other questions.
-        recipe: of the patch, None for the default one.
+        recipe: of the patch, None for the default one; fitted on the prompted model's likeliest answers alone.
         match, max_new_tokens, batch_size: as Trial takes them.
 
     Returns:
@@ -131,6 +131,7 @@ def run_knowledge(
         )
         for pairs in (ask, fit)
     )  # fmt: skip
+    # Without completions transmute would write more questions, and what is asked afterwards might be among these.
     patch = transmute(
         model, tokenizer, facts, own_examples([pair.question for pair in fit], seen.prompted_texts), **options,
         **(recipe or Recipe()),

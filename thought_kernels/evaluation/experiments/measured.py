@@ -7,11 +7,11 @@ from collections.abc import Mapping, Sequence
 from functools import cached_property, partial
 from typing import Any
 
-from thought_kernels.evaluation.experiments.curves import curve, default_line, own_examples, paper_line
+from thought_kernels.evaluation.experiments.curves import curve, default_line, paper_line
 from thought_kernels.evaluation.experiments.pairs import Pair, Split
 from thought_kernels.evaluation.experiments.published import CHOSEN, READINGS
 from thought_kernels.evaluation.experiments.results import Answer, Line
-from thought_kernels.evaluation.measures.trial import Trial, prompted_texts
+from thought_kernels.evaluation.measures.trial import Trial
 from thought_kernels.evaluation.records.journal import Journal
 from thought_kernels.evaluation.rivals.paper import PAPER_DIVISOR, best_c1, paper_patch, sweep_c1
 from thought_kernels.patches.patch import ThoughtPatch
@@ -134,15 +134,10 @@ class Measured:
         self._bar.update(len(steps) - len(missing))
         if not missing:
             return
-        questions = [pair.question for pair in self._data.fit[: steps[-1]]]
-        generation = {name: value for name, value in self._options.items() if name != "match"}
+        questions = [pair.question for pair in self._data.fit]
+        options = {name: value for name, value in self._options.items() if name != "match"}
         told = self._settings["instruction"]
-        written = self._journal.once(
-            f"completions {len(questions)}",
-            lambda: prompted_texts(self._model, self._tokenizer, told, questions, **generation),
-        )
-        examples = own_examples(questions, written)
-        for count, patch in default_line(self._model, self._tokenizer, told, examples, missing, **generation):
+        for count, patch in default_line(self._model, self._tokenizer, told, questions, missing, **options):
             self._answer("default", count, patch)
 
     def _answer(self, name: str, count: int, patch: ThoughtPatch) -> None:

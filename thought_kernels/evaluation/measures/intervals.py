@@ -1,8 +1,10 @@
-"""Bootstrap intervals over inputs, seeded: the inputs are what another run would draw anew."""
+"""Intervals over inputs, which are what another run would draw anew: seeded bootstraps, and a share's from it alone."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from statistics import NormalDist
 from typing import NamedTuple
 
 import numpy as np
@@ -49,6 +51,37 @@ def mean_interval(values: Sequence[float], *, seed: int, level: float = LEVEL) -
     elif np.all(numbers == 0):
         high = 1 - bound
     return Interval(mean, low, high)
+
+
+def share_interval(share: float, count: int, *, level: float = LEVEL) -> Interval:
+    """A share of inputs with its binomial interval, for where the inputs' own numbers are not at hand::
+
+        (p + z²/2n ± z √(p (1 − p)/n + z²/4n²)) / (1 + z²/n)
+
+    A mean of grades from 0 to 1 varies no more than a share does, so that it is at least as wide as it need be there.
+
+    Args:
+        share: p, from 0 to 1.
+        count: n, of inputs, at least one.
+        level: the interval's coverage.
+
+    Returns:
+        An Interval.
+
+    Raises:
+        ValueError: no inputs, or a share that is none.
+
+    Source: Wilson (1927), "Probable inference, the law of succession, and statistical inference".
+    """
+    if count < 1 or not 0 <= share <= 1:
+        raise ValueError(f"share_interval: share must be from 0 to 1 of at least one input, got {share} of {count}")
+    square = NormalDist().inv_cdf((1 + level) / 2) ** 2
+    middle, half = (
+        share + square / (2 * count),
+        math.sqrt(square * (share * (1 - share) + square / (4 * count)) / count),
+    )
+    low, high = ((middle + side * half) / (1 + square / count) for side in (-1, 1))
+    return Interval(share, min(max(0.0, low), share), max(min(1.0, high), share))
 
 
 def recovered_interval(patched: Sequence[float], bare: Sequence[float], *, seed: int, level: float = LEVEL) -> Interval:
