@@ -27,66 +27,6 @@ from thought_kernels.prompts.prompt import encode
 
 TOKENIZER = tiny_tokenizer()
 PROMPTS = tasks.names("system")
-# For each prompt an input, an answer that keeps every rule that applies, and one that breaks every one of these.
-ANSWERS = {
-    "bike-shop": (
-        "Do you sell electric bicycles?", "Hello from Two Wheels! We sell them from spring on. Ride safely!",
-        "Yes. We do. All of them. Every day. Come in. See you!",
-    ),
-    "kitchen": (
-        "I am allergic to nuts. Can I eat pesto?",
-        "Careful! Pesto has pine nuts, my friend; take 20 grams of basil. Buon appetito!", "Sure, two cups of it.",
-    ),
-    "library": (
-        "I am a student and need a quiet place to learn.",
-        "Dear reader, take *Walden* to the silent room. The lamp is on.", "Go. Sit. Here. Or. There. Now. Bye.",
-    ),
-    "ferry": (
-        "What does a return ticket cost?", "Welcome aboard! It is 14 francs. Fair winds!",
-        "It. Costs. Money. A. Lot. Of. It.",
-    ),
-    "hotel": (
-        "I lost my key.",
-        "Good evening, dear guest. Please tell me your name, and bring a document. Yours, Albin.",
-        "Oh no! Look. For. It. In. The. Park.",
-    ),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("prompt", PROMPTS)
-def test_an_answer_is_seen_to_keep_rules_and_another_to_break_them(prompt: str) -> None:
-    question, good, bad = ANSWERS[prompt]
-    asked = [rule for rule in rules.rules(prompt) if rule.applies(question)]
-    assert len(asked) >= 4 and any(rule.asked for rule in asked)
-    assert [rule.name for rule in asked if not rule.kept(good)] == []
-    assert [rule.name for rule in asked if rule.kept(bad)] == []
-
-
-@pytest.mark.parametrize("prompt", PROMPTS)
-def test_a_rule_applies_to_several_inputs_and_its_checker_is_no_formality(prompt: str) -> None:
-    of = tasks.task(prompt, seed=0, inputs=99)
-    inputs = [text for text, _ in [*of.inputs, *of.held_out]]
-    for rule in rules.rules(prompt):
-        count = sum(map(rule.applies, inputs))
-        assert count >= 2 and (rule.asked is None or count <= len(inputs) / 4), rule.name
-        assert not rule.kept("No! No! No! No! No! No! Take two cups of it."), rule.name
-
-
-def test_survival_is_the_share_of_what_the_prompted_model_keeps() -> None:
-    found = [
-        rules.Rule("hi", rules.re.compile("^hi")),
-        rules.Rule("why", rules.re.compile("so"), rules.re.compile("why")),
-    ]
-    said = [("why", "no", "hi so", "hi so"), ("when", "hi", "hi", "no"), ("where", "no", "no", "hi")]
-    rows = [dict(zip(("question", "bare", "prompted", "patched"), line, strict=True)) for line in said]
-    hi, why = rules.survival(found, rows)
-    assert (hi["asked"], hi["kept"], hi["survival"]) == (3, 2, 0.5)
-    assert (hi["bare"], hi["prompted"], hi["patched"]) == (0.3333, 0.6667, 0.6667)
-    assert (why["asked"], why["kept"], why["survival"], why["low"] < 1) == (1, 1, 1.0, True)
-    (never,) = rules.survival(found[:1], [{**rows[0], "prompted": "no"}])
-    assert (never["kept"], never["survival"], never["gained_survival"]) == (0, "", "")
-    assert (hi["gained"], hi["gained_survival"]) == (1, 1.0)  # the bare model says hi at when
-    assert list(rules.survival(found[1:], rows[1:])) == []
 
 
 def small(name: str = "shop", text: str = "You are Vera. Be brief. End with bye.") -> tasks.Task:
@@ -139,7 +79,7 @@ def test_fits_come_first_and_turns_in_their_order() -> None:
     assert kinds[:fits] == [compilation_jobs.FIT] * fits == ["fit"] * 7  # three prompts, their beginnings, the pair
     mine = [(job.case, job.cut, job.patches) for job in found[fits:] if job.of.name == "shop"]
     assert mine[:4] == [
-        ("held-out", "full", ("own", "own + inn", "own + bar", "own + all others")), ("held-out", "20", ("own",)),
+        ("held-out", "full", ("own", "own + inn", "own + bar", "own + bar + inn")), ("held-out", "20", ("own",)),
         ("turn 2", "full", ("own",)), ("turn 3", "full", ("own",)),
     ]  # fmt: skip
     assert {job.patches for job in found if job.of.name == "polite"} == {("own", "contrast")}
@@ -195,8 +135,34 @@ def test_a_stopped_run_goes_on_and_measures_nothing_twice(options: Namespace, mo
     told = rows_of(compilation.beside(options.output, "rules"))
     assert {row["patch"] for row in told} == {"own", "own + shop", "own + inn", "contrast"}
     assert {row["cut"] for row in told} == {"full"} and {row["asked"] for row in told} == {"1", "2"}
+    said = rows_of(compilation.beside(options.output, "answers"))
+    assert {row[f"{side}_cut"] for row in said for side in rules.MODELS} <= {"True", "False"}
     compilation.run(options, "tiny", "somewhere")
     assert options.output.read_text() == text
+
+
+def test_other_weights_or_another_device_make_other_rows_and_patches(
+    options: Namespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options.lengths, job = [], compilation_jobs.Job(small(), "full", cases.HELD_OUT, ("own",))
+    model, tokenizer = compilation.load("", "cpu")
+
+    def measure() -> tuple[int, int]:
+        one = compilation.Compilation("tiny", model, tokenizer, [small()], options)
+        one.do(job)
+        return sum(row["case"] == "held-out" for row in rows_of(options.output)), len(list(options.patches.iterdir()))
+
+    assert measure() == measure() == (1, 1)
+    with torch.no_grad():
+        model.get_input_embeddings().weight[0, 0] += 1
+    assert measure() == (2, 2)
+    monkeypatch.setattr(compilation, "device_name", lambda device: "another")
+    assert measure() == (3, 3)
+
+
+def test_a_sum_of_patches_names_them_all() -> None:
+    assert compilation_jobs.plus("inn", "bar") == compilation_jobs.plus("bar", "inn") == "own + bar + inn"
+    assert compilation_jobs.added("own + bar + inn") == ["bar", "inn"] and compilation_jobs.added("own") == []
 
 
 def test_the_sum_of_patches_is_not_the_patch(options: Namespace) -> None:
@@ -222,15 +188,26 @@ def test_times_are_of_whole_requests() -> None:
     requests = [encode(TOKENIZER, small().instruction, text) for text, _ in small().held_out]
     found = compilation_times.request_times(model, requests, rounds=3)
     assert found["tokens_prompted"] - found["tokens_bare"] == len(requests[0].instruction)
-    names = {"prefill_prompted_ms", "prefill_cached_ms", "prefill_bare_ms", "token_prompted_ms", "token_bare_ms"}
-    assert names <= set(found) and min(found[name] for name in names) > 0
+    names = {
+        "prefill_prompted_ms", "prefill_prompted_cached_ms", "prefill_bare_ms", "prefill_bare_cached_ms",
+        "token_prompted_ms", "token_bare_ms",
+    }  # fmt: skip
+    assert set(found) == {*names, "tokens_prompted", "tokens_bare"} and min(found[name] for name in names) > 0
 
 
 def test_tables_of_rows_and_of_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tables, "RESULTS", tmp_path)
     assert {make() for make in tables.COMPILATION.values()} == {tables.NOTHING}
     results = compilation.Results(tmp_path / "compilation.csv", compilation.KEY, compilation.COLUMNS)
-    key = {"model": "smol", "prompt": "hotel", "cut": "full", "patch": "own", **tables.MEASURED}
+    key = {
+        "model": "smol",
+        "weights": "w",
+        "device": "d",
+        "prompt": "hotel",
+        "cut": "full",
+        "patch": "own",
+        **tables.MEASURED,
+    }
     row = {**key, "reserved": True, "prompt_tokens": 780, "chats": 32, "kl_bare": 2, "kl_patched": 0.4}
     scored = {"recovered": 0.8, "low": 0.7, "high": 0.9, "same_bare": 0.5, "same_patched": 0.75}
     results.add({**row, **scored, "case": "held-out"})
@@ -239,15 +216,16 @@ def test_tables_of_rows_and_of_none(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     results.add({**row, **scored, "case": "turn 2", "recovered": 0.6, "kl_bare": 0.5})
     results.add({**row, "case": "fit", "seconds": 60.4, "generation": 30.2})
     results.add({**row, "case": "ordinary text", "drift": 0.25})
-    times = {"tokens_prompted": 800, "tokens_bare": 20, "prefill_prompted_ms": 400, "prefill_cached_ms": 30}
-    results.add({**row, "case": "times", **times, "prefill_bare_ms": 20, "token_prompted_ms": 50, "token_bare_ms": 40})
+    times = {"tokens_prompted": 800, "tokens_bare": 20, "prefill_prompted_ms": 400, "prefill_prompted_cached_ms": 30}
+    times |= {"prefill_bare_ms": 20, "prefill_bare_cached_ms": 15}
+    results.add({**row, "case": "times", **times, "token_prompted_ms": 50, "token_bare_ms": 40})
     assert tables.effect().splitlines()[-1] == (
         r"| SmolLM2 135M Instruct | hotel \* | 780 | 0.800 | 0.700 to 0.900 | 0.85 | no | 2.000 | 0.400 | 0.500 "
         "| 0.750 | 60 | 30 |"
     )
     assert [line.split(" | ")[2:4] for line in tables.lengths().splitlines()[2:]] == [["98", "0.900"], ["780", "0.800"]]
     assert tables.situations().splitlines()[-1].endswith("| 0.800 (2.00) | 0.600 (0.50) | – | – | – | – | 0.250 |")
-    assert tables.times().splitlines()[-1].endswith("| 800 | 20 | 400 | 30 | 20 | 95% | 50.0 | 40.0 | 20% |")
+    assert tables.times().splitlines()[-1].endswith("| 800 | 20 | 400 | 20 | 95% | 30 | 15 | 50% | 50.0 | 40.0 | 20% |")
     assert [line.split(" | ")[2:4] for line in tables.sums().splitlines()[2:]] == [
         ["own", "0.800"], ["own + ferry", "0.400"],
     ]  # fmt: skip
@@ -258,12 +236,13 @@ def test_tables_of_rules_and_of_the_pair(tmp_path: Path, monkeypatch: pytest.Mon
     output = tmp_path / "compilation.csv"
     results = compilation.Results(output, compilation.KEY, compilation.COLUMNS)
     answers = compilation.Results(compilation.beside(output, "answers"), compilation.KEY, compilation.ANSWERS)
-    key = {"model": "qwen", "cut": "full", "case": "held-out", "patch": "own", **tables.MEASURED}
+    key = {"model": "qwen", "weights": "w", "device": "d", "cut": "full", "case": "held-out", "patch": "own"}
+    key |= tables.MEASURED
     row = {**key, "reserved": True, "prompt_tokens": 290, "recovered": 0.9, "low": 0.8, "high": 1, "kl_bare": 1}
     results.add({**row, "prompt": "ferry", "chats": 2})
     for question, patched in (("Who are you?", "Welcome aboard! I am Lina."), ("What is the price for a car?", "25.")):
         texts = {"question": question, "bare": "Well.", "prompted": "Welcome aboard! 25 francs.", "patched": patched}
-        answers.add({**key, "prompt": "ferry", **texts})
+        answers.add({**key, "prompt": "ferry", **texts, "bare_cut": question.startswith("Who")})
     for patch in ("own", "contrast"):
         results.add({**row, "prompt": "polite", "patch": patch, "reserved": False})
         results.add({**row, "prompt": "polite", "patch": patch, "case": "against the contrary", "recovered": 0.5})
@@ -271,14 +250,16 @@ def test_tables_of_rules_and_of_the_pair(tmp_path: Path, monkeypatch: pytest.Mon
         answers.add({**key, "prompt": "polite", "patch": patch, **texts})
     compilation.write_rules(output)
     always, some = (line.split(" | ")[2:] for line in tables.rules_in_all().splitlines()[2:])
-    # Three rules of two answers each: the welcome survives once, the limit twice, nobody wrote the wish.
-    assert always == ["for all inputs", "3", "6", "0.33", "0.67", "0.50", "0.75 of 4", "0.50 of 2 |"]
-    assert some == ["for some inputs", "1", "1", "0.00", "1.00", "0.00", "0.00 of 1", "0.00 of 1 |"]
-    assert tables.rules_by_situation().splitlines()[-1].endswith("| 0.33 of 3 | – | – | – | – | – |")
-    assert (
-        r"| ferry \* | begins with the welcome | 2 | 0.00 | 1.00 | 0.50 | 0.50 of 2 | 0.50 of 2 |"
-        in tables.each_rule("qwen")
-    )
+    # Three rules of two answers each: the welcome survives once, the limit twice, nobody wrote the wish. Of a bare
+    # answer that was cut the limit and the wish say nothing.
+    assert always[:7] == ["rules for all inputs", "3", "0", "6", "2, 0, 0", "0.25", "0.67"]
+    assert [cell.partition(" (")[0] for cell in always[7:]] == ["0.50", "0.75 of 4", "0.50 of 2"]
+    assert some[:7] == ["rules for some inputs", "1", "7", "1", "–", "0.00", "1.00"]
+    assert some[7:] == ["0.00", "0.00 of 1 (0.00 to 0.97)", "0.00 of 1 (0.00 to 0.97) |"]
+    assert "| 0.33 of 3 (0.00 to 1.00) | – | – | – | – | – |" in tables.rules_by_situation()
+    each = tables.each_rule("qwen")
+    assert r"| ferry \* | begins with the welcome | 2 | – | 0.00 | 1.00 | 0.50 | 0.50 of 2 (0.00 to 1.00) |" in each
+    assert each.count("| not asked | – | – | – | – | – | – |") == 7 and "(all rules)" not in each
     assert tables.each_rule("smol") == tables.NOTHING
     assert [line.split(" | ")[2:5] for line in tables.contrast().splitlines()[2:]] == [
         ["nothing", "contrast", "0.900"], ["nothing", "plain", "0.900"],
@@ -289,11 +270,41 @@ def test_tables_of_rules_and_of_the_pair(tmp_path: Path, monkeypatch: pytest.Mon
     assert "polite" not in tables.effect() and "polite" not in tables.rules_in_all()
 
 
-def test_rules_are_pooled_by_how_often_they_apply() -> None:
-    shares = {"bare": "0", "prompted": "0.5", "patched": "0.25"}
-    line = {"asked": "32", **shares, "kept": "16", "survival": "0.5", "gained": "6", "gained_survival": "0.5"}
-    other = {"asked": "32", **shares, "kept": "4", "survival": "1", "gained": "2", "gained_survival": "1"}
-    never = {"asked": "4", **shares, "prompted": "0", "kept": "0", "survival": "", "gained": "0", "gained_survival": ""}
-    assert tables.pooled([line, never]) == ["36", "0.00", "0.44", "0.25", "0.50 of 16", "0.50 of 6"]
-    assert tables.pooled([line, other])[-2:] == ["0.60 of 20", "0.62 of 8"]
-    assert tables.pooled([never])[-1] == "–"
+def test_tables_show_one_device_and_one_set_of_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    results = compilation.Results(tmp_path / "compilation.csv", compilation.KEY, compilation.COLUMNS)
+    key = {"model": "smol", "prompt": "ferry", "cut": "full", "patch": "own", "device": "d", **tables.MEASURED}
+    for weights, case in (("old", "held-out"), ("old", "turn 2"), ("new", "held-out")):
+        results.add({**key, "weights": weights, "case": case, "prompt_tokens": 9, "recovered": 0.5, "kl_bare": 1})
+    assert [row["weights"] for row in tables.read()] == ["new"]
+
+
+def results_of(path: Path) -> compilation.Results:
+    return compilation.Results(path, ("name",), ("name", "text"))
+
+
+@pytest.mark.parametrize("torn", ["b", "b,", 'b,"x\ny\n', 'b,"a ""word""\n'])
+def test_a_row_that_was_written_in_part_is_written_anew(tmp_path: Path, torn: str) -> None:
+    path, rows = tmp_path / "rows.csv", [{"name": "a", "text": 'é, "1"\r\n2\n'}, {"name": "b", "text": "x"}]
+    results_of(path).add(rows[0])
+    whole = path.read_bytes()
+    path.write_bytes(whole + torn.encode())
+    results = results_of(path)
+    assert {"name": "a"} in results and {"name": "b"} not in results and results.rows() == rows[:1]
+    results.add(rows[1])
+    assert path.read_bytes() == whole + b"b,x\n" and results_of(path).rows() == rows
+
+
+def test_a_torn_header_is_written_anew(tmp_path: Path) -> None:
+    path = tmp_path / "rows.csv"
+    path.write_text("name,te")
+    results_of(path).add({"name": "a", "text": "x"})
+    assert path.read_text() == "name,text\na,x\n"
+
+
+def test_a_file_with_other_columns_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "rows.csv"
+    path.write_text("name,old\na,x\n")
+    with pytest.raises(ValueError, match="must be name, text, got name, old; move the file away"):
+        results_of(path)
+    assert path.read_text() == "name,old\na,x\n"

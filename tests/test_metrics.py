@@ -234,6 +234,17 @@ def test_an_unpatched_model_recovers_nothing_and_the_prompted_one_all(model: Any
     assert score.texts == trial.base_texts
 
 
+def test_a_trial_says_which_answers_were_cut(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    cut = Trial(model, TOKENIZER, INSTRUCTION, QUESTIONS, None, max_new_tokens=4)
+    assert cut.prompted_ended == cut.base_ended == cut.score(model).ended == [False] * 3
+    monkeypatch.setattr(model.generation_config, "eos_token_id", cut.bare_written[0][3])  # the last one allowed
+    trial = Trial(model, TOKENIZER, INSTRUCTION, QUESTIONS, None, max_new_tokens=4)
+    assert trial.base_ended[0] and len(trial.bare_written[0]) <= 4
+    longer = Trial(model, TOKENIZER, INSTRUCTION, QUESTIONS[:1], None, max_new_tokens=1)
+    assert longer.base_ended == [longer.bare_written[0][-1] == cut.bare_written[0][3]]
+    assert trial.score(model).ended == trial.base_ended
+
+
 def test_trials_share_what_the_bare_model_wrote(model: Any) -> None:
     known: dict[str, list[int]] = {}
     first = Trial(model, TOKENIZER, INSTRUCTION, QUESTIONS[:2], ["x"] * 2, max_new_tokens=4, known=known)

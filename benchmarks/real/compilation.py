@@ -7,11 +7,11 @@ Each prompt of system_prompts.toml becomes a patch of the default recipe, and is
 beginnings (--lengths, in tokens, cut at sentence ends), the sums with other prompts' patches, the second and third turn
 of a chat that the prompted model wrote, chats with another system message, everyday requests and long inputs. A
 contrast pair is measured beside. compilation.csv has a row for each, compilation_answers.csv the answers, and
-compilation_rules.csv what the rules of system_rules.toml say of them.
+compilation_rules.csv what the rules in system_rules/ say of them.
 
 A model is a folder or a .gguf file. Rows that are in compilation.csv are kept: delete some to measure them again.
-Patches are kept too (--patches); delete the folder after a change of the package. Without --models nothing is measured,
-and compilation_rules.csv is made anew.
+Another device or other weights under the same name make other rows. Patches are kept too (--patches); delete the
+folder after a change of the package. Without --models nothing is measured, and compilation_rules.csv is made anew.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+import compilation_cases as cases
 import torch
-from compilation_cases import CONTRARY, CONTRASTS, HELD_OUT, TURN_2, TURN_3, Answers, case, length, question
-from compilation_jobs import CONTRAST, FIT, FULL, OWN, REST, TEXT, TIMES, Job, jobs, plus
+from compilation_jobs import CONTRAST, FIT, FULL, OWN, TEXT, TIMES, Job, added, jobs
 from compilation_times import request_times
 from measure import BATCH_SIZE, fitted
 from results import Results, Row
@@ -38,6 +38,7 @@ from tqdm import tqdm
 from thought_kernels.evaluation.measures.drift import Drift
 from thought_kernels.evaluation.measures.intervals import recovered_interval
 from thought_kernels.evaluation.measures.trial import Score, Trial
+from thought_kernels.evaluation.records.digests import data_hash, fingerprint
 from thought_kernels.evaluation.records.files import write_csv
 from thought_kernels.models.load import load
 from thought_kernels.patches.patch import ThoughtPatch
@@ -48,14 +49,15 @@ from harness import device_name
 
 ROOT = Path(__file__).resolve().parents[2]
 OUTPUT = ROOT / "benchmarks" / "results" / "compilation.csv"
-KEY = ("model", "prompt", "cut", "case", "patch", "inputs", "held_out", "answer_tokens")
+KEY = ("model", "weights", "device", "prompt", "cut", "case", "patch", "inputs", "held_out", "answer_tokens")
 COLUMNS = (
     *KEY, "reserved", "prompt_tokens", "chats", "recovered", "low", "high", "tokens", "kl_bare", "kl_patched",
-    "same_bare", "same_patched", "drift", "tokens_prompted", "tokens_bare", "prefill_prompted_ms", "prefill_cached_ms",
-    "prefill_bare_ms", "token_prompted_ms", "token_bare_ms", "seconds", "generation", "peak_mib", "device", "threads",
-    "torch", "transformers", "date",
+    "same_bare", "same_patched", "drift", "tokens_prompted", "tokens_bare", "prefill_prompted_ms",
+    "prefill_prompted_cached_ms", "prefill_bare_ms", "prefill_bare_cached_ms", "token_prompted_ms", "token_bare_ms",
+    "seconds", "generation", "peak_mib", "threads", "torch", "transformers", "date",
 )  # fmt: skip
-ANSWERS = (*KEY, "question", "bare", "prompted", "patched")
+# A side's _cut: whether the limit of tokens cut its answer.
+ANSWERS = (*KEY, "question", "bare", "prompted", "patched", "bare_cut", "prompted_cut", "patched_cut")
 
 
 class Compilation:
@@ -73,7 +75,7 @@ class Compilation:
         self._prompts, self._options = prompts, options
         self.results = Results(options.output, KEY, COLUMNS)
         self.answers = Results(beside(options.output, "answers"), KEY, ANSWERS)
-        self._drift = Drift(model, tokenizer)
+        self._drift, self._weights = Drift(model, tokenizer), fingerprint(model)
 
     def missing(self, job: Job) -> list[str]:
         """The patches of a job that have no row yet."""
@@ -98,24 +100,25 @@ class Compilation:
 
     def _keep(self, job: Job, patch: str, trial: Trial, score: Score) -> None:
         """Writes the answers of a trial, and then its row."""
-        questions = map(question, trial.questions)
-        texts = zip(questions, trial.base_texts, trial.prompted_texts, score.texts, strict=True)
+        questions = map(cases.question, trial.questions)
+        cut = ([not one for one in ended] for ended in (trial.base_ended, trial.prompted_ended, score.ended))
+        texts = zip(questions, trial.base_texts, trial.prompted_texts, score.texts, *cut, strict=True)
         key, columns = self._key(job, patch), ANSWERS[len(KEY) :]
         self.answers.extend({**key, **dict(zip(columns, line, strict=True))} for line in texts)
         self._add(job, patch, scored(trial, score))
 
     def _trial(self, job: Job) -> Trial:
         """The situation's trial; half as many chats where it is not the held-out inputs alone."""
-        alone = job.case in (HELD_OUT, CONTRARY)
+        alone = job.case in (cases.HELD_OUT, cases.CONTRARY)
         count = self._options.held_out if alone else max(self._options.held_out // 2, 1)
-        said = {TURN_2: (HELD_OUT,), TURN_3: (HELD_OUT, TURN_2)}.get(job.case, ())
-        asked = case(job.case, job.of, count, [self._said(job, turn) for turn in said])
+        said = {cases.TURN_2: (cases.HELD_OUT,), cases.TURN_3: (cases.HELD_OUT, cases.TURN_2)}.get(job.case, ())
+        asked = cases.case(job.case, job.of, count, [self._said(job, turn) for turn in said])
         return Trial(
             self._model, self._tokenizer, asked.instruction, asked.questions, None, without=asked.without,
             batch_size=BATCH_SIZE, max_new_tokens=self._options.answer_tokens,
         )  # fmt: skip
 
-    def _said(self, job: Job, turn: str) -> Answers:
+    def _said(self, job: Job, turn: str) -> cases.Answers:
         """What the prompted model answered in an earlier turn."""
         key = {name: str(value) for name, value in self._key(Job(job.of, FULL, turn, (OWN,)), OWN).items()}
         found = {row["question"]: row["prompted"] for row in self.answers.rows() if key.items() <= row.items()}
@@ -131,22 +134,23 @@ class Compilation:
         """One patch, or the sum of several."""
         if patch in (OWN, CONTRAST):
             return self._fitted(job, patch)
-        others = [other for other in self._prompts if other.name != job.of.name and patch in (plus(other.name), REST)]
         total = self._fitted(job, OWN)
-        for other in others:
-            total = total + self._fitted(Job(other, FULL, HELD_OUT, (OWN,)), OWN)
+        for other in self._prompts:
+            if other.name in added(patch):
+                total = total + self._fitted(Job(other, FULL, cases.HELD_OUT, (OWN,)), OWN)
         return total
 
     def _fitted(self, job: Job, patch: str) -> ThoughtPatch:
         """The patch of the default recipe, from the folder of patches where it is there."""
         options = self._options
-        name = f"{self._name}-{job.of.name}-{job.cut}-{patch}-{options.inputs}-{options.answer_tokens}"
-        place, row = options.patches / name, Job(job.of, job.cut, FIT, (patch,))
+        row = Job(job.of, job.cut, FIT, (patch,))
+        made_of = data_hash([self._key(row, patch), job.of.instruction, job.of.inputs])
+        place = options.patches / f"{self._name}-{job.of.name}-{job.cut}-{patch}-{made_of}"
         if (place / "thought_patch.json").is_file() and not self.missing(row):
             return ThoughtPatch.from_pretrained(place)
         recipe = {"max_new_tokens": options.answer_tokens}
         if patch == CONTRAST:
-            recipe["without"] = CONTRASTS[job.of.name][1]
+            recipe["without"] = cases.CONTRASTS[job.of.name][1]
         made, found = fitted(self._model, self._tokenizer, job.of, options.inputs, recipe)
         made.save_pretrained(place)
         if self.missing(row):
@@ -155,15 +159,15 @@ class Compilation:
 
     def _key(self, job: Job, patch: str) -> Row:
         return {
-            "model": self._name, "prompt": job.of.name, "cut": job.cut, "case": job.case, "patch": patch,
-            "inputs": self._options.inputs, "held_out": self._options.held_out,
-            "answer_tokens": self._options.answer_tokens,
+            "model": self._name, "weights": self._weights, "device": device_name(self._options.device),
+            "prompt": job.of.name, "cut": job.cut, "case": job.case, "patch": patch, "inputs": self._options.inputs,
+            "held_out": self._options.held_out, "answer_tokens": self._options.answer_tokens,
         }  # fmt: skip
 
     def _add(self, job: Job, patch: str, found: Row) -> None:
         row = {
-            **self._key(job, patch), "reserved": job.of.reserved, "prompt_tokens": length(self._tokenizer, job.of),
-            **found, "device": device_name(self._options.device), "threads": torch.get_num_threads(),
+            **self._key(job, patch), "reserved": job.of.reserved,
+            "prompt_tokens": cases.length(self._tokenizer, job.of), **found, "threads": torch.get_num_threads(),
             "torch": version("torch"), "transformers": version("transformers"),
             "date": datetime.date.today().isoformat(),
         }  # fmt: skip
@@ -196,12 +200,12 @@ def write_rules(output: Path) -> None:
     groups: dict[tuple[str, ...], dict[str, dict[str, str]]] = {}
     for row in Results(beside(output, "answers"), KEY, ANSWERS).rows():
         groups.setdefault(tuple(row[name] for name in KEY), {})[row["question"]] = row  # of two the later one
-    lines = [
-        {**dict(zip(KEY, key, strict=True)), **line}
-        for key, rows in groups.items()
-        if key[KEY.index("cut")] == FULL
-        for line in survival(rules(key[KEY.index("prompt")]), list(rows.values()))
-    ]
+    lines = []
+    for key, rows in groups.items():
+        of = dict(zip(KEY, key, strict=True))
+        if of["cut"] == FULL:
+            found = survival(rules(of["prompt"]), list(rows.values()), everyday=of["case"] == cases.UNRELATED)
+            lines += [{**of, **line} for line in found]
     if lines:
         write_csv(lines, beside(output, "rules"))
 

@@ -11,7 +11,8 @@ from tasks import Task
 
 FULL = "full"
 FIT, TEXT, TIMES = "fit", "ordinary text", "times"  # beside the situations, which have answers
-OWN, CONTRAST, REST = "own", "contrast", "own + all others"
+OWN, CONTRAST = "own", "contrast"
+PLUS = " + "
 NEARLY = 0.8  # of a prompt is nearly the whole of it
 
 
@@ -23,7 +24,7 @@ class Job:
         of: the prompt.
         cut: FULL, or about how many tokens of it are left.
         case: FIT, TEXT, TIMES or a situation of compilation_cases.py.
-        patches: OWN, CONTRAST, REST or what `plus` names.
+        patches: OWN, CONTRAST or what `plus` names.
     """
 
     of: Task
@@ -46,17 +47,23 @@ def jobs(tokenizer: Any, prompts: Sequence[Task], lengths: Sequence[int]) -> Ite
         yield from (replace(job, case=FIT) for job in [Job(of, FULL, FIT, (OWN,)), *shorter])
     yield from (Job(pair, FULL, FIT, (OWN, CONTRAST)) for pair in pairs)
     for of, shorter in zip(prompts, beginnings, strict=True):
-        others = [plus(other.name) for other in prompts if other.name != of.name]
-        yield Job(of, FULL, HELD_OUT, (OWN, *others, *([REST] if len(others) > 1 else [])))
+        others = [other.name for other in prompts if other.name != of.name]
+        together = [plus(*others)] if len(others) > 1 else []
+        yield Job(of, FULL, HELD_OUT, (OWN, *map(plus, others), *together))
         yield from shorter
         yield from (Job(of, FULL, situation, (OWN,)) for situation in (*SERVED, TEXT, TIMES))
     for pair in pairs:
         yield from (Job(pair, FULL, situation, (OWN, CONTRAST)) for situation in (HELD_OUT, CONTRARY, TEXT))
 
 
-def plus(other: str) -> str:
-    """The name of a patch with another prompt's patch added."""
-    return f"{OWN} + {other}"
+def plus(*others: str) -> str:
+    """The name of a patch with other prompts' patches added, which says whose."""
+    return PLUS.join([OWN, *sorted(others)])
+
+
+def added(patch: str) -> list[str]:
+    """The prompts whose patches such a name says are added."""
+    return patch.split(PLUS)[1:]
 
 
 def _beginnings(tokenizer: Any, of: Task, lengths: Sequence[int]) -> Iterator[Job]:

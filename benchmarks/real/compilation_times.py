@@ -15,14 +15,17 @@ from thought_kernels.models.undisturbed import undisturbed
 from thought_kernels.prompts.prompt import EncodedExample
 
 ROUNDS, STEPS = 9, 8
+UNUSED = ("token_prompted_cached_ms", "token_bare_cached_ms")
 
 
 @torch.no_grad()
 def request_times(model: Any, requests: Sequence[EncodedExample], rounds: int = ROUNDS) -> Row:
     """Medians over rounds of one request at a time; the kinds take turns, so that a busy machine slows them alike.
 
-    A request without the prompt is read whole. A patch in the weights changes no shape, so that a patched model takes
-    what the bare one does.
+    Each side is read whole, and behind the kept keys and values of what all its requests begin with: with the prompt
+    this is the prompt, without it the template's header, and what the template tells a model that is told nothing. A
+    patch in the weights changes no shape, so that a patched model takes what the bare one does. Copying the cache is
+    not timed: a server has requests share it.
 
     Args:
         model: a transformers causal language model.
@@ -30,32 +33,36 @@ def request_times(model: Any, requests: Sequence[EncodedExample], rounds: int = 
         rounds: how many.
 
     Returns:
-        Milliseconds until the first token with the prompt read anew, with its keys and values kept, and without it;
+        Milliseconds until the first token with the prompt and without it, each read anew and behind a cache;
         milliseconds of a later token behind the prompt and without it; tokens of a request, means.
     """
-    prompts = [[*row.with_prefix, *row.tokens] for row in requests]
-    bare_prompts = [[*row.without_prefix, *row.tokens] for row in requests]
-    shared = shared_length(prompts)
+    sides = {
+        "prompted": [[*row.with_prefix, *row.tokens] for row in requests],
+        "bare": [[*row.without_prefix, *row.tokens] for row in requests],
+    }
+    shared = {side: shared_length(rows) for side, rows in sides.items()}
     times: dict[str, list[float]] = {}
-
-    def told(name: str, milliseconds: float) -> None:
-        times.setdefault(name, []).append(milliseconds)
-
     with undisturbed(model):
-        kept = run_prefix(model, prompts[0][:shared])
+        caches = {side: run_prefix(model, rows[0][: shared[side]]) for side, rows in sides.items()}
         for index in range(-1, rounds):  # the first one warms up
-            prompt, bare = (rows[index % len(rows)] for rows in (prompts, bare_prompts))
-            kinds = {"prompted": (prompt, {}), "cached": (prompt[shared:], behind(kept, 1)), "bare": (bare, {})}
-            turn = index % len(kinds)  # nobody always follows the same neighbour
-            for name in (list(kinds) * 2)[turn : turn + len(kinds)]:
+            kinds = {}
+            for side, rows in sides.items():
+                ids = rows[index % len(rows)]
+                kinds |= {side: (ids, {}), f"{side}_cached": (ids[shared[side] :], behind(caches[side], 1))}
+            for name in _turn(list(kinds), index):
                 first, later = _request(model, *kinds[name])
                 if index >= 0:
-                    told(f"prefill_{name}_ms", first)
-                    told(f"token_{name}_ms", later)
-    del times["token_cached_ms"]  # as behind the prompt read anew
-    found = {name: round(statistics.median(values), 3) for name, values in times.items()}
-    lengths = {"tokens_prompted": prompts, "tokens_bare": bare_prompts}
-    return {**found, **{name: round(statistics.fmean(map(len, rows)), 1) for name, rows in lengths.items()}}
+                    times.setdefault(f"prefill_{name}_ms", []).append(first)
+                    times.setdefault(f"token_{name}_ms", []).append(later)
+    # A later token takes the same behind a cache as behind what was read anew.
+    found = {name: round(statistics.median(ms), 3) for name, ms in times.items() if name not in UNUSED}
+    return {**found, **{f"tokens_{side}": round(statistics.fmean(map(len, rows)), 1) for side, rows in sides.items()}}
+
+
+def _turn(names: list[str], index: int) -> list[str]:
+    """The names in another order each time, so that nobody always follows the same neighbour."""
+    turn = index % len(names)
+    return [*names[turn:], *names[:turn]]
 
 
 def _request(model: Any, ids: list[int], cache: dict[str, Any]) -> tuple[float, float]:

@@ -5,6 +5,8 @@ import tomllib
 from dataclasses import dataclass
 from pathlib import Path
 
+from rules import rules
+
 HERE = Path(__file__).parent
 WORD_FORMAT = "{prompt}\n->\n{completion}\n\n"
 DEMONSTRATIONS = 8
@@ -49,6 +51,8 @@ def task(name: str, *, seed: int, inputs: int = 32) -> Task:
         rows = [(line, None) for line in (HERE / "inputs.txt").read_text().splitlines()]
         instruction = table["text"]
     draw.shuffle(rows)
+    if table.get("each_rule"):
+        rows = _each_rule_asked(draw, name, rows)
     if kind == "word":
         rows, shown = rows[DEMONSTRATIONS:], rows[:DEMONSTRATIONS]
         instruction = [
@@ -58,6 +62,20 @@ def task(name: str, *, seed: int, inputs: int = 32) -> Task:
         ]
     held_out, rest = rows[:HELD_OUT], rows[HELD_OUT:]
     return Task(name, kind, seed, table["reserved"], instruction, rest[:inputs], held_out)
+
+
+def _each_rule_asked(draw: random.Random, name: str, rows: list[tuple[str, None]]) -> list[tuple[str, None]]:
+    """The rows of a system prompt, of each rule's inputs half, at least one, among the held-out ones."""
+    asked = [[row for row in rows if rule.applies(row[0])] for rule in rules(name) if rule.asked is not None]
+    chosen = list(dict.fromkeys(row for of in asked for row in of[: max(len(of) // 2, 1)]))
+    free = [row for row in rows if not any(row in of for of in asked)]
+    left = [row for row in rows if row not in chosen and row not in free]
+    drawn = [*chosen, *free, *left]
+    held_out, rest = drawn[:HELD_OUT], drawn[: HELD_OUT - 1 : -1]
+    fit = rest[:HELD_OUT]  # what is left over meets no rule
+    draw.shuffle(held_out)
+    draw.shuffle(fit)
+    return [*held_out, *fit, *rest[HELD_OUT:]]
 
 
 def word_pairs(table: dict) -> list[tuple[str, str]]:

@@ -13,21 +13,31 @@ from real_tables import MODELS
 RESULTS = Path(__file__).resolve().parents[1] / "results"
 KEY = ("model", "prompt", "cut", "case", "patch")
 MEASURED = {"inputs": "32", "held_out": "32", "answer_tokens": "64"}
-WANTED = ((400, 0.90), (1000, 0.85))  # prompts of up to so many tokens, and what is to be recovered
+TARGETS = ((400, 0.90), (1000, 0.85))  # prompts of up to so many tokens, and the least to be recovered of them
 SITUATIONS = ("held-out", "turn 2", "turn 3", "other system message", "unrelated requests", "long inputs")
 SAMPLES, SHOWN = 3, 160  # answers, and characters of each
 NOTHING = "Not measured yet."
+ALWAYS, SOME, ALL = "(rules for all inputs)", "(rules for some inputs)", "(all rules)"  # groups in the place of a rule
+SIDES = ("bare", "prompted", "patched")
+SHARES = ("times asked", "cut", *SIDES, "survival", "where bare breaks it")
 
 Row = dict[str, str]
 
 
 def read(what: str = "", **fields: str) -> list[Row]:
-    """Rows of a file with the given fields; of rows that were written twice the later ones."""
-    path, wanted = RESULTS / f"compilation{what}.csv", MEASURED | fields
+    """Rows of a file with the given fields; of rows that were written twice the later ones.
+
+    A model's rows are of the device and the weights that were measured last, and are not mixed with others.
+    """
+    path, fields = RESULTS / f"compilation{what}.csv", MEASURED | fields
     if not path.exists():
         return []
     with path.open(newline="", encoding="utf-8") as file:
-        rows = [row for row in csv.DictReader(file) if wanted.items() <= row.items()]
+        rows = list(csv.DictReader(file))
+    last = {row["model"]: (row["weights"], row["device"]) for row in rows}
+    rows = [
+        row for row in rows if fields.items() <= row.items() and last[row["model"]] == (row["weights"], row["device"])
+    ]
     names = (*KEY, *({"_rules": ("rule",), "_answers": ("question",)}.get(what, ())))
     return list({tuple(row[name] for name in names): row for row in rows}.values())
 
@@ -67,11 +77,11 @@ def prompts() -> list[Row]:
 
 
 def effect() -> str:
-    """Each whole prompt: what is recovered, beside what is to be."""
+    """Each whole prompt: what is recovered, beside the target for its length."""
     lines = []
     for row in prompts():
         fit = first(model=row["model"], prompt=row["prompt"], cut="full", case="fit", patch="own")
-        least = next(least for most, least in WANTED if int(row["prompt_tokens"]) <= most)
+        least = next(least for most, least in TARGETS if int(row["prompt_tokens"]) <= most)
         lines.append((
             MODELS[row["model"]], name(row), row["prompt_tokens"], shown(row, "recovered"), interval(row),
             f"{least:.2f}", "yes" if float(row["recovered"]) >= least else "no",
@@ -79,7 +89,7 @@ def effect() -> str:
             *(shown(fit, of, 0) for of in ("seconds", "generation")),
         ))  # fmt: skip
     head = (
-        "model", "prompt", "tokens", "recovered", "95 % interval", "wanted", "met", "KL, bare", "KL, patched",
+        "model", "prompt", "tokens", "recovered", "95 % interval", "target", "reached", "KL, bare", "KL, patched",
         "same token, bare", "same token, patched", "seconds", "writing",
     )  # fmt: skip
     return table(head, lines)
@@ -118,38 +128,51 @@ def times() -> str:
     lines = []
     for row in ordered(read(case="times")):
         told, bare = (float(row[f"tokens_{of}"]) for of in ("prompted", "bare"))
-        read_ms = [float(row[f"prefill_{of}_ms"]) for of in ("prompted", "cached", "bare")]
+        read_ms, cached_ms = (
+            [float(row[f"prefill_{of}{how}_ms"]) for of in ("prompted", "bare")] for how in ("", "_cached")
+        )
         token_ms = [float(row[f"token_{of}_ms"]) for of in ("prompted", "bare")]
         lines.append((
-            MODELS[row["model"]], name(row), f"{told:.0f}", f"{bare:.0f}", *(f"{ms:.0f}" for ms in read_ms),
-            f"{1 - read_ms[2] / read_ms[0]:.0%}", *(f"{ms:.1f}" for ms in token_ms),
-            f"{1 - token_ms[1] / token_ms[0]:.0%}",
+            MODELS[row["model"]], name(row), f"{told:.0f}", f"{bare:.0f}", *saved(read_ms, 0), *saved(cached_ms, 0),
+            *saved(token_ms, 1),
         ))  # fmt: skip
     head = (
-        "model", "prompt", "tokens, prompted", "patched", "ms to the first token, prompted", "prompt kept in a cache",
-        "patched", "saved", "ms a later token, prompted", "patched", "saved",
+        "model", "prompt", "tokens, prompted", "patched", "ms to the first token, prompted", "patched", "saved",
+        "behind a cache, prompted", "patched", "saved", "ms a later token, prompted", "patched", "saved",
     )  # fmt: skip
     return table(head, lines)
 
 
-def pooled(rows: Iterable[Row]) -> list[str]:
-    """Shares over rules and inputs; a rule counts as often as it applies."""
-    rows = list(rows)
-    asked = sum(int(row["asked"]) for row in rows)
-    shares = [sum(float(row[of]) * int(row["asked"]) for row in rows) / asked for of in ("bare", "prompted", "patched")]
-    return [str(asked), *(f"{share:.2f}" for share in shares), share_of(rows, "kept", "survival"), gained(rows)]
+def saved(milliseconds: list[float], digits: int) -> list[str]:
+    """The prompted model's time, the patched one's, and the share between them."""
+    prompted, patched = milliseconds
+    return [f"{prompted:.{digits}f}", f"{patched:.{digits}f}", f"{1 - patched / prompted:.0%}"]
 
 
-def gained(rows: Iterable[Row]) -> str:
+def shares(row: Row) -> list[str]:
+    """How a rule or a group of them fares; what is cut is left out of the shares."""
+    cut = [row[f"{of}_cut"] for of in SIDES]
+    return [
+        row["asked"], ", ".join(cut) if any(count != "0" for count in cut) else "–",
+        *(shown(row, of, 2) for of in SIDES), survived(row), gained(row),
+    ]  # fmt: skip
+
+
+def survived(row: Row) -> str:
+    return share_of(row, "kept", "survival", "low", "high")
+
+
+def gained(row: Row) -> str:
     """The survival of what the bare model does not keep."""
-    return share_of(rows, "gained", "gained_survival")
+    return share_of(row, "gained", "gained_survival", "gained_low", "gained_high")
 
 
-def share_of(rows: Iterable[Row], count: str, share: str) -> str:
-    """The mean of shares, each of a count of its own."""
-    found = [(int(row[count]), float(row[share])) for row in rows if row[count] != "0"]
-    total = sum(number for number, _ in found)
-    return f"{sum(number * value for number, value in found) / total:.2f} of {total}" if total else "–"
+def share_of(row: Row, count: str, *figures: str) -> str:
+    """A share with its interval, and of how many."""
+    if row.get(count, "0") == "0":
+        return "–"
+    share, low, high = (shown(row, figure, 2) for figure in figures)
+    return f"{share} of {row[count]} ({low} to {high})"
 
 
 def rules_in_all() -> str:
@@ -157,33 +180,21 @@ def rules_in_all() -> str:
     lines = []
     for whole in prompts():
         of = {"model": whole["model"], "prompt": whole["prompt"], "case": "held-out", "patch": "own"}
-        rows = read("_rules", **of)
-        always = [row for row in rows if row["asked"] == whole["chats"]]
-        for kind, some in (("for all inputs", always), ("for some inputs", [row for row in rows if row not in always])):
-            if some:
-                lines.append((MODELS[whole["model"]], name(whole), kind, str(len(some)), *pooled(some)))
-    head = (
-        "model",
-        "prompt",
-        "rules",
-        "how many",
-        "times asked",
-        "bare",
-        "prompted",
-        "patched",
-        "survival",
-        "where bare breaks it",
-    )
-    return table(head, lines)
+        for kind in (ALWAYS, SOME):
+            for row in read("_rules", rule=kind, **of):
+                lines.append((
+                    MODELS[whole["model"]], name(whole), kind.strip("()"), row["rules"], row["not_asked"], *shares(row),
+                ))  # fmt: skip
+    return table(("model", "prompt", "rules", "how many", "not asked", *SHARES), lines)
 
 
 def rules_by_situation() -> str:
     """The survival of all rules of a prompt that the bare model breaks, in each situation."""
     lines = []
     for whole in prompts():
-        of = {"model": whole["model"], "prompt": whole["prompt"], "patch": "own"}
+        of = {"model": whole["model"], "prompt": whole["prompt"], "patch": "own", "rule": ALL}
         found = [read("_rules", case=case, **of) for case in SITUATIONS]
-        lines.append((MODELS[whole["model"]], name(whole), *map(gained, found)))
+        lines.append((MODELS[whole["model"]], name(whole), *(gained(rows[0]) if rows else "–" for rows in found)))
     return table(("model", "prompt", *SITUATIONS), lines)
 
 
@@ -193,9 +204,10 @@ def each_rule(model: str) -> str:
     for whole in prompts():
         if whole["model"] == model and whole["reserved"] == "True":
             for row in read("_rules", model=model, prompt=whole["prompt"], case="held-out", patch="own"):
-                lines.append((name(whole), row["rule"], *pooled([row])))
-    head = ("prompt", "rule", "times asked", "bare", "prompted", "patched", "survival", "where bare breaks it")
-    return table(head, lines)
+                if row["rule"] not in (ALWAYS, SOME, ALL):
+                    asked = shares(row) if row["asked"] != "0" else ["not asked", *["–"] * (len(SHARES) - 1)]
+                    lines.append((name(whole), row["rule"], *asked))
+    return table(("prompt", "rule", *SHARES), lines)
 
 
 def sums() -> str:

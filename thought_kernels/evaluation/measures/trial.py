@@ -36,6 +36,7 @@ class Score:
         grades: one per input, 0 to 1.
         divergences: KL(prompted ‖ this model) at each token of the prompted model's completion, nats, per input.
         follows: whether this model's likeliest token there is the completion's, [n_answer] bool per input.
+        ended: whether each answer came to its end, and was not cut at max_new_tokens.
     """
 
     accuracy: float
@@ -45,6 +46,7 @@ class Score:
     grades: list[float]
     divergences: list[Tensor]
     follows: list[Tensor]
+    ended: list[bool]
 
 
 class Trial:
@@ -71,6 +73,7 @@ class Trial:
         base: accuracy without it.
         prompted_texts, base_texts: the answers.
         prompted_grades, base_grades: their grades.
+        prompted_ended, base_ended: whether each came to its end, and was not cut at max_new_tokens.
         questions, answers: what the answers are graded by: each input's last user text, and the right answer.
         prompts, bare_prompts, written: token ids of the prompts with and without the instruction, and the prompted
             completions.
@@ -118,6 +121,7 @@ class Trial:
         # They are read behind both prompts.
         self.written = within_context(model, self.bare_prompts, self._complete(model, self.prompts))
         self.prompted_texts = self._ending.texts(self.written)
+        self.prompted_ended = list(map(self._ending.reached, self.written))
         self.answers = list(self.prompted_texts if answers is None else answers)
         self.prompted_grades = self.grade(self.prompted_texts)
         self.prompted = _mean(self.prompted_grades)
@@ -128,6 +132,7 @@ class Trial:
         known.update((keys[index], ids) for index, ids in zip(fresh, bare, strict=True))
         self.bare_written = [known[key] for key in keys]
         self.base_texts = self._ending.texts(self.bare_written)
+        self.base_ended = list(map(self._ending.reached, self.bare_written))
         self.base_grades = self.grade(self.base_texts)
         self.base = _mean(self.base_grades)
         self._values = [value_tokens(tokenizer, ids, self._ending.ids) for ids in self.written]
@@ -170,8 +175,9 @@ class Trial:
         grades = self.grade(texts)
         bare = self.bare_divergences
         return Score(
-            _mean(grades), effect(patched, bare), effect(patched, bare, self._values), texts, grades, patched, follows
-        )
+            _mean(grades), effect(patched, bare), effect(patched, bare, self._values), texts, grades, patched, follows,
+            list(map(self._ending.reached, own)),
+        )  # fmt: skip
 
     def effect(self, model: Any) -> Effect:
         """The divergences of the model as it is now, summed; no answers are written, so cheaper than score.
