@@ -18,7 +18,7 @@ import thought_kernels as tk
 from thought_kernels.cli import app, scoring
 from thought_kernels.cli.experiment import task_split
 from thought_kernels.demo.tasks import held_out
-from thought_kernels.evaluation.experiments import curves, measured
+from thought_kernels.evaluation.experiments import curves, experiments, measured
 from thought_kernels.evaluation.experiments.curves import default_steps, paper_steps
 from thought_kernels.evaluation.experiments.experiments import run_experiment
 from thought_kernels.evaluation.experiments.pairs import Pair, Split, read_pairs, split_pairs, usable
@@ -28,6 +28,7 @@ from thought_kernels.evaluation.pictures.curves import draw_experiment
 from thought_kernels.evaluation.records.digests import fingerprint
 from thought_kernels.evaluation.records.journal import Journal
 from thought_kernels.evaluation.rivals.paper import C1_FACTORS, best_c1, paper_patch, sweep_c1
+from thought_kernels.models import describe
 
 TOKENIZER = tiny_tokenizer()
 LAYERS = ["full_attention"] * 2
@@ -209,7 +210,7 @@ def test_demonstrations_in_a_format_are_an_instruction_and_points_may_be_added(m
     }  # fmt: skip
     few = run_experiment(model, TOKENIZER, "translation", data, tmp_path, points=[4], default_points=[2], **options)
     assert [[point.steps for point in line.points] for line in few.lines] == [[0, 4], [0, 2]]
-    assert few.told == "1 demonstrations" and (few.settings["steps"], few.settings["distinct"]) == (4, 2)
+    assert few.told == "1 demonstration" and (few.settings["steps"], few.settings["distinct"]) == (4, 2)
     more = run_experiment(model, TOKENIZER, "translation", data, tmp_path, points=[1, 4], default_points=[2], **options)
     assert [point.steps for point in more.lines[0].points] == [0, 1, 4]
     assert more.lines[0].points[-1] == few.lines[0].points[-1] and more.lines[1] == few.lines[1]
@@ -228,6 +229,9 @@ def test_demonstrations_in_a_format_are_an_instruction_and_points_may_be_added(m
 def test_the_other_reading_needs_an_mlp_behind_attention(data: Split, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="lines must be without residual where the MLP reads the block's own input"):
         run_experiment(tiny("pythia"), TOKENIZER, "addition", data, tmp_path, lines=["default", "residual"])
+    kept = experiments._lines(describe(tiny("pythia")), [0, 1], None)
+    assert kept == ["paper", "tuned", "default"]
+    assert experiments._lines(describe(tiny("gemma3")), [0, 1], None) == list(LINES)
 
 
 @pytest.mark.parametrize(

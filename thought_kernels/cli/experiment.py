@@ -16,7 +16,7 @@ from thought_kernels.demo.tasks import TASKS, held_out, inputs
 from thought_kernels.evaluation.experiments.curves import Sample
 from thought_kernels.evaluation.experiments.experiments import run_experiment
 from thought_kernels.evaluation.experiments.pairs import Pair, Split, read_pairs, split_pairs, usable
-from thought_kernels.evaluation.experiments.published import LINES, PUBLISHED, check_lines
+from thought_kernels.evaluation.experiments.published import PUBLISHED, check_lines
 from thought_kernels.evaluation.experiments.results import ExperimentReport
 from thought_kernels.evaluation.pictures.canvas import check_pictures
 
@@ -26,16 +26,15 @@ app = typer.Typer(
 )
 
 _TASKS = {"addition": "sum", "multiplication": "multiply", "translation": "translate"}
-_ALL_LINES = ",".join(LINES)
 _Output = Annotated[Path | None, typer.Option("--output", "-o", help="Folder (default experiment-NAME).")]
 _Steps = Annotated[int, typer.Option(min=1, help="Examples at the end of the curves.")]
 _Inputs = Annotated[int, typer.Option(min=1, help="Fresh inputs each point is measured on; the paper took 10.")]
 _Seed = Annotated[int, typer.Option(help="Of the choice of examples and inputs.")]
 _Lines = Annotated[
-    str,
+    str | None,
     typer.Option(
         help="paper (published c1, c2), tuned (c1 chosen for this model), residual (tuned, a before the MLP's norm), "
-        "default (transmute's own)."
+        "default (transmute's own). All that the model can have unless given."
     ),
 ]
 _Layers = Annotated[
@@ -50,7 +49,7 @@ _Batch = Annotated[int, typer.Option(min=1, help="Inputs at a time.")]
 def _on_numbers(name: str, summary: str) -> None:
     def command(
         model: options.Model = options.DEFAULT_MODEL, output: _Output = None, steps: _Steps = 600,
-        inputs: _Inputs = 96, seed: _Seed = 0, lines: _Lines = _ALL_LINES, layers: _Layers = None, c1: _C1 = None,
+        inputs: _Inputs = 96, seed: _Seed = 0, lines: _Lines = None, layers: _Layers = None, c1: _C1 = None,
         c2: _C2 = None, match: scoring.Match = None, max_new_tokens: _Room = None, batch_size: _Batch = 128,
         dtype: options.Dtype = "auto", device: options.Device = "cpu", offline: options.Offline = False,
     ) -> None:  # fmt: skip
@@ -73,7 +72,7 @@ def translation(
     target: Annotated[str | None, typer.Option(help="Column of its translation.")] = None,
     split: Annotated[str, typer.Option(help="Of a dataset on the hub.")] = "train",
     instruction: Annotated[str | None, typer.Option("--instruction", "-i", help="For another language.")] = None,
-    steps: _Steps = 600, inputs: _Inputs = 96, seed: _Seed = 0, lines: _Lines = _ALL_LINES,
+    steps: _Steps = 600, inputs: _Inputs = 96, seed: _Seed = 0, lines: _Lines = None,
     layers: _Layers = None, c1: _C1 = None, c2: _C2 = None, match: scoring.Match = None,
     max_new_tokens: _Room = None, batch_size: _Batch = 128, dtype: options.Dtype = "auto",
     device: options.Device = "cpu", offline: options.Offline = False,
@@ -106,8 +105,9 @@ def _run(name: str, given: dict[str, Any]) -> None:
     output = given["output"] if given["output"] is not None else Path(f"experiment-{name}")
     options.check_folder(output)
     steps, count, seed = given["steps"], given["inputs"], given["seed"]
-    lines = options.listed([given["lines"]])
-    check_lines(lines)
+    lines = None if given["lines"] is None else options.listed([given["lines"]])
+    if lines is not None:
+        check_lines(lines)
     layers = None if given["layers"] is None else options.read_layers(given["layers"])
     recipe = PUBLISHED[name].recipe(given["c1"], given["c2"], layers)
     match = scoring.chosen_match(given["match"], given["model"])

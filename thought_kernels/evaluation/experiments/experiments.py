@@ -50,7 +50,7 @@ def run_experiment(
     c1: float | None = None,
     c2: float | None = None,
     layers: Iterable[int] | None = None,
-    lines: Sequence[str] = LINES,
+    lines: Sequence[str] | None = None,
     points: Sequence[int] | None = None,
     default_points: Sequence[int] | None = None,
     match: Any = "exact",
@@ -71,7 +71,7 @@ def run_experiment(
         instruction, c1, c2: None for the published ones; the instruction as transmute takes it.
         format: of a turn; None for the chat template.
         layers: 0-based blocks of the paper's recipe, None for paper_layers.
-        lines: which of LINES to measure.
+        lines: which of LINES to measure, None for all that the model can have.
         points: steps at which the paper's lines are measured, None for paper_steps.
         default_points: the same of the default line, None for default_steps.
         match: what as_scorer takes.
@@ -91,7 +91,8 @@ def run_experiment(
     """
     if name not in PUBLISHED:
         raise ValueError(f"experiment: name must be one of {', '.join(PUBLISHED)}, got {name!r}")
-    check_lines(lines)
+    if lines is not None:
+        check_lines(lines)
     published, count = PUBLISHED[name], len(data.fit)
     told = published.instruction if instruction is None else instruction
     steps = dict.fromkeys(READINGS, paper_steps(count) if points is None else _checked("points", points, count))
@@ -101,9 +102,9 @@ def run_experiment(
     decoder = describe(model)
     model, blocks = decoder.model, len(decoder.blocks)  # a compiled one would be compiled anew for each patch
     chosen = sorted(paper_layers(blocks) if layers is None else layers)
+    lines = _lines(decoder, chosen, lines)
     if set(lines) - {"default"}:  # nothing is measured for numbers or blocks that the recipe would refuse
         published.recipe(c1, c2, chosen).for_model(decoder)
-    _check_reading(decoder, chosen, lines)
     c1, c2 = published.constants(c1, c2)
     check_context(model, tokenizer, told, [*data.fit, *data.validation, *data.fresh], format)
     settings = {
@@ -130,18 +131,23 @@ def run_experiment(
 def _checked(name: str, points: Sequence[int], count: int) -> list[int]:
     if not points or sorted(set(points)) != list(points) or not 1 <= points[0] <= points[-1] <= count:
         raise ValueError(
-            f"experiment: {name} must be increasing numbers from 1 to {count}, the pairs to fit on, got {list(points)}"
+            f"experiment: {name} must be increasing numbers from 1 to {count}, the pairs to fit on, got "
+            f"{list(points)}; sort them, or give more pairs"
         )
     return list(points)
 
 
-def _check_reading(decoder: Decoder, layers: Sequence[int], lines: Sequence[str]) -> None:
+def _lines(decoder: Decoder, layers: Sequence[int], lines: Sequence[str] | None) -> Sequence[str]:
+    """The lines to measure: those that were asked for, which the model must be able to have, or all that it can."""
     beside = [layer for layer in layers if decoder.blocks[layer].parallel]
+    if lines is None:
+        return [line for line in LINES if line != "residual" or not beside]
     if "residual" in lines and beside:
         raise ValueError(
             "experiment: lines must be without residual where the MLP reads the block's own input, beside attention "
-            f"and not after it, as at block {beside[0]}, got {', '.join(lines)}"
+            f"and not after it, as at block {beside[0]}, got {', '.join(lines)}; leave residual out"
         )
+    return lines
 
 
 def _model_name(model: Any) -> str:
@@ -153,10 +159,12 @@ def _model_name(model: Any) -> str:
 def transmute_defaults() -> dict[str, Any]:
     """The defaults of transmute's options, the recipe's and the others, as JSON values: what results depend on.
 
-    Rows on disk are told apart by these. `mlp_activation` is left out, since none of the default sites has it.
+    Rows on disk are told apart by these. `mlp_activation` is left out, since none of the default sites has it, and so
+    is what decides how a run goes and not what comes out.
     """
+    aside = ("mlp_activation", "progress", "bad_examples", "checkpoint", "distributed")
     return {
         name: list(parameter.default) if isinstance(parameter.default, tuple) else parameter.default
         for name, parameter in inspect.signature(transmute).parameters.items()
-        if parameter.default is not inspect.Parameter.empty and name not in ("mlp_activation", "progress")
+        if parameter.default is not inspect.Parameter.empty and name not in aside
     }

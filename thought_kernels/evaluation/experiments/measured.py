@@ -93,7 +93,7 @@ class Measured:
             self._bar.update()
 
     def _swept(self, name: str) -> list[tuple[float, float, float | None]]:
-        tried: list[list[Any]] = self._journal.once(f"sweep {name}", list) if name in CHOSEN else []
+        tried: list[list[Any]] = self._journal[f"sweep {name}"] if name in CHOSEN else []
         return [(c1, accuracy, recovered) for c1, accuracy, recovered in tried]
 
     def _factor(self, name: str) -> float:
@@ -154,7 +154,7 @@ class Measured:
         """Answers and grades, which have been measured."""
         if count == 0:
             return self.levels["base_texts"], self.levels["base_grades"]
-        row: dict[str, Any] = self._journal.once(f"{name} {count}", dict)
+        row: dict[str, Any] = self._journal[f"{name} {count}"]
         return row["texts"], row["grades"]
 
     def _line(self, name: str, steps: Sequence[int]) -> Line:

@@ -88,7 +88,12 @@ class ExperimentReport:
     def told(self) -> str:
         """The instruction in a few words."""
         instruction = self.settings["instruction"]
-        return instruction if isinstance(instruction, str) else f"{len(instruction) // 2} demonstrations"
+        if isinstance(instruction, str):
+            return instruction
+        count = sum(turn["role"] == "assistant" for turn in instruction)
+        shown = f"{count} demonstration{'' if count == 1 else 's'}"
+        system = [turn["content"] for turn in instruction if turn["role"] == "system"]
+        return ", ".join([*system, *([shown] if count else [])])
 
     def table(self, line: Line) -> list[Sample]:
         """The samples nearest to the steps of the paper's table."""

@@ -45,6 +45,10 @@ class Journal:
             self._found[name] = value
         return self._found[name]
 
+    def __getitem__(self, name: str) -> Any:
+        """A result that is there."""
+        return self._found[name]
+
     def __contains__(self, name: str) -> bool:
         return name in self._found
 
