@@ -250,8 +250,9 @@ def test_examples_keep_their_place_in_the_users_list() -> None:
     listed = [
         example._replace(place=f"examples[{number}]") for number, example in zip((7, 4, 1), encoded(), strict=True)
     ]
-    assert group_examples(listed, 8, "all", torch.float64)[0].batches[0].examples == (4, 7, 1)  # by length
-    assert group_examples(encoded(), 8, "all", torch.float64)[0].batches[0].examples == (1, 0, 2)
+    for given, order in ((listed, (4, 7, 1)), (encoded(), (1, 0, 2))):  # by length
+        (batch,) = group_examples(given, 8, "all", torch.float64)[0].batches
+        assert batch.examples == tuple(f"examples[{number}]" for number in order)
     model = model_of(5)
     with torch.no_grad():
         model.model.embed_tokens.weight[TOKENIZER.convert_tokens_to_ids("9")] = torch.nan
