@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +16,6 @@ from thought_kernels.fitting.recipe import Recipe, paper_recipe
 from thought_kernels.fitting.transmute import transmute as run_transmute
 from thought_kernels.patches.storage import RECORD_FILE
 
-_LONGEST_PATH = 255  # characters; a longer text names no file, and asking for one is an error
 _DEFAULTS = {name: parameter.default for name, parameter in inspect.signature(run_transmute).parameters.items()}
 
 
@@ -115,7 +115,7 @@ def transmute(
     if not all(text.strip() for text in example or ()):
         raise typer.BadParameter("--example must be a text, got an empty one")
     for text in example or ():
-        if len(text) < _LONGEST_PATH and Path(text).is_file():
+        if os.path.isfile(text):  # Path.is_file raises where a text is too long for a name
             raise typer.BadParameter(f"--example must be a text, got the file {text}; give a file by --examples")
     options.check_folder(output)
     chosen = replace(_recipe(recipe, options.pairs({"c1": c1, "c2": c2, "steps": steps})), **options.pairs({
