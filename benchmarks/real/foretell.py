@@ -1,19 +1,20 @@
 """What does one patch do to another on a pretrained model, and what foretells it?
 
-    python benchmarks/real/foretell.py smollm2=DIR [--instructions french,pirate,...] [--examples 32] [--inputs 16]
-        [--tokens 24] [--output FILE.csv] [--diagnosis FILE.csv]
+    python benchmarks/real/foretell.py smollm2=DIR [--diagnosis FILE.csv]
+    python benchmarks/real/foretell.py gemma=DIR --kind word        told by demonstrations: it has no chat template
+        [--instructions french,pirate,...] [--examples 32] [--inputs 16] [--tokens 24] [--output FILE.csv]
 
-A patch for each instruction of instructions.toml that is not reserved, and for each ordered pair (a, b) the model with
-both patches on a's held-out inputs: how much of a's recovered effect is lost, (KL(prompted ‖ a + b) − KL(prompted ‖ a))
-/ KL(prompted ‖ bare), summed over the prompted model's answers. Beside it what the weights foretell (`felt` of
+A patch for each instruction (or word task) that is not reserved, and for each ordered pair (a, b) the model with both
+patches on a's held-out inputs: how much of a's recovered effect is lost, (KL(prompted ‖ a + b) − KL(prompted ‖ a)) /
+KL(prompted ‖ bare), summed over the prompted model's answers. Beside it what the weights foretell (`felt` of
 spectral.interference, the cosine of the matrices, the overlap of what they read and write), what the weights and a's
 activations foretell (`disturbance`), and what two forwards without the pair do: `moved`, KL(bare ‖ b) on a's inputs,
 and `additive`, the loss if log-probabilities moved by the sum of what each patch alone moves them by.
 
 Rank correlations with their bootstrap intervals over instructions go to FILE_correlations.csv. Every pair is written as
-it is finished, patches are kept in FILE_patches/, and a run that was stopped goes on where it was. With --diagnosis,
-what each patch touches goes to a file too, a line for each block and site, with the neurons it moves most and the
-tokens it writes towards.
+it is finished, patches are kept in FILE_patches/, and a run that was stopped goes on where it was; rows of other models
+and settings stay. With --diagnosis, what each patch touches goes to a file too, a line for each block and site, with
+the neurons it moves most and the tokens it writes towards.
 """
 
 from __future__ import annotations
@@ -28,8 +29,8 @@ from statistics import fmean
 from typing import Any
 
 import numpy as np
+from tasks import WORD_FORMAT, task
 from tasks import names as task_names
-from tasks import task
 from torch import Tensor
 from tqdm import tqdm
 
@@ -47,14 +48,17 @@ DRAWS = 1000
 Row = dict[str, Any]
 
 
-def read_rows(path: Path, key: Row) -> list[Row]:
+def read_rows(path: Path, key: Row, *, others: bool = False) -> list[Row]:
+    """The rows with these settings, or all the others."""
     if not path.is_file():
         return []
     with path.open(newline="", encoding="utf-8") as file:
-        return [row for row in csv.DictReader(file) if all(row.get(name) == value for name, value in key.items())]
+        return [row for row in csv.DictReader(file) if (key.items() <= row.items()) != others]
 
 
-def write_rows(path: Path, rows: Sequence[Row]) -> None:
+def write_rows(path: Path, key: Row, rows: Sequence[Row]) -> None:
+    """Puts these rows, which have these settings, in the place of those that the file holds."""
+    rows = [*read_rows(path, key, others=True), *rows]
     temporary = path.with_suffix(".tmp")
     with temporary.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
@@ -70,10 +74,15 @@ def patches(model: Any, tokenizer: Any, instructions: Sequence[str], examples: i
         place = folder / f"{name}-{examples}"
         if not (place / "thought_patch.json").is_file():
             asked = task(name, seed=0, inputs=examples)
-            made = tk.transmute(model, tokenizer, asked.instruction, [text for text, _ in asked.inputs])
+            made = tk.transmute(model, tokenizer, asked.instruction, [text for text, _ in asked.inputs], **turn(name))
             made.save_pretrained(place)
         found[name] = tk.ThoughtPatch.from_pretrained(place)
     return found
+
+
+def turn(name: str) -> dict[str, str]:
+    """How a turn of the task is written, where not by the chat template."""
+    return {"format": WORD_FORMAT} if task(name, seed=0).kind == "word" else {}
 
 
 class Asked:
@@ -85,8 +94,9 @@ class Asked:
         self.weights, self.patch = dict(zip(others, found, strict=True)), patch
         held_out = [text for text, _ in task(name, seed=0).held_out][: settings.inputs]
         self.trial = Trial(
-            model, tokenizer, task(name, seed=0).instruction, held_out, None, max_new_tokens=settings.tokens
-        )
+            model, tokenizer, task(name, seed=0).instruction, held_out, None, max_new_tokens=settings.tokens,
+            **turn(name),
+        )  # fmt: skip
         self.model, self.bare = model, self.read(model)
         with patch.applied(model), activation_moments(model, patch) as moments:
             self.alone = self.read(model)
@@ -123,7 +133,7 @@ class Asked:
         }  # fmt: skip
 
 
-def correlations(rows: Sequence[Row]) -> list[Row]:
+def correlations(key: Row, rows: Sequence[Row]) -> list[Row]:
     """Spearman's ρ of each predictor with the loss, over all pairs and within an instruction, and its interval."""
     instructions = sorted({row["instruction"] for row in rows})
     lines = []
@@ -133,7 +143,7 @@ def correlations(rows: Sequence[Row]) -> list[Row]:
         low, high = interval(rows, predictor, instructions)
         overall = spearman(rows, predictor)
         lines.append({
-            "predictor": predictor, "pairs": len(rows), "spearman": "" if overall is None else f"{overall:.3f}",
+            **key, "predictor": predictor, "pairs": len(rows), "spearman": "" if overall is None else f"{overall:.3f}",
             "low": f"{low:.3f}", "high": f"{high:.3f}", "within": f"{fmean(known):.3f}" if known else "",
         })  # fmt: skip
     return lines
@@ -178,13 +188,14 @@ def diagnosis(made: dict[str, Any], model: Any, tokens: Sequence[str], path: Pat
                 "most_transported": " ".join(map(str, figures["most_transported"])),
                 "tokens": " ".join(f"{one.name}:{one.gain:.1f}" for one in written.get((site.layer, site.site), ())),
             })  # fmt: skip
-        write_rows(path, rows)
+        write_rows(path, key, rows)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="NAME=FOLDER")
-    parser.add_argument("--instructions", default=",".join(task_names("instruction", reserved=False)))
+    parser.add_argument("--kind", choices=("instruction", "word"), default="instruction")
+    parser.add_argument("--instructions", help="these alone")
     parser.add_argument("--examples", type=int, default=32)
     parser.add_argument("--inputs", type=int, default=16)
     parser.add_argument("--tokens", type=int, default=24, help="of an answer")
@@ -194,7 +205,8 @@ def main() -> None:
     name, _, folder = settings.model.partition("=")
     key = {"model": name, "examples": str(settings.examples), "held_out": str(settings.inputs),
            "tokens": str(settings.tokens)}  # fmt: skip
-    instructions = settings.instructions.split(",")
+    named = settings.instructions
+    instructions = named.split(",") if named else task_names(settings.kind, reserved=False)
     rows = read_rows(settings.output, key)
     done = {(row["instruction"], row["other"]) for row in rows}
     wanted = [pair for pair in itertools.permutations(instructions, 2) if pair not in done]
@@ -208,9 +220,9 @@ def main() -> None:
             asked = (ours, Asked(model, tokenizer, ours, made, settings))
         found = asked[1].beside(theirs, made[theirs])
         rows.append({**key, "instruction": ours, "other": theirs, **{k: f"{v:.6g}" for k, v in found.items()}})
-        write_rows(settings.output, rows)
-    lines = correlations(rows)
-    write_rows(settings.output.with_name(f"{settings.output.stem}_correlations.csv"), lines)
+        write_rows(settings.output, key, rows)
+    lines = correlations(key, rows)
+    write_rows(settings.output.with_name(f"{settings.output.stem}_correlations.csv"), key, lines)
     for line in lines:
         print(*line.values(), sep=", ")
     if settings.diagnosis:

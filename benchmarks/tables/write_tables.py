@@ -1,6 +1,6 @@
-"""The tables and the picture of the README and of docs/, made from the committed results.
+"""The tables of the README and of docs/, and two pictures, made from the committed results.
 
-python benchmarks/tables/write_tables.py            rewrites the tables where they stand, and the picture
+python benchmarks/tables/write_tables.py            rewrites the tables where they stand, and the pictures
 python benchmarks/tables/write_tables.py --check    exits with 1, and says where, if one differs from its results
 
 A table stands between `<!-- table: NAME -->` and `<!-- end of NAME -->`.
@@ -15,6 +15,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import real_picture
+import strata_picture
 from compilation_tables import COMPILATION
 from cpu_tables import CPU_TABLES
 from demo_tables import DEMO
@@ -22,7 +24,6 @@ from experiment_tables import EXPERIMENTS
 from inspect_tables import INSPECT
 from pareto_tables import PARETO
 from published_tables import PUBLISHED
-from real_picture import PICTURE, draw, is_current
 from real_tables import REAL
 from scaling_tables import SCALING
 from serving_tables import SERVING
@@ -94,12 +95,13 @@ def main() -> None:
         elif new != old:
             write_text(new, path)
             print(name)
-    if not is_current():
-        print(PICTURE.relative_to(ROOT), "differs from the results" if options.check else "")
-        if options.check:
-            differs = True
-        else:
-            draw()
+    for picture in (real_picture, strata_picture):
+        if not picture.is_current():
+            print(picture.PICTURE.relative_to(ROOT), "differs from the results" if options.check else "")
+            if options.check:
+                differs = True
+            else:
+                picture.draw()
     sys.exit(differs)
 
 
