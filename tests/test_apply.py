@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 from thought_kernels.models import describe
 from thought_kernels.models.norm import hooked
+from thought_kernels.patches.apply import is_patched
 from thought_kernels.patches.patch import ThoughtPatch
 from thought_kernels.patches.site import SitePatch
 
@@ -177,6 +179,16 @@ def test_a_handle_can_be_removed_twice_and_not_entered_again() -> None:
     assert torch.equal(model(ids).logits, bare)
     with pytest.raises(ValueError, match="handle must be active, got a removed one"), handle:
         pass
+
+
+def test_a_patch_that_acts_already_is_told() -> None:
+    model, patch, other = tiny_gemma3(), random_patch(), random_patch(seed=1)
+    with patch.applied(model), other.applied(model):  # two different ones are nobody's mistake
+        assert is_patched(model) and not is_patched(copy.deepcopy(model))
+        with pytest.warns(UserWarning, match="applied: patch should act once, got one that acts"):
+            patch.applied(model).remove()
+    assert not is_patched(model)
+    patch.applied(model).remove()
 
 
 def test_patches_leave_in_any_order() -> None:

@@ -173,6 +173,9 @@ def test_transmute_writes_the_library_s_patch_and_generate_uses_it(folder: str, 
     bare = printed(run("generate", *common)).rstrip("\n")
     patched = printed(run("generate", *common, "--patch", saved, "--scale", "1000")).rstrip("\n")
     assert printed(run("generate", *common, "--patch", saved, "--scale", "0")).rstrip("\n") == bare
+    assert (
+        printed(run("generate", *common, "--patch", saved, "--patch", saved, "--scale", "500")).rstrip("\n") == patched
+    )
     compared = [line.split(maxsplit=1) for line in printed(
         run("generate", *common, "--patch", saved, "--scale", "1000", "--compare")
     ).splitlines()]  # fmt: skip

@@ -174,6 +174,13 @@ def test_completions_end_where_the_context_does_behind_either_prefix() -> None:
     assert [row.length for row in made] == [rows[1].length + 1] * 4
 
 
+def test_a_fit_on_top_of_another_patch_is_told() -> None:
+    model, rows = model_of(5), [{"prompt": "8 76", "completion": "3"}]
+    first = tk.transmute(model, TOKENIZER, "Sum now", rows)
+    with first.applied(model), pytest.warns(UserWarning, match="transmute: model should be bare, got one that a patch"):
+        tk.transmute(model, TOKENIZER, "Sum now", rows)
+
+
 def test_a_cut_completion_is_reported() -> None:
     with pytest.warns(UserWarning, match="did not end within max_new_tokens=2"):
         tk.transmute(model_of(5), TOKENIZER, "Sum now", ["8 76", "abc"], max_new_tokens=2)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import operator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,7 +16,9 @@ from thought_kernels.cli import options
 
 def generate(
     prompt: Annotated[str, typer.Option("--prompt", "-p", help="The user's text.")],
-    patch: Annotated[Path | None, typer.Option(help="A folder written by transmute.")] = None,
+    patch: Annotated[
+        list[Path] | None, typer.Option(help="A folder written by transmute; several are added.", show_default=False)
+    ] = None,
     scale: Annotated[float, typer.Option(help="Multiplies the patch.")] = 1.0,
     compare: Annotated[bool, typer.Option("--compare", help="Show the bare and the prompted answer too.")] = False,
     instruction: Annotated[
@@ -28,11 +32,12 @@ def generate(
     device: options.Device = "cpu",
     offline: options.Offline = False,
 ) -> None:
-    """Answer a prompt greedily, with a patch if one is given."""
+    """Answer a prompt greedily, with a patch or several if they are given."""
     from thought_kernels.evaluation.measures.trial import bare_texts, prompted_texts
     from thought_kernels.patches.patch import ThoughtPatch
 
-    loaded = None if patch is None else scale * ThoughtPatch.from_pretrained(patch, offline=offline)
+    patches = [ThoughtPatch.from_pretrained(folder, offline=offline) for folder in patch or ()]
+    loaded = scale * functools.reduce(operator.add, patches) if patches else None
     provenance = {} if loaded is None else loaded.provenance
     told = instruction if instruction is not None else provenance.get("instruction")
     if compare and not told:

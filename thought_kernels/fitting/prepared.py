@@ -25,6 +25,7 @@ from thought_kernels.fitting.recipe import Recipe, ResolvedRecipe
 from thought_kernels.models import in_memory
 from thought_kernels.models.decoder import Decoder
 from thought_kernels.ops.caller import warn
+from thought_kernels.patches.apply import is_patched
 from thought_kernels.patches.identity import identity
 from thought_kernels.prompts.bad_examples import BadExamples
 from thought_kernels.prompts.everyday import everyday
@@ -32,6 +33,11 @@ from thought_kernels.prompts.examples import Example, Placed, read_examples
 from thought_kernels.prompts.instruction import Instruction
 from thought_kernels.prompts.ordinary import ordinary_rows
 from thought_kernels.prompts.prompt import EncodedExample
+
+_ON_TOP = (
+    "transmute: model should be bare, got one that a patch acts on; the new patch is fitted on top of that one, and "
+    "does what it should with it alone: remove() its handle first where that is not meant"
+)
 
 
 class Prepared(NamedTuple):
@@ -59,6 +65,8 @@ def prepared(
 ) -> Prepared:  # fmt: skip
     """What transmute fits, before it does; arguments as transmute's, those of the prompt and of writing together."""
     decoder = in_memory("transmute", model)
+    if is_patched(model):
+        warn(_ON_TOP)
     resolved, bad = recipe.for_model(decoder), bad or BadExamples()
     given = _given(decoder, tokenizer, prompt, examples, bad)
     encoded, written = _rows(decoder, tokenizer, prompt, given, resolved, writing, checkpoint)

@@ -134,8 +134,8 @@ def transmute(
             limit is over.
 
     Warns:
-        UserWarning: completions that were cut, some examples that begin with the instruction, or a patch that leaves
-            more of the difference than there was (ScaleWarning).
+        UserWarning: completions that were cut, some examples that begin with the instruction, a model that a patch
+            acts on, or a patch that leaves more of the difference than there was (ScaleWarning).
 
     Source: "Transmuting prompts into weights", Algorithm 1, eq. 5-8 and A.2; the attention site, the sequential pairing
         and the header's rows are ours.

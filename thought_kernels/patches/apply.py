@@ -32,6 +32,8 @@ class AppliedPatch:
         self._handles: list[RemovableHandle] = []
         try:
             decoder = describe(model)
+            if any(_acts(entry, module) for _, entry, module in checked):
+                warn(_TWICE)
             watch = _Watch(decoder.model)
             for layer in sorted({layer for layer, _ in patch.entries}):
                 self._handles.append(decoder.blocks[layer].layer.register_forward_pre_hook(watch.input_hook))
@@ -63,6 +65,22 @@ class AppliedPatch:
         self.remove()
 
 
+def is_patched(model: nn.Module) -> bool:
+    """Whether a patch acts in the model through hooks."""
+    return any(isinstance(owner, SiteHook) and owner.acts for module in model.modules() for owner in _owners(module))
+
+
+def _acts(entry: SitePatch, module: nn.Module) -> bool:
+    """Whether this very entry acts in the module already."""
+    return any(isinstance(owner, _Change) and owner.source is entry for owner in _owners(module))
+
+
+def _owners(module: nn.Module) -> Iterator[Any]:
+    """What the module's hooks are methods of."""
+    for hook in (*module._forward_pre_hooks.values(), *module._forward_hooks.values()):
+        yield getattr(hook, "__self__", None)
+
+
 def hooked(site: str, block: Block) -> Any:
     """The module whose input or output a site's patch changes."""
     modules = {"attention": block.o_proj, "mlp": block.mlp, "down": block.down_proj, "residual": block.layer}
@@ -79,6 +97,10 @@ def forget_compiled() -> None:
         torch._dynamo.reset_code_caches()
 
 
+_TWICE = (
+    "applied: patch should act once, got one that acts in this model already and now acts twice; remove() the earlier "
+    "handle, or use 2 * patch where that is meant"
+)
 _RUN_AGAIN = (
     "applied: model should not checkpoint gradients with use_reentrant=True, got a model that does; call backward "
     "before the patch is removed, or the gradients are silently those of no model: "
@@ -127,6 +149,11 @@ class _Watch:
 class SiteHook(ABC):
     """What changes the activations of a site: an input x, or an output y with its input x."""
 
+    @property
+    def acts(self) -> bool:
+        """Whether it changes anything."""
+        return True
+
     @abstractmethod
     def __call__(self, x: Tensor, y: Tensor | None = None) -> Tensor:
         """The changed x, or the changed y where there is one."""
@@ -162,7 +189,11 @@ class _Change(SiteHook):
     """
 
     def __init__(self, entry: SitePatch | None) -> None:
-        self._entry = entry
+        self._entry = self.source = entry
+
+    @property
+    def acts(self) -> bool:
+        return self.source is not None
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _Change, (None,)

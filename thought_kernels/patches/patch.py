@@ -63,7 +63,8 @@ class ThoughtPatch(Exports):
         Warns:
             UserWarning: a model that trains with reentrant gradient checkpointing, which runs blocks again in backward:
                 at once, or in the first forward that does. Not seen are a checkpoint of one's own around several blocks
-                together or inside one, and those of a compiled model that begin later.
+                together or inside one, and those of a compiled model that begin later. Also a patch that acts there
+                already.
         """
         return AppliedPatch(self, model)
 
