@@ -21,6 +21,7 @@ from compilation_tables import COMPILATION
 from cpu_tables import CPU_TABLES
 from demo_tables import DEMO
 from experiment_tables import EXPERIMENTS
+from growth_tables import GROWTH
 from inspect_tables import INSPECT
 from pareto_tables import PARETO
 from published_tables import PUBLISHED
@@ -58,6 +59,7 @@ TABLES: dict[str, Callable[[], str]] = {
     **SERVING,
     **PARETO,
     **SCALING,
+    **GROWTH,
     **TOY,
     **INSPECT,
 }
