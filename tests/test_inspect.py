@@ -219,6 +219,68 @@ def test_a_gguf_file_is_read_block_by_block(tmp_path: Path) -> None:
         stored_matrices(tmp_path)
 
 
+def gguf_of(path: Path, tensors: dict[str, tuple[Any, Any]]) -> None:
+    """A GGUF file of arrays, each with its raw dtype or None."""
+    gguf = pytest.importorskip("gguf")
+    writer = gguf.GGUFWriter(path, "llama")
+    for name, (array, raw) in tensors.items():
+        writer.add_tensor(name, array, raw_dtype=raw)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def test_what_no_reader_widens_is_a_note_and_the_rest_goes_on(tmp_path: Path) -> None:
+    gguf = pytest.importorskip("gguf")
+    double, blocks = normal(6, 8, dtype=torch.float64), torch.zeros(4, 40, dtype=torch.uint8).numpy()
+    tensors: dict[str, tuple[Any, Any]] = {
+        f"blk.0.ids{bits}.weight": (torch.ones(4, 5, dtype=dtype).numpy(), None)
+        for bits, dtype in ((8, torch.int8), (16, torch.int16), (32, torch.int32), (64, torch.int64))
+    }
+    tensors |= {
+        "blk.0.double.weight": (double.numpy(), None), "blk.1.float.weight": (normal(4, 5).numpy(), None),
+        "blk.0.packed.weight": (blocks, gguf.GGMLQuantizationType.Q8_1),
+    }  # fmt: skip
+    gguf_of(tmp_path / "model.gguf", tensors)
+    result = run("inspect", tmp_path)
+    assert result.exit_code == 0, result.output
+    rows = {row.name: row for row in inspect_model(tmp_path)}
+    assert rows["blk.0.double.weight"].saturation == pytest.approx(saturation(double), rel=SAME)
+    assert rows["blk.1.float.weight"].rank == 4
+    stored = {matrix.name: matrix for matrix in stored_matrices(tmp_path)}
+    assert torch.equal(stored["blk.0.double.weight"].read(), double)
+    assert rows["blk.0.packed.weight"].note == "quantised (Q8_1)"
+    for bits in (8, 16, 32, 64):
+        assert rows[f"blk.0.ids{bits}.weight"].note == f"quantised (I{bits})"
+    assert run("inspect", tmp_path, "--compare", tmp_path).exit_code == 0
+
+
+def test_packed_weights_in_one_column_are_told(tmp_path: Path) -> None:
+    tensors = {
+        "layers.0.q_proj.weight": torch.ones(32, 1, dtype=torch.uint8), "layers.0.norm.weight": normal(4, 5),
+        "layers.0.scale": normal(32, 1), "layers.0.row": torch.ones(1, 32, dtype=torch.uint8),
+    }  # fmt: skip
+    save_file(tensors, tmp_path / "model.safetensors")
+    rows = {row.name: row for row in inspect_model(tmp_path)}
+    assert rows.keys() == {"layers.0.q_proj.weight", "layers.0.norm.weight"}
+    assert rows["layers.0.q_proj.weight"].note == "quantised (U8)"
+    result = run("inspect", tmp_path)
+    assert result.exit_code == 0 and "layers.0.q_proj.weight: quantised (U8)" in result.stdout
+
+
+def test_numbered_parts_come_by_number(tmp_path: Path) -> None:
+    experts = [f"model.layers.0.mlp.experts.{i}.{kind}.weight" for i in range(12) for kind in ("w2", "up_proj")]
+    stacked = [f"model.layers.1.mlp.experts[{i}]" for i in range(12)]
+    save_file({name: normal(4, 5) for name in reversed(experts)}, tmp_path / "a.safetensors")
+    save_file({stacked[0][:-3]: normal(12, 4, 5)}, tmp_path / "b.safetensors")
+    found = [matrix.name for matrix in stored_matrices(tmp_path)]
+    assert sorted(found[:24]) == sorted(experts) and found[24:] == stacked
+    numbers = [name.split(".")[5] for name in found[:24]]
+    assert numbers == [str(i) for i in range(12) for _ in range(2)]
+    assert len({tuple(name.split(".")[6] for name in found[i : i + 2]) for i in range(0, 24, 2)}) == 1
+
+
 def test_token_names_of_a_folder(tmp_path: Path) -> None:
     save_file({"a.weight": normal(3, 4)}, tmp_path / "model.safetensors")
     assert token_names(tmp_path) is None

@@ -53,8 +53,8 @@ class StoredMatrix(NamedTuple):
 
     @property
     def is_readable(self) -> bool:
-        """Whether ``read`` gives floats: not of integer or 8-bit weights of a safetensors file."""
-        return self.file.suffix == GGUF or self.dtype in DTYPES
+        """Whether ``read`` gives floats: not of integers, nor of blocks or 8-bit floats that no reader widens."""
+        return _widens(self.dtype) if self.file.suffix == GGUF else self.dtype in DTYPES
 
     @property
     def block(self) -> int | None:
@@ -62,7 +62,7 @@ class StoredMatrix(NamedTuple):
         return block_of(self.name)
 
     def read(self) -> Tensor:
-        """The matrix, from the file; blocks of a GGUF file are widened to float32.
+        """The matrix, from the file; all of a GGUF file but its float64 is widened to float32.
 
         Raises:
             ValueError: the file does not hold it.
@@ -93,9 +93,10 @@ def block_of(name: str) -> int | None:
 def stored_matrices(model: str | Path) -> list[StoredMatrix]:
     """Every weight matrix of a model folder or file, as the model runs through them; only headers are read.
 
-    Embeddings first, then block by block, then the head; what is inside a block keeps the file's order. Two dimensions
-    are a matrix; three are a stack of them, as experts are kept; four or more, of which two are larger than 1, are a
-    convolution, a row per output channel. Vectors are none, and neither are matrices of one row or column.
+    Embeddings first, then block by block, then the head; what is inside a block keeps the file's order, but numbered
+    parts such as experts come by number. Two dimensions are a matrix; three are a stack of them, as experts are kept;
+    four or more, of which two are larger than 1, are a convolution, a row per output channel. Vectors are none, and
+    neither are matrices of one row or column, unless that is a column of integers: so 4-bit weights are packed.
 
     Args:
         model: a folder with .safetensors files, with or without an index, or with one .gguf file; or such a file.
@@ -109,7 +110,7 @@ def stored_matrices(model: str | Path) -> list[StoredMatrix]:
     found: list[StoredMatrix] = []
     for path in _files(Path(model)):
         found += _gguf_matrices(path) if path.suffix == GGUF else _safetensors_matrices(path)
-    return sorted(found, key=_place)
+    return _in_order(found)
 
 
 def token_names(model: str | Path) -> list[str] | None:
@@ -139,13 +140,21 @@ def token_names(model: str | Path) -> list[str] | None:
     return names
 
 
-def _place(matrix: StoredMatrix) -> tuple[Any, ...]:
-    """Where a matrix stands in the model; sorting by it keeps the order of equal places."""
-    block = matrix.block
-    if block is None:
-        kind = matrix.kind.split(".")
-        return (2 if any(name in kind for name in _LAST) else 0, 0, -1)
-    return (1, block, -1 if matrix.part is None else matrix.part)
+def _in_order(found: list[StoredMatrix]) -> list[StoredMatrix]:
+    """By place in the model; inside of a block by where a part is first met, and numbered parts by number."""
+    met: dict[str, int] = {}
+
+    def place(matrix: StoredMatrix) -> tuple[int, ...]:
+        block = matrix.block
+        if block is None:
+            return (2 if any(name in _LAST for name in matrix.kind.split(".")) else 0,)
+        pieces = re.split(r"(\d+)", matrix.name)
+        texts = ["".join(pieces[: end + 1]) for end in range(0, len(pieces), 2)]
+        order = [met.setdefault(text, len(met)) for text in texts]
+        numbers = [int(number) for number in pieces[1::2]]
+        return (1, block, *(value for pair in zip(order, [*numbers, 0], strict=True) for value in pair))
+
+    return sorted(found, key=place)
 
 
 def _safetensors_matrices(path: Path) -> list[StoredMatrix]:
@@ -155,7 +164,9 @@ def _safetensors_matrices(path: Path) -> list[StoredMatrix]:
             for name in file.keys():  # noqa: SIM118  not a dict
                 header = file.get_slice(name)
                 shape, dtype = tuple(header.get_shape()), header.get_dtype()
-                found += [StoredMatrix(*where, dtype) for where in _matrices_of(name, path, shape)]
+                packed = len(shape) == 2 and shape[1] == 1 < shape[0] and not dtype.startswith(("F", "BF"))
+                matrices = [(name, path, name, None, shape)] if packed else _matrices_of(name, path, shape)
+                found += [StoredMatrix(*where, dtype) for where in matrices]
     except (OSError, safetensors.SafetensorError) as error:
         raise _unreadable(path, error) from error
     return found
@@ -195,12 +206,32 @@ def _opened(path: Path, changed: int) -> Any:
     return GGUFReader(path)
 
 
+@functools.cache
+def _widens(dtype: str) -> bool:
+    """Whether the gguf package reads a type as floats, found out on one block of zeros."""
+    import numpy as np
+    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+    from gguf.quants import dequantize
+
+    if dtype == "F64":
+        return True
+    kind = GGMLQuantizationType[dtype]
+    try:
+        with np.errstate(all="ignore"):
+            dequantize(np.zeros((1, GGML_QUANT_SIZES[kind][1]), dtype=np.uint8), kind)
+    except NotImplementedError:
+        return False
+    return True
+
+
 def _read_gguf(matrix: StoredMatrix) -> Tensor:
     from gguf.quants import dequantize
 
     for tensor in _open_gguf(matrix.file).tensors:
         if tensor.name == matrix.tensor:
             data = tensor.data if matrix.part is None else tensor.data[matrix.part]
+            if matrix.dtype == "F64":
+                return torch.tensor(data, dtype=torch.float64).reshape(matrix.shape)
             widened = torch.tensor(dequantize(data, tensor.tensor_type), dtype=torch.float32)
             return widened.reshape(matrix.shape)
     raise _unreadable(matrix.file, KeyError(matrix.tensor))
