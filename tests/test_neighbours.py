@@ -66,6 +66,64 @@ def test_the_mean_vector_can_be_taken_away() -> None:
     assert centred.mean_dimensionality == pytest.approx(float(without.mean()), rel=1e-6)
 
 
+def test_zero_features_are_left_out_before_the_mean() -> None:
+    W, order = normal(8, 30) + 5, [*range(7), *range(12, 35)]
+    padded = torch.zeros(8, 40, dtype=torch.float64)
+    padded[:, order] = W
+    names = [f"token {i}" for i in range(40)]
+    plain, found = shared_features(W, centred=True), shared_features(padded, names, centred=True)
+    assert (plain.zero_features, found.zero_features, found.features) == (0, 10, 40)
+    assert [one.index for one in found.most_shared] == [order[one.index] for one in plain.most_shared]
+    assert [one.name for one in found.least_shared] == [f"token {order[one.index]}" for one in plain.least_shared]
+    for name in ("common", "mean_dimensionality", "null_dimensionality", "linked", "clustered"):
+        assert getattr(found, name) == pytest.approx(getattr(plain, name), rel=1e-12), name
+    for one, other in zip(found.most_shared, plain.most_shared, strict=True):
+        assert (one.dimensionality, one.norm) == pytest.approx((other.dimensionality, other.norm), rel=1e-9)
+
+
+@pytest.mark.parametrize("centred", [False, True])
+def test_noise_is_its_own_null_at_both_ends(centred: bool) -> None:
+    W = normal(40, 400)
+    kept = W.clone()
+    found = shared_features(W, centred=centred)
+    assert torch.equal(W, kept)  # shuffled elsewhere
+    assert found.null.mean_dimensionality == pytest.approx(found.mean_dimensionality, rel=0.02)
+    for told, null in ((found.most_shared, found.null.most_shared), (found.least_shared, found.null.least_shared)):
+        for name, scatter in (("dimensionality", 0.1), ("norm", 0.1), ("residual", 0.25)):  # ten extremes of 400
+            mean = sum(getattr(one, name) for one in told) / len(told)
+            assert getattr(null, name) == pytest.approx(mean, rel=scatter), name
+        assert null.share == pytest.approx(sum(one.neighbours[0].share for one in told) / len(told), rel=0.3)
+        assert null.cosine == pytest.approx(sum(abs(one.neighbours[0].cosine) for one in told) / len(told), rel=0.3)
+    assert (found.clustered, found.null.clustered, found.null.largest_cluster) == (0, 0, 0)
+
+
+def test_shuffled_entries_have_no_clusters() -> None:
+    groups = normal(40, 10)[:, torch.arange(300) % 10] + 0.1 * normal(40, 300, seed=1)
+    found = shared_features(groups)
+    assert found.clustered == 300 and len(found.clusters) == 10
+    assert (found.null.clustered, found.null.largest_cluster) == (0, 0)
+    shared = sum(one.dimensionality for one in found.most_shared) / 10
+    assert found.null.most_shared.dimensionality > 2 * shared
+    assert found.null.most_shared.cosine < 0.8 < found.most_shared[0].neighbours[0].cosine
+
+
+def test_numbers_and_what_has_no_features_are_refused_by_name() -> None:
+    W = normal(6, 9)
+    for arguments, sentence in (
+        ({"count": 0}, "shared_features: count must be at least 1, got 0"),
+        ({"count": -1}, "shared_features: count must be at least 1, got -1"),
+        ({"neighbours": -1}, "shared_features: neighbours must be at least 0, got -1"),
+        ({"clusters": -1}, "shared_features: clusters must be at least 0, got -1"),
+    ):
+        with pytest.raises(ValueError, match=sentence):
+            shared_features(W, **arguments)
+    for value in (1.0, 0.1):  # a mean of tenths is rounded
+        with pytest.raises(ValueError, match="shared_features: W must differ from its mean where centred, got"):
+            shared_features(torch.full((4, 7), value), centred=True)
+    one = shared_features(torch.ones(3, 1), neighbours=0, clusters=0)
+    assert one.most_shared[0].neighbours == () and one.clusters == () and one.null.most_shared.share == 0
+
+
 def test_a_change_is_told_by_where_it_is() -> None:
     W = torch.logspace(0, -1, 20, dtype=torch.float64)[:, None] * normal(20, 80)
     spectrum = spectral.frame_spectrum(W)
