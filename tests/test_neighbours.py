@@ -9,6 +9,7 @@ from torch import Tensor
 
 from thought_kernels import spectral
 from thought_kernels.spectral.comparison import compare_matrices
+from thought_kernels.spectral.inspect_changes import shuffled_change
 from thought_kernels.spectral.neighbours import shared_features
 
 
@@ -143,3 +144,18 @@ def test_a_change_is_told_by_where_it_is() -> None:
     assert compare_matrices(W, 2 * W)["spectral_distance"] > 0.2
     with pytest.raises(ValueError, match="compare_matrices: other must be"):
         compare_matrices(W, W.T)
+
+
+def test_a_shuffled_change_knows_nothing_of_the_matrix() -> None:
+    W = torch.logspace(0, -1, 40, dtype=torch.float64)[:, None] * normal(40, 160)
+    step = 0.05 * spectral.frame_spectrum(W).frame_basis[:, :1] @ normal(1, 160, seed=1)
+    kept, other = W.clone(), W + step
+    found, null = compare_matrices(W, other), shuffled_change(W, other)
+    assert torch.equal(W, kept) and torch.equal(other, W + step)
+    assert found["top_share"] == pytest.approx(1) and null["top_share_null"] == pytest.approx(0.1, abs=0.03)
+    assert found["stable_rank"] == pytest.approx(1) and null["stable_rank_null"] > 10
+    chance = W + 0.05 * normal(40, 160, seed=2)
+    figures, nulls = compare_matrices(W, chance), shuffled_change(W, chance)
+    for name, scatter in (("stable_rank", 0.1), ("dimensionality_change", 0.1), ("other_saturation", 0.02)):
+        assert nulls[f"{name}_null"] == pytest.approx(figures[name], rel=scatter), name
+    assert nulls["spectral_distance_null"] == pytest.approx(figures["spectral_distance"], abs=0.05)

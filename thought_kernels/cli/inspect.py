@@ -2,30 +2,25 @@
 
 from __future__ import annotations
 
-import csv
 import fnmatch
-import json
-import os
+import time
 from collections.abc import Iterator
-from dataclasses import asdict, fields
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
+import torch
 import typer
 from rich.text import Text
 
-from thought_kernels.cli import inspect_tables, options
+from thought_kernels.cli import inspect_neighbours, inspect_tables, options
+from thought_kernels.cli.inspect_rows import KeptRows, source_of
+from thought_kernels.evaluation.measures.memory import MemoryPeak
 from thought_kernels.evaluation.pictures.canvas import check_pictures
-from thought_kernels.evaluation.records.files import write_text
-from thought_kernels.spectral.comparison import compare_models
-from thought_kernels.spectral.inspect import MatrixRow, features_side, inspect_model, row_of
+from thought_kernels.spectral.inspect import MatrixRow, features_side, inspect_model
+from thought_kernels.spectral.inspect_changes import ChangeRow, inspect_changes
 from thought_kernels.spectral.inspect_summary import summarise
-from thought_kernels.spectral.neighbours import SharedFeatures, shared_features
-from thought_kernels.spectral.stored import StoredMatrix, stored_matrices, token_names
-
-_COLUMNS = [field.name for field in fields(MatrixRow)]
-_TOKENS = ("embed_tokens", "wte", "lm_head", "token_embd", "output", "embed_out", "embed_in")
-_NEURONS = ("down_proj", "ffn_down", "c_proj", "dense_4h_to_h", "fc2")
+from thought_kernels.spectral.stored import StoredMatrix, stored_matrices
 
 
 def inspect(
@@ -79,18 +74,27 @@ def inspect(
         )
     if plot is not None:
         _check_plot(plot)
+    kept = KeptRows(csv_file if compare is None else None, MatrixRow, "inspect")
+    changed = KeptRows(None if compare is None else csv_file, ChangeRow, "inspect --compare")
     place = _place(options.DEFAULT_MODEL if model is None else model, offline)
-    every = stored_matrices(place)
-    matrices = [matrix for matrix in every if _wanted(matrix.name, filters)][:limit]
+    matrices = [matrix for matrix in stored_matrices(place) if _wanted(matrix.name, filters)][:limit]
     if not matrices:
         raise ValueError(f"inspect: --filter must match a matrix of {place}, got none")
-    if compare is not None:
-        _compare(matrices, _place(compare, offline), features, csv_file)
-    elif neighbours is not None:
-        _neighbours(place, matrices, neighbours)
-    else:
-        rows = list(_kept(matrices, {matrix.file for matrix in every}, features, csv_file))
-        _inspect(place, rows, csv_file, plot)
+    start = time.perf_counter()
+    with MemoryPeak(torch.device("cpu")) as peak:
+        if compare is not None:
+            _compare(changed, matrices, stored_matrices(_place(compare, offline)), features)
+        elif neighbours is not None:
+            told = inspect_neighbours.tell(place, matrices, neighbours)
+        else:
+            rows = _inspect(kept, matrices, features)
+            if plot is not None:
+                _draw(rows, plot, place.name)
+    if csv_file is not None:
+        options.out.print(f"rows in {csv_file}", markup=False, soft_wrap=True)
+    measured = kept.measured + changed.measured if neighbours is None else told
+    seconds = time.perf_counter() - start
+    options.err.print(f"{measured} matrices measured in {seconds:.1f} s, peak {peak.host_mib:.0f} MiB", soft_wrap=True)
 
 
 def _check_plot(plot: Path) -> None:
@@ -102,53 +106,45 @@ def _check_plot(plot: Path) -> None:
         raise typer.BadParameter(f"--plot must end in one of .{', .'.join(sorted(endings))}, got {plot}")
 
 
-def _inspect(place: Path, rows: list[MatrixRow], csv_file: Path | None, plot: Path | None) -> None:
+def _inspect(kept: KeptRows[MatrixRow], matrices: list[StoredMatrix], features: str) -> list[MatrixRow]:
+    features_side((2, 2), features)
+    shown = options.err.is_terminal
+
+    def measure(places: list[int]) -> Iterator[MatrixRow]:
+        return inspect_model([matrices[place] for place in places], features=features, progress=shown)
+
+    rows = list(kept.collect([(one.name, source_of(features, one.file)) for one in matrices], measure))
     options.out.print(inspect_tables.matrices(rows))
     for row in rows:
         if row.rank is None:
             options.out.print(Text(f"{row.name}: {row.note}", style="yellow"), soft_wrap=True)
     options.out.print(inspect_tables.kinds(summarise(rows)))
     options.out.print(inspect_tables.LEGEND, style="dim", markup=False)
-    if csv_file is not None:
-        options.out.print(f"rows in {csv_file}", markup=False, soft_wrap=True)
-    if plot is not None:
-        from thought_kernels.spectral.inspect_picture import draw
-
-        draw(rows, plot, place.name)
-        options.out.print(f"picture in {plot}", markup=False, soft_wrap=True)
+    return rows
 
 
-def _neighbours(place: Path, matrices: list[StoredMatrix], path: Path) -> None:
-    """Tokens as the rows of embedding and unembedding, without their mean, neurons as the columns of down_proj."""
-    tokens = token_names(place)
-    found: dict[str, SharedFeatures] = {}
-    for matrix in matrices:
-        kind = matrix.kind.split(".")[-1]
-        if kind not in (*_TOKENS, *_NEURONS) or not matrix.is_readable:
-            continue
-        W = matrix.read()
-        rows = kind in _TOKENS
-        names = tokens if rows and tokens is not None and len(tokens) >= len(W) else None
-        found[matrix.name] = shared_features(W.T if rows else W, names, centred=rows)
-        options.out.print(inspect_tables.neighbours(matrix.name, found[matrix.name]))
-    if not found:
-        raise ValueError(f"inspect: --neighbours must find an embedding or a down_proj in {place}, got none")
-    write_text(json.dumps({name: one.to_dict() for name, one in found.items()}, indent=1, ensure_ascii=False), path)
-    options.out.print(f"all of it in {path}", markup=False, soft_wrap=True)
+def _draw(rows: list[MatrixRow], plot: Path, title: str) -> None:
+    from thought_kernels.spectral.inspect_picture import draw
+
+    draw(rows, plot, title)
+    options.out.print(f"picture in {plot}", markup=False, soft_wrap=True)
 
 
-def _compare(matrices: list[StoredMatrix], other: Path, features: str, csv_file: Path | None) -> None:
+def _compare(kept: KeptRows[ChangeRow], ours: list[StoredMatrix], theirs: list[StoredMatrix], features: str) -> None:
     features_side((2, 2), features)
     shown = options.err.is_terminal
-    changes = list(compare_models(matrices, stored_matrices(other), features=features, progress=shown))
+    files = {matrix.name: matrix.file for matrix in theirs}
+    wanted = [
+        (one.name, source_of(features, one.file, *(files[name] for name in (one.name,) if name in files)))
+        for one in ours
+    ]  # fmt: skip
+    measure = partial(inspect_changes, ours, theirs, features=features, progress=shown)
+    changes = list(kept.collect(wanted, measure))
     options.out.print(inspect_tables.changes(changes))
     for change in changes:
         if change.change is None:
             options.out.print(Text(f"{change.name}: {change.note}", style="yellow"), soft_wrap=True)
     options.out.print(inspect_tables.CHANGES, style="dim", markup=False)
-    if csv_file is not None:
-        _write_csv(csv_file, [asdict(change) for change in changes])
-        options.out.print(f"rows in {csv_file}", markup=False, soft_wrap=True)
 
 
 def _place(model: str, offline: bool) -> Path:
@@ -174,84 +170,3 @@ def _place(model: str, offline: bool) -> Path:
 
 def _wanted(name: str, filters: list[str] | None) -> bool:
     return not filters or any(part in name or fnmatch.fnmatch(name, part) for part in filters)
-
-
-def _kept(matrices: list[StoredMatrix], files: set[Path], features: str, path: Path | None) -> Iterator[MatrixRow]:
-    """The rows, each written to PATH.partial as soon as it is known; PATH itself appears when all are there.
-
-    Rows of an interrupted run, and those of an earlier one that PATH holds, are taken as they are; of the model's
-    `files` those of other matrices stay.
-    """
-    shown = options.err.is_terminal
-    if path is None:
-        yield from inspect_model(matrices, features=features, progress=shown)
-        return
-    partial = path.with_name(f"{path.name}.partial")
-    done = {**_read(path), **_read(partial)}
-    sources = {file: _source(file, features) for file in files}
-    others = _others(done, {matrix.name for matrix in matrices}, set(sources.values()))
-    known = [done.get((matrix.name, sources[matrix.file])) for matrix in matrices]
-    fresh = inspect_model(
-        [matrix for matrix, row in zip(matrices, known, strict=True) if row is None], features=features, progress=shown
-    )
-    with partial.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, [*_COLUMNS, "source"], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(others)
-        lines = []
-        for matrix, kept in zip(matrices, known, strict=True):  # at once, or a second interruption would lose them
-            if kept is not None:
-                writer.writerow({**asdict(kept), "source": sources[matrix.file]})
-        file.flush()
-        for matrix, old in zip(matrices, known, strict=True):
-            row = old or next(fresh)
-            lines.append({**asdict(row), "source": sources[matrix.file]})
-            if old is None:
-                writer.writerow(lines[-1])
-                file.flush()
-            yield row
-    _write_csv(path, lines + others)
-    partial.unlink()
-
-
-def _others(done: dict[tuple[str, str], MatrixRow], names: set[str], sources: set[str]) -> list[dict[str, Any]]:
-    """Lines of the same files that another --filter or --limit has measured."""
-    return [
-        {**asdict(row), "source": source}
-        for (name, source), row in done.items()
-        if name not in names and source in sources
-    ]
-
-
-def _write_csv(path: Path, lines: list[dict[str, Any]]) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with temporary.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, list(lines[0]), lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(lines)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _source(file: Path, features: str) -> str:
-    """What a row was measured on, so that it is not taken for one of another model of the same shapes."""
-    state = file.stat()
-    return f"{features} {file.name} {state.st_size} {state.st_mtime_ns}"
-
-
-def _read(path: Path) -> dict[tuple[str, str], MatrixRow]:
-    """Rows of an earlier run by what they are about; a line that is not whole, or of other columns, is left out."""
-    if not path.is_file():
-        return {}
-    found: dict[tuple[str, str], MatrixRow] = {}
-    with path.open(newline="", encoding="utf-8", errors="replace") as file:
-        for line in csv.DictReader(file):
-            if list(line) != [*_COLUMNS, "source"] or line["source"] is None:
-                continue
-            try:
-                found[line["name"], line["source"]] = row_of(line)
-            except ValueError:
-                continue
-    return found

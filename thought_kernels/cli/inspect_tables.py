@@ -8,10 +8,10 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from thought_kernels.spectral.comparison import Change
 from thought_kernels.spectral.inspect import MatrixRow
+from thought_kernels.spectral.inspect_changes import ChangeRow
 from thought_kernels.spectral.inspect_summary import KindSummary
-from thought_kernels.spectral.neighbours import Feature, SharedFeatures
+from thought_kernels.spectral.neighbours import Feature, SharedFeatures, ShuffledEnd
 
 LEGEND = """\
 r, c      the features are the rows, or the columns; after a slash: the same with the entries shuffled
@@ -27,6 +27,7 @@ CHANGES = """\
 change    norm of the difference over that of the matrix; rank: its stable rank
 top       its part in the tenth of directions with the largest eigenvalues; 0.1 if it knew nothing of them
 KS        distance of the two spectra; |dD| mean change of fractional dimensionality, relatively
+shuffled  what a change of the same entries in another order gives
 """
 _SHOWN = 5
 
@@ -66,23 +67,28 @@ def neighbours(name: str, found: SharedFeatures) -> Group:
     """The features that share most and least, and the clusters, of one matrix."""
     head = (
         f"{name}: {found.features} features in {found.dimensions} dimensions, D {found.mean_dimensionality:.3g} "
-        f"on average, {found.null_dimensionality:.3g} if entries were independent; {100 * found.common:.0f} % of their "
+        f"on average, {found.null.mean_dimensionality:.3g} with entries shuffled; {100 * found.common:.0f} % of their "
         "squared norm is the mean vector's"
     )
     table = _table("feature", ("D", "norm", "CV", "shares with (part, cosine)"))
-    for title, members in (("most shared", found.most_shared), ("least shared", found.least_shared)):
+    for title, members, null in (
+        ("most shared", found.most_shared, found.null.most_shared),
+        ("least shared", found.least_shared, found.null.least_shared),
+    ):
         table.add_row(Text(title, style="bold"))
         for feature in members[:_SHOWN]:
             table.add_row(*_feature(feature))
+        table.add_row(*_shuffled(null))
     lines = [
         Text(f"cluster of {len(one.names)} at {one.cosine:.2f}{f', {one.geometry}' if one.geometry else ''}: "
              + " ".join(repr(token) for token in one.names[:12]))
         for one in found.clusters[:_SHOWN]
     ]  # fmt: skip
-    return Group(Text(head), table, *lines)
+    told = f"{found.clustered} features in clusters; shuffled {found.null.clustered}"
+    return Group(Text(head), table, *lines, Text(told))
 
 
-def changes(found: Sequence[Change]) -> Table:
+def changes(found: Sequence[ChangeRow]) -> Table:
     """A line for each matrix of two models that was compared."""
     table = _table("matrix", ("shape", "change", "rank", "top", "KS", "|dD|", "satur.", "then"))
     for one in found:
@@ -92,6 +98,12 @@ def changes(found: Sequence[Change]) -> Table:
                 f"{one.stable_rank:.1f}", f"{one.top_share:.2f}", f"{one.spectral_distance:.3f}",
                 f"{one.dimensionality_change:.2e}", f"{one.saturation:.3f}", f"{one.other_saturation:.3f}",
             )  # fmt: skip
+        if one.stable_rank_null is not None:
+            table.add_row(
+                Text("  shuffled", style="dim"), "", "", f"{one.stable_rank_null:.1f}", f"{one.top_share_null:.2f}",
+                f"{one.spectral_distance_null:.3f}", f"{one.dimensionality_change_null:.2e}", "",
+                f"{one.other_saturation_null:.3f}",
+            )  # fmt: skip
     return table
 
 
@@ -99,6 +111,11 @@ def _feature(feature: Feature) -> tuple[Text, ...]:
     others = " ".join(f"{one.name!r} ({100 * one.share:.1f} %, {one.cosine:+.2f})" for one in feature.neighbours[:3])
     cells = (repr(feature.name), f"{feature.dimensionality:.3g}", f"{feature.norm:.2f}", f"{feature.residual:.2f}")
     return (*map(Text, cells), Text(others))
+
+
+def _shuffled(null: ShuffledEnd) -> tuple[Text, ...]:
+    cells = ("shuffled", f"{null.dimensionality:.3g}", f"{null.norm:.2f}", f"{null.residual:.2f}")
+    return tuple(Text(text, style="dim") for text in (*cells, f"({100 * null.share:.1f} %, ±{null.cosine:.2f})"))
 
 
 def _table(first: str, names: Sequence[str]) -> Table:

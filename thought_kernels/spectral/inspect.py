@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -28,6 +28,7 @@ from thought_kernels.spectral.tails import Tail, power_law_tail
 from thought_kernels.spectral.taxonomy import classes_of
 
 SIDES = ("longer", "rows", "columns")
+Row = TypeVar("Row")
 
 
 @dataclass(frozen=True)
@@ -103,8 +104,12 @@ class MatrixRow:
     note: str = ""
 
 
-def row_of(line: Mapping[str, str]) -> MatrixRow:
-    """A MatrixRow from its figures as text, as a CSV has them; other columns are left out.
+def row_of(line: Mapping[str, str], kind: type[Row] = MatrixRow) -> Row:  # type: ignore[assignment]
+    """A row from its figures as text, as a CSV has them; other columns are left out.
+
+    Args:
+        line: text by column.
+        kind: MatrixRow, or another dataclass of texts and numbers.
 
     Raises:
         ValueError: a text that is no number where one is due.
@@ -112,11 +117,11 @@ def row_of(line: Mapping[str, str]) -> MatrixRow:
     """
     convert: dict[str, Callable[[str], Any]] = {"int": int, "float": float, "str": str}
     values: dict[str, Any] = {}
-    for field in fields(MatrixRow):
+    for field in fields(kind):  # type: ignore[arg-type]
         text = line[field.name]
         missing = text == "" and field.name != "note"
         values[field.name] = None if missing else convert[str(field.type).split(" ")[0]](text)
-    return MatrixRow(**values)
+    return kind(**values)
 
 
 def inspect_matrix(W: Tensor, *, features: str = "longer") -> dict[str, Any]:

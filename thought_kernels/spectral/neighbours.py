@@ -202,8 +202,8 @@ def shared_features(
         for row, i in enumerate(chosen.tolist()):
             beside = zip(indices[row].tolist(), shares[row].tolist(), cosines[row].tolist(), strict=True)
             others = tuple(Neighbour(named[j], share, cosine) for j, share, cosine in beside)
-            figures = (float(values[i]) for values in (found.dimensionality, found.size, found.residual))
-            features.append(Feature(named[i], numbers[i], *figures, others))
+            D, size, residual = (float(values[i]) for values in (found.dimensionality, found.size, found.residual))
+            features.append(Feature(named[i], numbers[i], D, size, residual, others))
         return tuple(features)
 
     ends = told(found.order[:count]), told(found.order.flip(0)[:count])
@@ -254,12 +254,17 @@ def _present(W: Tensor, centred: bool) -> tuple[Tensor, float, Tensor]:
     return present, common, kept
 
 
-def _null(W: Tensor, link: float, count: int) -> ShuffledShares:
-    """The figures of W with its entries shuffled in place, some features from all over it at a time."""
+def shuffle_(W: Tensor) -> Tensor:
+    """W with its entries in another order, in place: those of some columns from all over it at a time."""
     parts = len(list(column_blocks(W)))
     for part in range(parts):
         W[:, part::parts] = shuffled(W[:, part::parts], part)
-    found = _measured(W)
+    return W
+
+
+def _null(W: Tensor, link: float, count: int) -> ShuffledShares:
+    """The figures of W with its entries shuffled in place."""
+    found = _measured(shuffle_(W))
 
     def end(chosen: Tensor) -> ShuffledEnd:
         means = [float(values[chosen].mean()) for values in (found.dimensionality, found.size, found.residual)]

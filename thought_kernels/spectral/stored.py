@@ -164,9 +164,9 @@ def _safetensors_matrices(path: Path) -> list[StoredMatrix]:
             for name in file.keys():  # noqa: SIM118  not a dict
                 header = file.get_slice(name)
                 shape, dtype = tuple(header.get_shape()), header.get_dtype()
-                packed = len(shape) == 2 and shape[1] == 1 < shape[0] and not dtype.startswith(("F", "BF"))
-                matrices = [(name, path, name, None, shape)] if packed else _matrices_of(name, path, shape)
-                found += [StoredMatrix(*where, dtype) for where in matrices]
+                if len(shape) == 2 and shape[1] == 1 < shape[0] and not dtype.startswith(("F", "BF")):
+                    found.append(StoredMatrix(name, path, name, None, (shape[0], 1), dtype))
+                found += [StoredMatrix(*where, dtype) for where in _matrices_of(name, path, shape)]
     except (OSError, safetensors.SafetensorError) as error:
         raise _unreadable(path, error) from error
     return found
