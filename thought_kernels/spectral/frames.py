@@ -147,7 +147,8 @@ def check_matrix(function: str, W: object, name: str = "W") -> float:
         raise ValueError(message(function, name, "be a matrix [m, n], features in columns", list(W.shape)))
     if W.numel() == 0:
         raise ValueError(message(function, name, "have at least one row and one feature", list(W.shape)))
-    low, high = (float(bound) for bound in torch.aminmax(W.detach()))
+    dense = W.detach().T if W.stride(0) < W.stride(1) else W.detach()  # a transposed W would be copied as a whole
+    low, high = (float(bound) for bound in torch.aminmax(dense))
     if not (math.isfinite(low) and math.isfinite(high)):
         raise ValueError(message(function, name, "be finite", "NaN or an infinity"))
     return max(-low, high)

@@ -294,8 +294,8 @@ def _components(W: Tensor, found: _Measured, link: float) -> tuple[Tensor, Tenso
     """Unit vectors of the features that share the most, and for each the first of those that links lead to."""
     chosen = found.order[:GROUPED]
     unit = W[:, chosen].double() / found.norms[chosen]
-    linked = (unit.T @ unit).abs() > link
-    labels = torch.arange(len(chosen))
+    linked = (unit.T @ unit).abs_() > link
+    labels = torch.arange(len(chosen), dtype=torch.int32)
     while True:  # the smallest label of a component spreads along its links
         spread = torch.where(linked, labels, len(chosen)).amin(1)
         spread = torch.minimum(spread, labels)[torch.minimum(spread, labels)]
