@@ -46,10 +46,13 @@ def tokens() -> str:
     lines = []
     for name, one in found.items():
         short = name.removeprefix("model.").removesuffix(".weight")
-        lines.append((short, f"{one['mean_dimensionality']:.2g} ({one['null_dimensionality']:.2g})",
-                      f"{100 * one['common']:.0f} %", told(one["most_shared"]), told(one["least_shared"]),
-                      "; ".join(cluster(group["names"]) for group in one["clusters"][:SHOWN])))  # fmt: skip
-    head = ("matrix", "mean D (null)", "common", "most shared: D", "least shared: D", "clusters")
+        null = one["null"]
+        ends = (f"{told(one[end])} ({null[end]['dimensionality']:.2g})" for end in ("most_shared", "least_shared"))
+        groups = "; ".join(cluster(group["names"]) for group in one["clusters"][:SHOWN])
+        lines.append((short, f"{one['mean_dimensionality']:.2g} ({null['mean_dimensionality']:.2g})",
+                      f"{100 * one['common']:.0f} %", *ends, f"{one['clustered']} ({null['clustered']})",
+                      groups))  # fmt: skip
+    head = ("matrix", "mean D", "common", "most shared: D", "least shared: D", "features in clusters", "clusters")
     return markdown(head, lines)
 
 

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, Generic
 
 from thought_kernels.evaluation.records.files import replace_file
-from thought_kernels.ops.library import message
 from thought_kernels.spectral.inspect import Row, row_of
 
 _Key = tuple[str, str]  # a matrix's name and source
@@ -117,10 +116,10 @@ class KeptRows(Generic[Row]):
             columns = list(reader.fieldnames or ())
             if text and columns != self._columns:
                 actual = f"{path} with the columns {', '.join(columns):.60}"
-                raise ValueError(message("inspect", "--csv", f"hold rows of {command}", actual, "name another file"))
+                raise ValueError(f"inspect: --csv must hold rows of {command}, got {actual}; name another file")
             return [line for line in reader if None not in line and None not in line.values()]
         except csv.Error as error:
-            raise ValueError(message("inspect", "--csv", "be a CSV file", f"{path}: {error}")) from error
+            raise ValueError(f"inspect: --csv must be a CSV file, got {path}: {error}; name another file") from error
 
 
 def source_of(features: str, *files: Path) -> str:
