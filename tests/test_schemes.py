@@ -184,6 +184,7 @@ def test_random_vectors_are_no_figure_at_any_tolerance(m: int, n: int, tol: floa
 def test_vectors_of_one_direction_are_no_digon() -> None:
     W = torch.ones(3, 4, dtype=torch.float64)
     assert spectral.identify_geometry(W) == spectral.identify_geometry(W[:, :2]) == "repeated vector"
+    assert spectral.identify_geometry(torch.ones(3, 3000)) == "repeated vector"
     assert spectral.identify_geometry(W[:, :2] * torch.tensor([1, -1])) == "digon"
     # Of both signs: a tight frame of one dimension whose relations are a scheme, or are none.
     assert spectral.identify_geometry(W * torch.tensor([1, 1, -1, -1])) == "scheme (4, 1; 1, 2)"
