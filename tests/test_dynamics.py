@@ -186,3 +186,9 @@ def test_bad_inputs_are_refused() -> None:
         gradient_kernel(W, torch.zeros(3), torch.ones(4, 3), torch.ones(1))
     with pytest.raises(TypeError, match="gradient_kernel: W must be float64"):
         gradient_kernel(W.long(), torch.zeros(3), torch.ones(4, 3))
+    with pytest.raises(TypeError, match="gradient_kernel: bias must be a tensor, got list"):
+        gradient_kernel(W, [0.0, 0.0, 0.0], torch.ones(4, 3))  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="gradient_kernel: x must have W's dtype torch.float32, got torch.float64"):
+        gradient_kernel(W, torch.zeros(3), torch.ones(4, 3).double())
+    with pytest.raises(ValueError, match="gradient_kernel: x must be finite, got NaN or an infinity"):
+        gradient_kernel(W, torch.zeros(3), torch.full((4, 3), math.nan))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from thought_kernels import spectral
-from thought_kernels.spectral.nulls import marchenko_pastur, null_saturation, shuffled
+from thought_kernels.spectral.nulls import marchenko_pastur, null_saturation, shuffled, shuffled_figures
 
 
 def normal(m: int, n: int, seed: int = 0) -> Tensor:
@@ -84,7 +84,58 @@ def test_a_heavy_tail_has_no_such_bulk() -> None:
     assert bulk.spikes > 0 and bulk.distance > 3 * noise.distance
 
 
+@pytest.mark.parametrize("m, n, slope", [(576, 576, 2), (576, 1536, 2), (300, 4000, 3)])
+def test_where_most_would_be_spikes_none_are_counted(m: int, n: int, slope: float) -> None:
+    """λ_k = k^(−slope) has no bulk to stand out from."""
+    short = min(m, n)
+    smooth = torch.arange(1, short + 1, dtype=torch.float64) ** -slope
+    bulk = marchenko_pastur(smooth, m, n)
+    assert bulk.spikes is None and bulk.share is None and bulk.distance > 0.1
+
+
+def test_how_often_noise_has_a_spike() -> None:
+    """One matrix of 50 x 50 in five hundred: of 600 eight or more are all but impossible (Poisson, 1.2: 5e-5)."""
+    noise = torch.randn(600, 50, 50, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    found = [marchenko_pastur(values.square(), 50, 50).spikes for values in torch.linalg.svdvals(noise)]
+    assert sum(count != 0 for count in found) < 8
+
+
+@pytest.mark.parametrize(
+    "W",
+    [
+        torch.eye(64),
+        normal(60, 60),
+        normal(80, 30),
+        normal(20, 3000).relu(),
+        (torch.rand(16, 2000, generator=torch.Generator().manual_seed(3)) < 0.01).double(),
+    ],
+)
+def test_figures_of_shuffled_entries_are_those_of_a_shuffled_matrix(W: Tensor) -> None:
+    """Means over orders, since each order has figures of its own."""
+    others = [shuffled(W, seed) for seed in range(30)]
+    found = [shuffled_figures(W, seed) for seed in range(30)]
+    for name, values in {
+        "saturation": [spectral.saturation(other) for other in others],
+        "residual": [float(one[one > 0].median()) for one in map(spectral.eigenvector_residual, others)],
+    }.items():
+        wanted, mean = np.mean(values), np.mean([getattr(one, name) for one in found])
+        scatter = (np.std(values) + np.std([getattr(one, name) for one in found])) / 30**0.5
+        assert abs(mean - wanted) <= 5 * scatter + 1e-9, name
+
+
+def test_next_to_nothing_shuffled_has_figures() -> None:
+    W = torch.zeros(4, 2000)
+    W[0, :2] = 1.0
+    for seed in range(8):
+        found = shuffled_figures(W, seed)
+        assert 0 < found.saturation <= 1 + 1e-9 and found.residual >= 0
+
+
 def test_refusals() -> None:
+    with pytest.raises(ValueError, match="null_saturation: m and n must be at least 1, got 0 and 3"):
+        null_saturation(0, 3)
+    with pytest.raises(ValueError, match="marchenko_pastur: eigenvalues must be finite, got NaN"):
+        marchenko_pastur(torch.tensor([1.0, math.nan]), 4, 5)
     for values in (torch.zeros(3), torch.ones(9), torch.ones(0)):
         with pytest.raises(ValueError, match="marchenko_pastur: eigenvalues must be up to min"):
             marchenko_pastur(values, 4, 5)

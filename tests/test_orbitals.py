@@ -77,9 +77,13 @@ def test_the_scheme_of_a_group_is_that_of_its_figures_gram_matrix() -> None:
     assert orbital_scheme(GROUPS["cyclic"]) is None  # i → i + 1 is not symmetric
     with pytest.raises(ValueError, match="orbital_scheme: M must commute with the group"):
         orbital_scheme(dihedral(5), torch.arange(25.0).view(5, 5))
-    for wrong in ([[0, 0, 1]], [[1, 2, 3]], [], [0, 1]):
+    with pytest.raises(ValueError, match=r"orbital_scheme: M must be \[5, 5\], got \[4, 4\]"):
+        orbital_scheme(dihedral(5), torch.eye(4))
+    for wrong in ([[0, 0, 1]], [[1, 2, 3]], [], [0, 1], [[0, 1], [1, 0, 2]]):
         with pytest.raises(ValueError, match="orbitals: generators must"):
             orbitals(wrong)
+    with pytest.raises(TypeError, match=r"orbitals: generators must be integers \[g, p\], got torch.float32"):
+        orbitals(torch.tensor([[1.0, 0.0]]))
 
 
 def invariant_toy(p: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -181,9 +181,19 @@ def test_random_vectors_are_no_figure_at_any_tolerance(m: int, n: int, tol: floa
     assert spectral.identify_geometry(W, tol=tol) is None
 
 
+@pytest.mark.parametrize(("dtype", "tol"), [(torch.bfloat16, 0.01), (torch.float16, 0.002)])
+def test_figures_of_16_bits_are_found_at_wider_tolerances(dtype: torch.dtype, tol: float) -> None:
+    """The values that the page on spectra names."""
+    W = torch.block_diag(polygon(5), 1.5 * polygon(3)).to(dtype)
+    assert [len(frame.features) for frame in spectral.tight_frames(W)] != [3, 5]
+    frames = spectral.tight_frames(W, rtol=tol)
+    assert [spectral.identify_geometry(frame, tol=tol) for frame in frames] == ["triangle", "pentagon"]
+
+
 def test_vectors_of_one_direction_are_no_digon() -> None:
     W = torch.ones(3, 4, dtype=torch.float64)
     assert spectral.identify_geometry(W) == spectral.identify_geometry(W[:, :2]) == "repeated vector"
+    assert spectral.identify_geometry(torch.ones(3, 3000)) == "repeated vector"
     assert spectral.identify_geometry(W[:, :2] * torch.tensor([1, -1])) == "digon"
     # Of both signs: a tight frame of one dimension whose relations are a scheme, or are none.
     assert spectral.identify_geometry(W * torch.tensor([1, 1, -1, -1])) == "scheme (4, 1; 1, 2)"

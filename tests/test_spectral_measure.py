@@ -152,6 +152,16 @@ def test_the_residual_is_the_measures_coefficient_of_variation(name: str) -> Non
     assert largest(spectral.measure_features(W).residual - variation) <= 1e-9
 
 
+def test_a_small_residual_alone_bounds_no_slack() -> None:
+    """A thousandth of the norm at a millionth of the eigenvalue: half of the capacity is slack."""
+    W = torch.tensor([[1.0, 1.0], [1e-3, -1e-3]], dtype=torch.float64)
+    assert float(spectral.eigenvector_residual(W).max()) < 1.1e-3 and float(spectral.slack(W).min()) > 0.49
+    narrow = torch.tensor([[1.0, 1.0], [0.95, -0.95]], dtype=torch.float64)  # where the support is narrow, CV² is it
+    assert spectral.slack(narrow).tolist() == pytest.approx(
+        spectral.eigenvector_residual(narrow).square().tolist(), rel=0.02
+    )
+
+
 @everything
 def test_the_support_bounds_the_slack(name: str) -> None:
     W = MATRICES[name]

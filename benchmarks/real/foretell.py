@@ -1,6 +1,6 @@
 """What does one patch do to another on a pretrained model, and what foretells it?
 
-    python benchmarks/real/foretell.py smollm2=DIR [--diagnosis FILE.csv]
+    python benchmarks/real/foretell.py smol=DIR [--diagnosis FILE.csv]
     python benchmarks/real/foretell.py gemma=DIR --kind word        told by demonstrations: it has no chat template
         [--instructions french,pirate,...] [--examples 32] [--inputs 16] [--tokens 24] [--output FILE.csv]
 
@@ -186,7 +186,7 @@ def diagnosis(made: dict[str, Any], model: Any, tokens: Sequence[str], path: Pat
                 **key, "instruction": name, "block": site.layer, "site": site.site,
                 **{figure: f"{value:.6g}" for figure, value in shown.items()},
                 "most_transported": " ".join(map(str, figures["most_transported"])),
-                "tokens": " ".join(f"{one.name}:{one.gain:.1f}" for one in written.get((site.layer, site.site), ())),
+                "written": " ".join(f"{one.name}:{one.gain:.1f}" for one in written.get((site.layer, site.site), ())),
             })  # fmt: skip
         write_rows(path, key, rows)
 

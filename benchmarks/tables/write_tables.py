@@ -21,6 +21,7 @@ from compilation_tables import COMPILATION
 from cpu_tables import CPU_TABLES
 from demo_tables import DEMO
 from experiment_tables import EXPERIMENTS
+from foretell_tables import FORETELL
 from growth_tables import GROWTH
 from inspect_tables import INSPECT
 from pareto_tables import PARETO
@@ -62,6 +63,7 @@ TABLES: dict[str, Callable[[], str]] = {
     **GROWTH,
     **TOY,
     **INSPECT,
+    **FORETELL,
 }
 
 

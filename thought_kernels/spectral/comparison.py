@@ -13,14 +13,15 @@ from tqdm import tqdm
 
 from thought_kernels.ops.library import message
 from thought_kernels.spectral.density import SpectralDensity
-from thought_kernels.spectral.frames import check_matrix, fractional_dimensionality
+from thought_kernels.spectral.frames import check_matrix
 from thought_kernels.spectral.inspect import features_side
-from thought_kernels.spectral.measure import nonzero_spectrum
+from thought_kernels.spectral.measure import features_of, nonzero_spectrum, rank_zero
 from thought_kernels.spectral.nulls import spectral_distance
 from thought_kernels.spectral.spectrum import RTOL
 from thought_kernels.spectral.stored import StoredMatrix, stored_matrices
 
 TOP = 0.1  # of the dimensions, those of the largest eigenvalues
+_AT_ONCE = 8192  # vectors of a difference
 
 
 @dataclass(frozen=True)
@@ -65,28 +66,48 @@ def compare_matrices(W: Tensor, other: Tensor, *, features: str = "longer") -> d
     Source: ours, from SS eq. 2.2 and 3.1.
     """
     for name, matrix in (("W", W), ("other", other)):
-        check_matrix("compare_matrices", matrix, name)
+        if check_matrix("compare_matrices", matrix, name) == 0:
+            raise ValueError(rank_zero("compare_matrices", name))
     if W.shape != other.shape:
         raise ValueError(message("compare_matrices", "other", f"be {list(W.shape)}", list(other.shape)))
     if features_side(W.shape, features) == "rows":
         W, other = W.T, other.T
     spectrum, changed = (nonzero_spectrum("compare_matrices", matrix, RTOL, None) for matrix in (W, other))
-    size = float(torch.linalg.vector_norm(W.double()))
-    step = other.double() - W.double()
+    own = spectrum.exponent
+    common = max(own, changed.exponent)  # else eigenvalues, and the step's, may leave float64's range
+    before, after = (one.all_eigenvalues * 4.0 ** (one.exponent - common) for one in (spectrum, changed))
     top = spectrum.frame_basis[:, : max(1, round(TOP * min(W.shape)))]
-    total = float(step.square().sum())
-    values = torch.linalg.eigvalsh(step @ step.T if W.shape[0] <= W.shape[1] else step.T @ step).flip(0).clamp(min=0)
-    D, E = (fractional_dimensionality(matrix, dtype=torch.float64) for matrix in (W, other))
-    before, after = (one.unscale(one.all_eigenvalues) for one in (spectrum, changed))
+    values, inside = _step(W, other, common, top)
+    total = float(values.sum())
+    D, E = (features_of(one).dimensionality for one in (spectrum, changed))
     return {
-        "change": total**0.5 / size,
+        "change": float(torch.ldexp((total / spectrum.all_eigenvalues.sum()).sqrt(), torch.tensor(common - own))),
         "stable_rank": SpectralDensity(values, len(values) if total else 0).stable_rank,
-        "top_share": float((top.T @ step).square().sum()) / total if total else 0.0,
+        "top_share": inside / total if total else 0.0,
         "spectral_distance": spectral_distance(before, after, min(W.shape)),
         "dimensionality_change": float((E - D).abs().mean() / D.mean()),
         "saturation": float(D.sum()) / spectrum.rank,
         "other_saturation": float(E.sum()) / changed.rank,
     }
+
+
+def _step(W: Tensor, other: Tensor, exponent: int, top: Tensor) -> tuple[Tensor, float]:
+    """Eigenvalues of (W' − W)(W' − W)ᵀ, largest first, and how much of their sum lies in the span of ``top``.
+
+    In blocks of the longer side, so that neither matrix is held in float64 as a whole, and in units of 2^exponent.
+    """
+    longer = int(W.shape[1] >= W.shape[0])
+    scale = torch.tensor(-exponent, device=W.device)
+    gram = torch.zeros(W.shape[1 - longer], W.shape[1 - longer], dtype=torch.float64, device=W.device)
+    parts: list[Tensor] = []
+    for start in range(0, W.shape[longer], _AT_ONCE):
+        length = min(_AT_ONCE, W.shape[longer] - start)
+        one, two = (torch.ldexp(matrix.narrow(longer, start, length).double(), scale) for matrix in (W, other))
+        step = two - one
+        gram += step @ step.T if longer else step.T @ step
+        parts.append((top.T @ step).square().sum() if longer else top[start : start + length].T @ step)
+    inside = torch.stack(parts).sum() if longer else torch.stack(parts).sum(0).square().sum()
+    return torch.linalg.eigvalsh(gram).flip(0).clamp(min=0), float(inside)
 
 
 def compare_models(

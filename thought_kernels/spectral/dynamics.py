@@ -16,7 +16,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from thought_kernels.ops.checks import check_float_tensor
+from thought_kernels.ops.checks import check_float_tensor, check_like
 from thought_kernels.ops.library import message
 from thought_kernels.spectral.measure import nonzero_spectrum
 from thought_kernels.spectral.scheme import AssociationScheme
@@ -39,8 +39,8 @@ def gradient_kernel(W: Tensor, bias: Tensor, x: Tensor, importance: Tensor | Non
         Φ, [n, n], symmetric. For the loss of §4.1, without the ½, it is twice this.
 
     Raises:
-        ValueError: shapes that do not agree.
-        TypeError: W is not a floating tensor.
+        ValueError: shapes that do not agree, NaN or an infinity.
+        TypeError: an argument that is no floating tensor, or not of W's dtype.
 
     Source: SS Theorem 18 and appendix F.2; Φ = 2 Sym(∇_M L) as derived in F.1.
     """
@@ -48,6 +48,11 @@ def gradient_kernel(W: Tensor, bias: Tensor, x: Tensor, importance: Tensor | Non
     if W.dim() != 2:
         raise ValueError(message("gradient_kernel", "W", "be a matrix [m, n], features in columns", list(W.shape)))
     n = W.shape[1]
+    given = {"W": W, "bias": bias, "x": x, **({} if importance is None else {"importance": importance})}
+    for name, tensor in given.items():
+        check_like("gradient_kernel", name, tensor, "W", W)
+        if not bool(torch.isfinite(tensor).all()):
+            raise ValueError(message("gradient_kernel", name, "be finite", "NaN or an infinity"))
     if x.dim() != 2 or x.shape[1] != n or x.shape[0] == 0:
         raise ValueError(message("gradient_kernel", "x", f"be [samples, {n}], samples >= 1", list(x.shape)))
     for name, vector in (("bias", bias), ("importance", importance)):

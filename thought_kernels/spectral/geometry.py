@@ -185,6 +185,8 @@ def _name(unit: Tensor, tol: float) -> str | None:
     d, residual = _tightness(eigenvalues, p)
     if residual > min(tol * d**0.5, 0.5) or d >= p:
         return None
+    if d == 1 and float((unit[:, :1].T @ unit).min()) >= 1 - tol:
+        return REPEATED  # of any number: no relations have to be told apart
     polygon = d == 2 and p <= _LARGEST_POLYGON
     if not (p == d + 1 or polygon or p <= _LARGEST_SCHEME):
         return None
@@ -197,8 +199,6 @@ def _name(unit: Tensor, tol: float) -> str | None:
     if degrees is None:
         return None
     actual = dict(zip(values[1:].tolist(), degrees[1:].tolist(), strict=True))
-    if d == 1 and _match(actual, {1.0: p - 1}, tol):
-        return REPEATED
     if p == d + 1 and _match(actual, {-1 / d: d}, tol):
         return SIMPLICES.get(p, "simplex")
     if polygon:

@@ -240,7 +240,10 @@ def rayleigh_quotient(W: Tensor, *, rank_rtol: float | None = None) -> Tensor:
 def eigenvector_residual(W: Tensor) -> Tensor:
     """How far each feature is from being an eigenvector of F, by one product with F and no eigenvalues.
 
-    CV_i = ‖F w_i − κ_i w_i‖ / (κ_i ‖w_i‖) = √Var_μ(λ) / E_μ[λ],  σ_i ≈ CV_i² where small
+    CV_i = ‖F w_i − κ_i w_i‖ / (κ_i ‖w_i‖) = √Var_μ(λ) / E_μ[λ]
+
+    Where the support is narrow (ω ≪ 1), σ_i ≈ CV_i². A small CV_i alone bounds nothing: little norm at a small
+    eigenvalue hardly moves it, and has a large 1/λ, hence slack.
 
     Args:
         W: ``[m, n]``, features in columns; float64, float32, bfloat16 or float16, finite and not all zero.
@@ -255,7 +258,7 @@ def eigenvector_residual(W: Tensor) -> Tensor:
     """
     largest = check_matrix("eigenvector_residual", W)
     if largest == 0:
-        raise ValueError(_rank_zero("eigenvector_residual"))
+        raise ValueError(rank_zero("eigenvector_residual"))
     W, _ = in_range(W.detach(), largest, torch.float64)
     if W.shape[0] > W.shape[1]:
         W = triangle(W.T).T  # the same Gram matrix in n dimensions, and F is [n, n]
@@ -317,13 +320,14 @@ def nonzero_spectrum(function: str, W: Tensor, rtol: float, rank_rtol: float | N
     """The spectrum of a W that has one."""
     spectrum = decompose(function, W, rtol, rank_rtol)
     if spectrum.rank == 0:
-        raise ValueError(_rank_zero(function))
+        raise ValueError(rank_zero(function))
     return spectrum
 
 
-def _rank_zero(function: str) -> str:
+def rank_zero(function: str, name: str = "W") -> str:
+    """What is said of a matrix that is zero."""
     fix = "without a nonzero feature there is no spectrum"
-    return message(function, "W", "have rank at least 1", "rank 0", fix)
+    return message(function, name, "have rank at least 1", "rank 0", fix)
 
 
 def shares(coefficients: Tensor) -> tuple[Tensor, Tensor]:

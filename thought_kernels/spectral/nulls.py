@@ -16,7 +16,9 @@ from thought_kernels.spectral.frames import triangle
 _GRID = 4096  # points of the Marchenko-Pastur distribution function; its error is far below any bulk's own scatter
 _AT_ONCE = 4 << 20  # entries that are shuffled at once
 _SAMPLE = 512  # features whose D and CV stand for all
-_EDGE = 4.0  # Tracy-Widom widths above the edge: beyond lies one eigenvalue in 2,000 noise matrices
+_EDGE = 4.0  # Tracy-Widom widths above the edge: of 50 x 50 noise one matrix in 500 has an eigenvalue beyond
+
+_FAR = 0.2  # of a bulk, what lies elsewhere than the law has it, from which on it is none
 
 
 def null_saturation(m: int, n: int) -> float:
@@ -27,10 +29,15 @@ def null_saturation(m: int, n: int) -> float:
     Since ‖w_i‖² ≈ m v and w_iᵀ F w_i ≈ ‖w_i‖⁴ + n m v² for entries of variance v, D_i ≈ m / (m + n).
 
     Args:
-        m, n: rows and features.
+        m, n: rows and features, at least one of each.
+
+    Raises:
+        ValueError: none of either.
 
     Source: ours, from SS eq. 3.1.
     """
+    if m < 1 or n < 1:
+        raise ValueError(message("null_saturation", "m and n", "be at least 1", f"{m} and {n}"))
     return max(m, n) / (m + n)
 
 
@@ -54,16 +61,17 @@ class Bulk(NamedTuple):
     Attributes:
         variance: of the entries that would make the bulk, in the units of λ / max(m, n).
         lower, upper: the law's edges, variance · (√long ∓ √short)², in the units of λ.
-        spikes: eigenvalues above the upper edge by more than four Tracy-Widom widths.
-        share: of Σ λ that the spikes hold.
+        spikes: eigenvalues above the upper edge by more than four Tracy-Widom widths; None where there is no such bulk:
+            they would be more than half of all, or the rest is more than 0.2 away from the law.
+        share: of Σ λ that the spikes hold, or None.
         distance: Kolmogorov-Smirnov, between the eigenvalues up to the edge and the law.
     """
 
     variance: float
     lower: float
     upper: float
-    spikes: int
-    share: float
+    spikes: int | None
+    share: float | None
     distance: float
 
 
@@ -72,8 +80,10 @@ def marchenko_pastur(eigenvalues: Tensor, m: int, n: int) -> Bulk:
 
     The eigenvalues of W Wᵀ for independent entries of variance v fill v (√long ∓ √short)². v is such that the law's
     median is the spectrum's; what then lies above the edge is left out of the median, until no more does. Above the
-    edge by 4 v (√long + √short) (1/√long + 1/√short)^(1/3), noise has no eigenvalues: those are spikes. A heavy-tailed
-    spectrum has no such bulk, and the distance says so.
+    edge by 4 v (√long + √short) (1/√long + 1/√short)^(1/3), Gaussian noise has next to no eigenvalues (one matrix of
+    20 x 20 in a hundred has one, of 50 x 50 one in five hundred): those are spikes. A heavy-tailed or smooth spectrum
+    has no such bulk: where more than half of the eigenvalues would be left out, or the rest is far from the law,
+    nothing is there to stand out from, and no spikes are counted.
 
     Args:
         eigenvalues: of W Wᵀ, ``[min(m, n)]`` in any order, nonnegative; those that are missing count as 0.
@@ -83,13 +93,15 @@ def marchenko_pastur(eigenvalues: Tensor, m: int, n: int) -> Bulk:
         The Bulk.
 
     Raises:
-        ValueError: no positive eigenvalue, or more of them than min(m, n).
+        ValueError: no positive eigenvalue, NaN or an infinity, or more of them than min(m, n).
 
     Source: Marchenko and Pastur, "Distribution of eigenvalues for some sets of random matrices", 1967; the width of the
         edge is Johnstone's, "On the distribution of the largest eigenvalue in principal components analysis", 2001.
     """
     short, long = min(m, n), max(m, n)
     values = eigenvalues.detach().to("cpu", torch.float64).sort().values
+    if not bool(torch.isfinite(values).all()):
+        raise ValueError(message("marchenko_pastur", "eigenvalues", "be finite", "NaN or an infinity"))
     if len(values) > short or not len(values) or float(values[-1]) <= 0:
         actual = f"{len(values)} of a {m} x {n} matrix"
         raise ValueError(message("marchenko_pastur", "eigenvalues", "be up to min(m, n), one positive", actual))
@@ -98,13 +110,14 @@ def marchenko_pastur(eigenvalues: Tensor, m: int, n: int) -> Bulk:
     median = float(places[int(torch.searchsorted(below, 0.5))])
     top = (1 + math.sqrt(short / long)) ** 2
     width = _EDGE * (1 + math.sqrt(short / long)) * (1 + math.sqrt(long / short)) ** (1 / 3) * long ** (-2 / 3)
-    kept = short
+    kept, collapsed = short, False
     while True:
         bulk = values[:kept]
         middle = float(bulk[kept // 2] + bulk[(kept - 1) // 2]) / 2
         variance = middle / median / long
         inside = int((values <= variance * long * (top + width)).sum())
-        if inside >= kept or inside == 0:
+        collapsed = inside < short / 2
+        if inside >= kept or collapsed:
             break
         kept = inside
     bulk = values[:kept]
@@ -114,8 +127,10 @@ def marchenko_pastur(eigenvalues: Tensor, m: int, n: int) -> Bulk:
     steps = torch.arange(kept + 1, dtype=torch.float64) / kept
     distance = float(torch.maximum((law - steps[:-1]).abs(), (law - steps[1:]).abs()).max())
     lower = variance * long * (1 - math.sqrt(short / long)) ** 2
-    share = float(values[kept:].sum() / values.sum())
-    return Bulk(variance, lower, variance * long * top, short - kept, share, distance)
+    collapsed = collapsed or distance > max(_FAR, 8 / short)  # a few eigenvalues scatter by some 1/short
+    spikes = None if collapsed else short - kept
+    share = None if collapsed else float(values[kept:].sum() / values.sum())
+    return Bulk(variance, lower, variance * long * top, spikes, share, distance)
 
 
 def bulk_half_width(m: int, n: int) -> float:
@@ -128,7 +143,7 @@ class Shuffled(NamedTuple):
 
     Attributes:
         eigenvalues: of its frame operator ``[min(m, n)]`` float64, largest first.
-        saturation: Σ D_i / min(m, n).
+        saturation: Σ D_i / rank.
         residual: median CV_i.
     """
 
@@ -141,7 +156,8 @@ def shuffled_figures(W: Tensor, seed: int = 0) -> Shuffled:
     """What the entries of W give in another order, at a part of the cost of measuring W.
 
     Features are taken in random order, and a few millions of entries at a time are shuffled: of a matrix of any size
-    only so many are in memory twice. D_i and CV_i are those of up to 512 of the features.
+    only so many are in memory twice. D_i and CV_i are those of up to 512 of the features that are not zero then, whose
+    mean D stands for all of these. Singular values count as frame_spectrum counts them, down to what squaring leaves.
 
     Args:
         W: ``[m, n]``, features in columns, finite and not all zero.
@@ -150,33 +166,36 @@ def shuffled_figures(W: Tensor, seed: int = 0) -> Shuffled:
     m, n = W.shape
     generator = torch.Generator().manual_seed(seed)
     exponent = math.frexp(float(W.abs().max()))[1]  # squares of what is left are of any dtype's range
-    if m <= n:
-        F = torch.zeros(m, m, dtype=torch.float64)
-        blocks = _shuffled_blocks(W, exponent, generator)
-        samples = torch.zeros(m, 0, dtype=torch.float64)
-        for block in blocks:
-            F += block @ block.T
-            samples = samples if samples.shape[1] else block[:, :_SAMPLE].double()
-    else:  # the same Gram matrix in n dimensions
-        columns = triangle(shuffled(torch.ldexp(W.double(), torch.tensor(-exponent)), seed).T).T
-        F, samples = columns @ columns.T, columns[:, :_SAMPLE]
-    norms = samples.square().sum(0)
-    samples, norms = samples[:, norms > 0], norms[norms > 0]
-    image = F @ samples
+    F = torch.zeros(min(m, n), min(m, n), dtype=torch.float64)
+    samples, present = F[:, :0], 0
+    for block in _shuffled_blocks(W, exponent, generator):
+        F += block @ block.T
+        nonzero = block[:, block.abs().amax(0) > 0]
+        present += nonzero.shape[1]
+        samples = torch.cat([samples, nonzero[:, : _SAMPLE - samples.shape[1]]], 1)
+    norms, image = samples.square().sum(0), F @ samples
     rayleigh = (samples * image).sum(0) / norms
     residuals = torch.linalg.vector_norm(image - rayleigh * samples, dim=0) / (rayleigh * norms.sqrt())
-    eigenvalues = torch.linalg.eigvalsh(F).flip(0).clamp(min=0) * 4.0**exponent
-    return Shuffled(eigenvalues, float((norms / rayleigh).mean()) * n / min(m, n), float(residuals.median()))
+    eigenvalues = torch.linalg.eigvalsh(F).flip(0).clamp(min=0)
+    eps = torch.finfo(W.dtype if W.dtype == torch.float64 else torch.float32).eps
+    cut = max((max(m, n) * eps) ** 2, len(F) * torch.finfo(torch.float64).eps)
+    rank = int((eigenvalues > cut * eigenvalues[0]).sum())
+    saturation = float((norms / rayleigh).mean()) * present / rank
+    return Shuffled(eigenvalues * 4.0**exponent, saturation, float(residuals.median()))
 
 
 def _shuffled_blocks(W: Tensor, exponent: int, generator: torch.Generator) -> Iterator[Tensor]:
-    """W / 2^exponent in blocks of columns in random order, the entries of each shuffled; float32, or W's float64."""
+    """W / 2^exponent in blocks of columns in random order, the entries of each shuffled; float64, no taller than wide.
+
+    Of a W that is taller than wide one block ``[n, n]`` with the same Gram matrix.
+    """
     m, n = W.shape
+    scale = torch.tensor(-exponent)
     order = torch.randperm(n, generator=generator).to(W.device)
-    wide = torch.float64 if W.dtype == torch.float64 else torch.float32
-    for chosen in order.split(max(_SAMPLE, _AT_ONCE // m)):
-        block = torch.ldexp(W[:, chosen].to("cpu", wide), torch.tensor(-exponent)).flatten()
-        yield block[torch.randperm(block.numel(), generator=generator)].view(m, -1)
+    for chosen in order.split(max(_SAMPLE, _AT_ONCE // m) if m <= n else n):
+        block = torch.ldexp(W[:, chosen].cpu().double(), scale).flatten()
+        block = block[torch.randperm(block.numel(), generator=generator)].view(m, -1)
+        yield block if m <= n else triangle(block.T).T
 
 
 def spectral_distance(first: Tensor, second: Tensor, count: int) -> float:

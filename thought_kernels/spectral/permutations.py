@@ -26,12 +26,18 @@ def orbitals(generators: Tensor | Sequence[Sequence[int]]) -> Tensor:
 
     Raises:
         ValueError: no permutations, or others than of 0 to p − 1.
+        TypeError: no integers.
 
     Source: Spectral superposition, eq. A.1 and A.3, Lemmas A.2 and A.3.
     """
-    chosen = torch.as_tensor(generators)
-    if chosen.dim() != 2 or chosen.is_floating_point() or not chosen.numel():
+    try:
+        chosen = torch.as_tensor(generators)
+    except ValueError:  # rows of different length
+        raise ValueError(message("orbitals", "generators", "be permutations [g, p]", "rows of unlike length")) from None
+    if chosen.dim() != 2 or not chosen.numel():
         raise ValueError(message("orbitals", "generators", "be permutations [g, p]", list(chosen.shape)))
+    if chosen.is_floating_point() or chosen.is_complex():
+        raise TypeError(message("orbitals", "generators", "be integers [g, p]", chosen.dtype))
     p = chosen.shape[1]
     if not torch.equal(chosen.long().sort(1).values, torch.arange(p).expand_as(chosen)):
         raise ValueError(message("orbitals", "generators", f"permute 0 to {p - 1}", "others"))
@@ -64,9 +70,17 @@ def centralizer_part(M: Tensor, relation: Tensor) -> Tensor:
 
     Source: Spectral superposition, eq. A.2, Lemma A.2.
     """
-    check_matrix("centralizer_part", M, "M")
+    _check_shape("centralizer_part", M, relation)
+    return _mean_over(M, relation)
+
+
+def _check_shape(function: str, M: Tensor, relation: Tensor) -> None:
+    check_matrix(function, M, "M")
     if M.shape != relation.shape:
-        raise ValueError(message("centralizer_part", "M", f"be {list(relation.shape)}", list(M.shape)))
+        raise ValueError(message(function, "M", f"be {list(relation.shape)}", list(M.shape)))
+
+
+def _mean_over(M: Tensor, relation: Tensor) -> Tensor:
     flat, values = relation.flatten(), M.detach().double().flatten()
     sums = torch.zeros(int(flat.max()) + 1, dtype=torch.float64, device=M.device).index_add_(0, flat, values)
     return (sums / torch.bincount(flat))[relation]
@@ -91,7 +105,8 @@ def orbital_scheme(generators: Tensor | Sequence[Sequence[int]], M: Tensor | Non
     relation = orbitals(generators)
     values = torch.zeros(int(relation.max()) + 1, dtype=torch.float64)
     if M is not None:
-        part = centralizer_part(M, relation)
+        _check_shape("orbital_scheme", M, relation)
+        part = _mean_over(M, relation)
         size = float(M.abs().max())
         if float((part - M.double()).abs().max()) > 1e-5 * size:
             rule = "commute with the group"

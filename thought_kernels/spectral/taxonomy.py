@@ -132,7 +132,7 @@ def classify_features(
 
     Args:
         W: ``[m, n]``, features in columns; float64, float32, bfloat16 or float16, finite and not all zero.
-        localized: largest slack of a localized feature, in [0, 1); 1e-6 is a residual CV of about 1e-3.
+        localized: largest slack of a localized feature, in [0, 1).
         band: largest relative half-width of a band-localized feature, in [0, 1).
         mass: the share of E_μ[1/λ] below and of E_μ[λ] above that may lie outside a band, in all, in [0, 0.5).
         rtol: eigenvalues within ``rtol`` times the largest of one another are one.
