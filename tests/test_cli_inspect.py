@@ -208,6 +208,18 @@ def test_what_cannot_be_measured_takes_no_columns_place(tmp_path: Path) -> None:
     assert "zero.weight: rank 0; without a nonzero feature there is no spectrum" in result.stdout
 
 
+def test_a_spectrum_without_a_bulk_has_no_spikes(tmp_path: Path) -> None:
+    smooth = torch.logspace(0, -4, 60)[:, None] * torch.linalg.qr(normal(80, 60))[0].T
+    save_file({"smooth.weight": smooth}, tmp_path / "model.safetensors")
+    rows = tmp_path / "rows.csv"
+    for _ in range(2):  # measured, and read from the file
+        result = run("inspect", tmp_path, "--csv", rows)
+        assert result.exit_code == 0, result.output
+        assert "None" not in result.stdout and re.search(r"60x80 c .* - -/\d+%", result.stdout)
+    (row,) = rows_of(rows)
+    assert (row["spikes"], row["spike_share"]) == ("", "") and row["spikes_null"] != ""
+
+
 def test_the_command_refuses_in_a_sentence(folder: Path, tmp_path: Path) -> None:
     for arguments, sentence, code in (
         ((tmp_path,), "must hold .safetensors files", 1),

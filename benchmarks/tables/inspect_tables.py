@@ -26,7 +26,7 @@ def kinds() -> str:
             one.kind.removeprefix("model.layers."), str(one.matrices), pair(one.saturation, one.saturation_null),
             f"{100 * one.above:.0f} %", pair(one.half_width, one.half_width_null),
             pair(one.residual, one.residual_null),
-            f"{100 * one.spike_share:.0f} % ({100 * one.spike_share_null:.0f} %)", f"{one.shuffle_distance:.2f}",
+            f"{share(one.spike_share)} ({share(one.spike_share_null)})", f"{one.shuffle_distance:.2f}",
             pair(one.alpha, one.alpha_null, ".1f"), f"{one.alpha_weighted:.1f}", f"{one.log_norm:.2f}",
         )
         for one in summarise(rows)
@@ -38,6 +38,10 @@ def kinds() -> str:
 
 def pair(value: float | None, null: float | None, digits: str = ".2f") -> str:
     return "–" if value is None or null is None else f"{value:{digits}} ({null:{digits}})"
+
+
+def share(value: float | None) -> str:
+    return "–" if value is None else f"{100 * value:.0f} %"
 
 
 def tokens() -> str:

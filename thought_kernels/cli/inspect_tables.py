@@ -18,7 +18,8 @@ r, c      the features are the rows, or the columns; after a slash: the same wit
 satur.    sum of fractional dimensionalities / rank; above: matrices above their shuffled entries
 kinds     per cent of features that are localized / band-localized / broadband
 CV        median distance of features from being eigenvectors
-spikes    eigenvalues above the Marchenko-Pastur law of the bulk, their part of the whole, and that of shuffled entries
+spikes    eigenvalues above the Marchenko-Pastur law of the bulk, their part of the whole, and that of shuffled entries;
+          - where no such law fits the bulk
 shuf.     distance of the spectrum to the shuffled one
 alpha     exponent of the density's tail, half its 95 % interval
 a-hat     mean of alpha times log10 of the largest eigenvalue; --csv has all figures
@@ -45,7 +46,8 @@ def matrices(rows: Sequence[MatrixRow]) -> Table:
         table.add_row(
             Text(row.name.removesuffix(".weight")), f"{row.rows}x{row.columns} {row.features[0]}",
             _pair(row.saturation, row.saturation_null), shares, _pair(row.residual, row.residual_null),
-            f"{row.spikes} {_shares(row.spike_share, row.spike_share_null)}", _cell(row.shuffle_distance), alpha,
+            f"{_cell(row.spikes, 'd')} {_shares(row.spike_share, row.spike_share_null)}",
+            _cell(row.shuffle_distance), alpha,
         )  # fmt: skip
     return table
 

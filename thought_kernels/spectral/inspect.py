@@ -50,7 +50,7 @@ class MatrixRow:
         half_width: median over the features of ω, the relative half-width of that band.
         half_width_null: ω of the Marchenko-Pastur law, 2 √(mn) / (m + n), which features of noise fill.
         residual: median over the features of CV.
-        spikes: eigenvalues above the Marchenko-Pastur law of the spectrum's bulk.
+        spikes: eigenvalues above the Marchenko-Pastur law of the spectrum's bulk; None where no such law fits it.
         spike_share: of Σ λ that these hold.
         bulk_distance: Kolmogorov-Smirnov distance of the rest to the law.
         shuffle_distance: the same between the spectrum and that of the shuffled entries.

@@ -34,8 +34,8 @@ class KindSummary:
     half_width_null: float
     residual: float
     residual_null: float
-    spike_share: float
-    spike_share_null: float
+    spike_share: float | None
+    spike_share_null: float | None
     shuffle_distance: float
     alpha: float | None
     alpha_null: float | None
