@@ -165,7 +165,9 @@ def shuffled_figures(W: Tensor, seed: int = 0) -> Shuffled:
     """
     m, n = W.shape
     generator = torch.Generator().manual_seed(seed)
-    exponent = math.frexp(float(W.abs().max()))[1]  # squares of what is left are of any dtype's range
+    dense = W if W.is_contiguous() else W.T  # of a transposed matrix aminmax would make a copy
+    largest = max(abs(float(bound)) for bound in torch.aminmax(dense))
+    exponent = math.frexp(largest)[1]  # squares of what is left are of any dtype's range
     F = torch.zeros(min(m, n), min(m, n), dtype=torch.float64)
     samples, present = F[:, :0], 0
     for block in _shuffled_blocks(W, exponent, generator):
