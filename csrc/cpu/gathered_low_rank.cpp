@@ -18,19 +18,32 @@
 namespace thought_kernels {
 namespace gathered {
 
+// out [height, width] = rows of `left`, wherever they lie, from `first` on, times right [depth, width], whose rows are
+// `stride` apart; added to what is there if it resumes a product.
+template <typename T>
+struct Product {
+    const T* const* left;
+    int64_t height, first;
+    const T* right;
+    int64_t stride, depth, width;
+    T* out;
+    int64_t pitch;
+    bool resume = false;
+};
+
 #define PER_INSTRUCTION_SET "cpu/gathered_low_rank_tile.h"
 #include "per_instruction_set.h"
 
 namespace {
 
 constexpr const char* kName = "gathered_low_rank_cpp";
-constexpr int64_t kRows = 48;      // tokens for which a part of a factor is read from memory once
-constexpr int64_t kDepth = 128;    // features of x that are summed at a time: two registers' width of V fits into L1
-constexpr int64_t kColumns = 256;  // of the output that a task has
+constexpr int64_t kRows = 64;            // tokens for which a part of a factor is read from memory once
+constexpr int64_t kDepth = 128;          // features of x that are summed at a time, and whose sums are then added
+constexpr int64_t kColumns = 256;        // of the output of kRows tokens that a task has
 constexpr int64_t kBlocksPerThread = 4;  // enough of them to keep threads busy without cutting the sums of V too
 
 template <typename T>
-using Multiply = void (*)(const T* const*, int64_t, const T*, int64_t, int64_t, int64_t, bool, T*, int64_t);
+using Multiply = void (*)(const Product<T>&);
 
 template <typename T>
 Multiply<T> choose_multiply(Instructions instructions) {
@@ -112,28 +125,34 @@ void read(const Call& call, const Block& block, int64_t column, int64_t count, T
     });
 }
 
-// output = residual + (product + vector), in T and rounded once; product [count, kColumns] begins at `column`.
+template <typename T, typename In>
+void add(T* __restrict y, const In* __restrict x, int64_t n) {
+    for (int64_t j = 0; j < n; ++j) y[j] += static_cast<T>(x[j]);
+}
+
+template <typename T, typename Out>
+void round(const T* __restrict y, Out* __restrict out, int64_t n) {
+    for (int64_t j = 0; j < n; ++j) out[j] = static_cast<Out>(y[j]);
+}
+
+// output = residual + (product + vector), in T and rounded once; product [count, pitch] begins at `column`.
 template <typename T>
-void write(const Call& call, const Block& block, int64_t column, int64_t width, const T* product) {
-    const T* const vector = call.vector.defined()
-                                ? call.vector.const_data_ptr<T>() + block.patch * call.vector.stride(0) + column
-                                : nullptr;
+void write(const Call& call, const Block& block, int64_t column, int64_t width, T* product, int64_t pitch) {
     for_dtype("residual", call.output.scalar_type(), [&](auto* type) {
         using Out = std::remove_pointer_t<decltype(type)>;
-        for (int64_t i = 0; i < block.count; ++i) {
+        const auto place = [&](const at::Tensor& x, int64_t i) {
             const Token& at = call.tokens[block.first + i];
-            const T* const y = product + i * kColumns;
-            Out* const out = call.output.mutable_data_ptr<Out>() + at.row * call.output.stride(0) +
-                             at.token * call.output.stride(1) + column;
-            const Out* residual = nullptr;
+            return at.row * x.stride(0) + at.token * x.stride(1) + column;
+        };
+        for (int64_t i = 0; i < block.count; ++i) {
+            T* const y = product + i * pitch;
+            if (call.vector.defined()) {
+                add(y, call.vector.const_data_ptr<T>() + block.patch * call.vector.stride(0) + column, width);
+            }
             if (call.residual.defined()) {
-                residual = call.residual.const_data_ptr<Out>() + at.row * call.residual.stride(0) +
-                           at.token * call.residual.stride(1) + column;
+                add(y, call.residual.const_data_ptr<Out>() + place(call.residual, i), width);
             }
-            for (int64_t j = 0; j < width; ++j) {
-                const T shift = vector == nullptr ? y[j] : y[j] + vector[j];
-                out[j] = static_cast<Out>(residual == nullptr ? shift : static_cast<T>(residual[j]) + shift);
-            }
+            round(y, call.output.mutable_data_ptr<Out>() + place(call.output, i), width);
         }
     });
 }
@@ -146,8 +165,8 @@ void run(const Call& call, Instructions instructions) {
     const int64_t steps = std::max<int64_t>(1, (d_in + kDepth - 1) / kDepth);
     // Sums over kDepth features each, of all tokens. Where there are few blocks, several threads share one, and the
     // sums are added later, in the same order.
-    const int64_t parts = blocks >= kBlocksPerThread * threads ? 1 : steps, steps_each = steps / parts;
-    const int64_t room = kRows * std::max(kDepth, kColumns + rank);
+    const int64_t parts = threads == 1 || blocks >= kBlocksPerThread * threads ? 1 : steps, steps_each = steps / parts;
+    const int64_t room = kRows * std::max(kDepth + rank, kColumns);
     const at::Tensor memory = at::empty({parts * tokens * rank + threads * room}, call.right.options());
     T* const sums = memory.mutable_data_ptr<T>();
     T* const scratch = sums + parts * tokens * rank;
@@ -161,30 +180,39 @@ void run(const Call& call, Instructions instructions) {
             const int64_t k = step * kDepth, depth = std::min(kDepth, d_in - k);
             read(call, block, k, depth, scratch + worker * room, rows);
             const T* const v = call.right.const_data_ptr<T>() + block.patch * call.right.stride(0);
-            multiply(rows, block.count, v + k * call.right.stride(1), call.right.stride(1), depth, rank,
-                     step > part * steps_each, out, rank);
+            const bool first = step == part * steps_each;
+            T* const sum = first ? out : scratch + worker * room + kRows * kDepth;
+            multiply(
+                {rows, block.count, 0, v + k * call.right.stride(1), call.right.stride(1), depth, rank, sum, rank});
+            for (int64_t j = 0; j < block.count * rank && !first; ++j) out[j] += sum[j];
         }
     });
 
-    const int64_t strips = (d_out + kColumns - 1) / kColumns;
+    if (parts > 1) {
+        for_each_task(blocks, [&](int64_t task, int64_t) {
+            const Block& block = call.blocks[task];
+            T* const total = sums + block.first * rank;
+            for (int64_t part = 1; part < parts; ++part) {
+                const T* const sum = total + part * tokens * rank;
+                for (int64_t j = 0; j < block.count * rank; ++j) total[j] += sum[j];
+            }
+        });
+    }
+
+    // Few tokens take the matrix from end to end, unless threads would have nothing to do.
+    int64_t tallest = 1;
+    for (const Block& block : call.blocks) tallest = std::max(tallest, block.count);
+    const int64_t columns = blocks >= threads ? kRows / tallest * kColumns : kColumns;
+    const int64_t strips = (d_out + columns - 1) / columns;
     for_each_task(blocks * strips, [&](int64_t task, int64_t worker) {
         const Block& block = call.blocks[task / strips];
-        const int64_t column = task % strips * kColumns, width = std::min(kColumns, d_out - column);
+        const int64_t column = task % strips * columns, width = std::min(columns, d_out - column);
         T* const product = scratch + worker * room;
-        T* const hidden = product + kRows * kColumns;
         const T* rows[kRows];
-        for (int64_t i = 0; i < block.count; ++i) {
-            const T* const first = sums + (block.first + i) * rank;
-            rows[i] = parts == 1 ? first : hidden + i * rank;
-            for (int64_t j = 0; parts > 1 && j < rank; ++j) {
-                T sum = first[j];
-                for (int64_t part = 1; part < parts; ++part) sum += first[part * tokens * rank + j];
-                hidden[i * rank + j] = sum;
-            }
-        }
+        for (int64_t i = 0; i < block.count; ++i) rows[i] = sums + (block.first + i) * rank;
         const T* const u = call.left.const_data_ptr<T>() + block.patch * call.left.stride(0) + column;
-        multiply(rows, block.count, u, call.left.stride(1), rank, width, false, product, kColumns);
-        write(call, block, column, width, product);
+        multiply({rows, block.count, 0, u, call.left.stride(1), rank, width, product, columns});
+        write(call, block, column, width, product, columns);
     });
 }
 

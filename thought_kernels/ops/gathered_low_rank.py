@@ -31,10 +31,10 @@ def gathered_low_rank(
         y[b, t] = residual[b, t] + x[b, t] V_p U_pᵀ + v_p        p = index[b]
         y[b, t] = residual[b, t]                                  index[b] = −1
 
-    No factor is copied: what is allocated beside y is B · T · r numbers, or 2 · T · r · d_in / 256 more where rows are
-    few. The C++ kernel brings the rows of a patch together, so that its factors are read once for all of them, and
-    gives a row the same bits beside whatever other rows. 2 · B · T · r · (d_in + d_out) FLOPs; the factors of the
-    patches in the batch, r · (d_in + d_out) numbers each, are what a step of decoding waits for. Not differentiable.
+    That is 2 · B · T · r · (d_in + d_out) FLOPs. A step of decoding waits for the factors, r · (d_in + d_out) numbers a
+    patch: no row has a copy of them, and the C++ kernel reads them once for the rows of a patch together (for every 64
+    tokens, where there are more). It gives a row the same bits beside whatever other rows, on however many threads.
+    Beside y, B · T · r numbers are allocated, up to d_in / 128 times as many where rows are few. Not differentiable.
 
     >>> right, left = torch.ones(2, 3, 1), torch.tensor([[[1.0, 2.0]], [[0.0, 5.0]]])  # two patches of rank 1
     >>> gathered_low_rank(torch.ones(3, 1, 3), right, left, torch.tensor([1, -1, 0]))[:, 0]
