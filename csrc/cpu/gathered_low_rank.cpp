@@ -9,6 +9,7 @@
 #include <algorithm>
 #include <optional>
 #include <string>
+#include <type_traits>
 #include <vector>
 
 #include "checks.h"
@@ -131,7 +132,7 @@ void add(T* __restrict y, const In* __restrict x, int64_t n) {
 }
 
 template <typename T, typename Out>
-void round(const T* __restrict y, Out* __restrict out, int64_t n) {
+void narrow(const T* __restrict y, Out* __restrict out, int64_t n) {
     for (int64_t j = 0; j < n; ++j) out[j] = static_cast<Out>(y[j]);
 }
 
@@ -152,7 +153,7 @@ void write(const Call& call, const Block& block, int64_t column, int64_t width, 
             if (call.residual.defined()) {
                 add(y, call.residual.const_data_ptr<Out>() + place(call.residual, i), width);
             }
-            round(y, call.output.mutable_data_ptr<Out>() + place(call.output, i), width);
+            narrow(y, call.output.mutable_data_ptr<Out>() + place(call.output, i), width);
         }
     });
 }
