@@ -61,6 +61,7 @@ def steps(output: Path, device: str = "cuda") -> list[Step]:
         Step("test-accumulate", [*tests, "-k", "cuda or triton", "tests/test_accumulate.py"], 100),
         Step("test-triton", [*tests, "tests/test_accumulate_triton.py"], 60),
         Step("test-attention", [*tests, "tests/test_attention_triton.py", "tests/test_delta_accuracy.py"], 100),
+        Step("test-low-rank", [*tests, "-k", "triton", "tests/test_gathered_low_rank.py"], 60),
         *(Step(f"bench-{name}", [*sections, "--seconds", str(s), name], 1.5 * s + 15) for name, s in timed.items()),
     ]
 

@@ -1,4 +1,4 @@
-"""The attention and norm kernels compile for sm_80, sm_90 and sm_100 without spilling, as test_aot.py's do.
+"""The attention, norm and low-rank kernels compile for sm_80, sm_90 and sm_100 without spilling, as test_aot.py's do.
 
 ``python tests/test_aot_attention.py 90`` prints one line of json per kernel.
 """
@@ -91,12 +91,34 @@ def norm_case(dtype: str, d: int, *, residual: bool = False) -> Case:
     )
 
 
+def gathered_case(kind: str, dtype: str, block_t: int) -> Case:
+    """Rows that shrink to the rank, or expand from it, in float32 throughout."""
+    from thought_kernels.triton import gathered_low_rank as module
+
+    tensors = {"hidden": "*fp32", "right": "*fp32", "left": "*fp32", "vector": "*fp32", "index": "*i64"}
+    arguments = {
+        **tensors,
+        **dict.fromkeys(("x", "residual", "output"), f"*{TYPES[dtype]}"),
+        **dict.fromkeys(("x_column", "right_column", "left_column", "vector_column", "residual_column"), 1),
+        "BLOCK_T": block_t,
+        "BLOCK_R": module.BLOCK_R,
+        "BLOCK_D": module.BLOCK_D,
+        "BLOCK_K": module.BLOCK_K,
+    }
+    kernel = {"shrink": module.shrink_kernel, "expand": module.expand_kernel}[kind]
+    return Case(f"{kind} {dtype} {block_t}", kernel, arguments, {"num_warps": 4, "num_stages": 3}, False)
+
+
 def cases(arch: int, thorough: bool) -> Iterator[Case]:
     yield attention_case(arch, "bfloat16", 256)
     yield attention_case(arch, "bfloat16", 128, shared=True)
     yield norm_case("bfloat16", 640)
     yield norm_case("bfloat16", 8192, residual=True)
+    yield gathered_case("shrink", "bfloat16", 16)
+    yield gathered_case("expand", "bfloat16", 32)
     if thorough:
+        yield gathered_case("shrink", "float32", 32)
+        yield gathered_case("expand", "float32", 16)
         yield norm_case("bfloat16", 8192)
         yield norm_case("float32", 1152, residual=True)
         yield attention_case(arch, "bfloat16", 256, header=False)
@@ -134,7 +156,7 @@ def test_kernels_fit_the_chip(arch: int, thorough: bool) -> None:
     run = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-2000:]
     rows = [json.loads(line) for line in run.stdout.splitlines()]
-    assert len(rows) == (4 if not thorough else 25 + (arch >= 90))
+    assert len(rows) == (6 if not thorough else 29 + (arch >= 90))
     for row in rows:
         assert row["stack"] == 0, f"{row} spills registers"
         assert row["shared"] <= SHARED_MEMORY[arch], f"{row} does not fit a multiprocessor"

@@ -287,7 +287,7 @@ def test_a_kernel_has_a_benchmark(stem: str) -> None:
 SHARED = {
     "thought_kernels/reference": set(),
     "thought_kernels/triton": {"attention_plan", "online_softmax"},
-    "csrc/cpu": {"attention", "attention_tile", "instructions", "per_instruction_set"},
+    "csrc/cpu": {"attention", "attention_tile", "instructions", "per_instruction_set", "tasks"},
     "csrc/cuda": {"bindings", "dtype", "to_float"},
 }
 

@@ -77,9 +77,11 @@ def test_meta_tensors_give_shapes():
     chosen = tk.shared_prefix_attention(heads, heads, heads, [prefix], index)
     assert {without.shape, delta.shape, chosen.shape} == {heads.shape}
     assert {part.shape for part in tk.rms_norm_pair(rows, rows, rows[0], eps=0.0)} == {rows.shape}
+    factors = torch.randn(3, 8, 1, device="meta"), torch.randn(3, 1, 9, device="meta")
+    assert tk.gathered_low_rank(heads[0], *factors, index).shape == (2, 5, 9)
 
 
-RETURNING = ("rms_norm_pair", "paired_attention", "shared_prefix_attention")
+RETURNING = ("rms_norm_pair", "gathered_low_rank", "paired_attention", "shared_prefix_attention")
 
 
 def outputs(name, through_torch_ops=False, make=torch.clone):
@@ -87,12 +89,15 @@ def outputs(name, through_torch_ops=False, make=torch.clone):
     rows, heads, prefix, index = map(make, (torch.ones(4, 3), torch.ones(2, 2, 5, 8), torch.ones(2, 3, 8), INDEX))
     arguments = {
         "rms_norm_pair": ([rows, rows, rows[0]],) * 2,
+        "gathered_low_rank": ([prefix, prefix.mT, prefix, index],) * 2,
         "paired_attention": ([(prefix, prefix)], [prefix, prefix, None, None]),
         "shared_prefix_attention": ([[(prefix, prefix)], index], [[prefix], [prefix], index]),
     }[name][through_torch_ops]
     function = getattr(torch.ops.thought_kernels if through_torch_ops else tk, name)
     if name == "rms_norm_pair":
         return function(*arguments, eps=0.0)
+    if name == "gathered_low_rank":
+        return (function(*arguments),)
     returned = function(heads, heads, heads, *arguments)
     return returned if isinstance(returned, tuple) else (returned,)
 
@@ -125,7 +130,9 @@ def test_autocast_lowers_no_precision(backend):
         tk.accumulate(delta=rows, activation=rows, **sums, backend=backend)
         pair = tk.paired_attention(heads, heads, heads, (prefix, prefix), backend=backend)
         one = tk.shared_prefix_attention(heads, heads, heads, [(prefix, prefix)], INDEX, backend=backend)
-        return *sums.values(), *pair, one, *tk.rms_norm_pair(rows, rows, rows[0], eps=0.0, backend=backend)
+        norms = tk.rms_norm_pair(rows, rows, rows[0], eps=0.0, backend=backend)
+        shift = tk.gathered_low_rank(prefix, prefix.mT, prefix, INDEX, backend=backend)
+        return *sums.values(), *pair, one, *norms, shift
 
     expected = everything()
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -163,6 +170,7 @@ for call in (
     lambda: tk.accumulate_pair(cross, rows, rows.float(), backend="triton"),
     lambda: tk.paired_attention(heads, heads, heads, (heads[0], heads[0]), backend="triton"),
     lambda: tk.shared_prefix_attention(heads, heads, heads, [], torch.tensor([-1]), backend="triton"),
+    lambda: tk.gathered_low_rank(heads[0], heads[0].float().mT, heads[0].float(), torch.tensor([0]), backend="triton"),
     lambda: tk.rms_norm_pair(rows.float(), rows.float(), rows[0], eps=0.0, backend="triton"),
 ):
     try:
@@ -178,7 +186,7 @@ assert (cross == 4).all()
     assert done.returncode == 0, done.stderr
     refusals = done.stdout.splitlines()
     reason = "backend must support this call on cpu, got 'triton'; Triton's interpreter computes wrongly in bfloat16"
-    names = ("accumulate", "accumulate_pair", *RETURNING[1:], RETURNING[0])
+    names = ("accumulate", "accumulate_pair", *RETURNING[2:], *RETURNING[1::-1])
     assert refusals == [f"{name}: {reason}" for name in names]
 
 

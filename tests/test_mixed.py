@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from families import tiny
 from models import tiny_gemma3
 from patches import MATRICES, fitting_patch, random_patch
 from tolerances import largest
+from torch import Tensor
 
 import thought_kernels as tk
 
@@ -24,13 +26,13 @@ def patches_of(model: Any, rank: int | None, **options: Any) -> dict[str, Any]:
     return found if rank is None else {name: patch.truncate(rank + i) for i, (name, patch) in enumerate(found.items())}
 
 
-def batch(model: Any, length: int = 7) -> torch.Tensor:
+def batch(model: Any, length: int = 7) -> Tensor:
     generator = torch.Generator().manual_seed(0)
     return torch.randint(3, model.config.get_text_config().vocab_size, (len(ROWS), length), generator=generator)
 
 
 @torch.no_grad()
-def alone(model: Any, patches: dict[str, Any], ids: torch.Tensor) -> torch.Tensor:
+def alone(model: Any, patches: dict[str, Any], ids: Tensor) -> Tensor:
     found = []
     for name, row in zip(ROWS, ids, strict=True):
         if name is None:
@@ -41,10 +43,10 @@ def alone(model: Any, patches: dict[str, Any], ids: torch.Tensor) -> torch.Tenso
     return torch.cat(found)
 
 
-@pytest.mark.parametrize("rank", [None, 3])
+@pytest.mark.parametrize(("rank", "recorded"), [(None, False), (3, False), (3, True)])
 @pytest.mark.parametrize("family", ["gemma3", "granite", "gpt2", "llama"])
-def test_each_row_is_as_it_would_be_alone(family: str, rank: int | None) -> None:
-    model = tiny(family).double()
+def test_each_row_is_as_it_would_be_alone(family: str, rank: int | None, recorded: bool) -> None:
+    model = tiny(family).double().requires_grad_(recorded)  # where gradients are recorded, products are torch's own
     patches = patches_of(model, rank, sites=("attention", "mlp", "down", "residual"))
     ids = batch(model)
     wanted, bare = alone(model, patches, ids), model(ids).logits
@@ -94,9 +96,49 @@ def test_generation_writes_what_each_patch_writes(options: dict[str, Any]) -> No
         assert torch.equal(model.generate(ids, **options), torch.cat(wanted))
 
 
+def test_the_factors_of_a_site_are_gathered_and_never_copied_for_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_gemma3(dtype=torch.float64).requires_grad_(False)
+    patches, ids, calls = patches_of(model, 3, sites=("attention", "down")), batch(model), []
+
+    def spy(x: Tensor, right: Tensor, left: Tensor, index: Tensor, **options: Any) -> Tensor:
+        calls.append((right, left, index))
+        return tk.gathered_low_rank(x, right, left, index, **options)
+
+    monkeypatch.setattr("thought_kernels.patches.mixed.gathered_low_rank", spy)
+    with tk.MixedPatches(model, patches) as mixed:
+        for rows in (ROWS, ["c"] * len(ROWS)):
+            mixed.choose(rows)
+            model(ids)
+    sites = len(calls) // 2
+    assert sites == len(patches["a"].entries)
+    for before, after in zip(calls[:sites], calls[sites:], strict=True):
+        assert before[0] is after[0] and before[1] is after[1] and len(before[0]) == len(patches)
+        assert before[2].tolist() == [0, -1, 1, 2, 0] and after[2].tolist() == [2] * 5
+
+
+def test_gradients_pass_as_they_would_alone() -> None:
+    model = tiny_gemma3(dtype=torch.float64).requires_grad_(False)
+    patches, ids = patches_of(model, 3, sites=("attention", "down")), batch(model)
+    embedded = model.get_input_embeddings()(ids)
+
+    def gradient(rows: list[int]) -> Tensor:
+        inputs = embedded[rows].clone().requires_grad_()
+        model(inputs_embeds=inputs).logits.square().sum().backward()
+        assert inputs.grad is not None
+        return inputs.grad
+
+    with tk.MixedPatches(model, patches) as mixed:
+        mixed.choose(ROWS)
+        found = gradient(list(range(len(ROWS))))
+    for row, name in enumerate(ROWS):
+        with patches[name].applied(model) if name else nullcontext():
+            wanted = gradient([row])
+        assert largest(found[row] - wanted[0]) <= 1e-10 * largest(wanted)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_activations_keep_their_dtype(dtype: torch.dtype) -> None:
-    model = tiny_gemma3(dtype=dtype)
+    model = tiny_gemma3(dtype=dtype).requires_grad_(False)
     patches, ids = patches_of(model, 3), batch(model)
     wanted = alone(model, patches, ids)
     with tk.MixedPatches(model, patches) as mixed:

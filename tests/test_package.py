@@ -19,6 +19,7 @@ PUBLIC = {
     "paired_attention",
     "shared_prefix_attention",
     "rms_norm_pair",
+    "gathered_low_rank",
     "available_backends",
     "transmute",
     "align",
@@ -31,7 +32,14 @@ PUBLIC = {
     "ThoughtPatch",
     "ThoughtAccumulator",
 }
-OPERATORS = ("accumulate", "accumulate_pair", "paired_attention", "shared_prefix_attention", "rms_norm_pair")
+OPERATORS = (
+    "accumulate",
+    "accumulate_pair",
+    "paired_attention",
+    "shared_prefix_attention",
+    "rms_norm_pair",
+    "gathered_low_rank",
+)
 
 
 def run_python(code: str) -> subprocess.CompletedProcess[str]:

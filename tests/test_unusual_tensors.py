@@ -71,6 +71,11 @@ def norm_arguments() -> dict[str, Tensor]:
     return {name: torch.randn(4, 8) for name in ("x", "delta", "residual")} | {"weight": torch.randn(8)}
 
 
+def gathered_arguments() -> dict[str, Tensor]:
+    sizes = {"x": (3, 2, 6), "right": (2, 6, 4), "left": (2, 4, 5), "vector": (2, 5), "residual": (3, 2, 5)}
+    return {name: torch.randn(*size) for name, size in sizes.items()} | {"index": torch.tensor([1, -1, 0])}
+
+
 OPERATORS = {
     "accumulate": Operator(
         lambda: accumulator_arguments("delta", "activation"),
@@ -87,6 +92,10 @@ OPERATORS = {
     "rms_norm_pair": Operator(
         norm_arguments,
         lambda arguments, backend: list(tk.rms_norm_pair(**arguments, eps=1e-6, backend=backend)),
+    ),
+    "gathered_low_rank": Operator(
+        gathered_arguments,
+        lambda arguments, backend: [tk.gathered_low_rank(**arguments, backend=backend)],
     ),
 }
 

@@ -18,6 +18,7 @@ if find_spec("torch") is None:
     )
 
 from thought_kernels.ops.accumulate import accumulate, accumulate_pair
+from thought_kernels.ops.gathered_low_rank import gathered_low_rank
 from thought_kernels.ops.library import available_backends
 from thought_kernels.ops.paired_attention import paired_attention
 from thought_kernels.ops.rms_norm_pair import rms_norm_pair
@@ -46,6 +47,7 @@ __all__ = [
     "align",
     "available_backends",
     "evaluate",
+    "gathered_low_rank",
     "load",
     "paired_attention",
     "paper_recipe",

@@ -1,13 +1,11 @@
 // Streaming rank-one accumulation on CPUs. The rows are taken in blocks; each block is widened, scaled and packed once
 // into scratch that stays in cache, whatever the inputs' dtype, and multiplied there by kernels of accumulate_tile.h.
 #include <ATen/Parallel.h>
-#include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
 #include <algorithm>
-#include <atomic>
 #include <cmath>
 #include <limits>
 #include <memory>
@@ -19,6 +17,7 @@
 #include "accumulate_block.h"
 #include "checks.h"
 #include "instructions.h"
+#include "tasks.h"
 
 namespace thought_kernels {
 namespace accumulation {
@@ -32,17 +31,6 @@ constexpr int64_t kScratchBytes = 32 << 20;  // for all panels together, unless 
 constexpr int64_t kSumBytes = 50 << 20;      // cross and gram up to here are summed over all blocks before they change
 constexpr int64_t kTile = 320;          // edge: a tile's sums and its panels of kDepth rows fit into a core's L2 cache
 constexpr int64_t kTasksPerThread = 5;  // enough that a thread which lost its processor holds up little
-
-// Runs task(0, worker) ... task(count - 1, worker), each on whichever thread is free next, with that thread's number.
-// Every result has one owner and a fixed order of additions, so nothing depends on who runs what.
-template <typename Task>
-void for_each_task(int64_t count, const Task& task) {
-    std::atomic<int64_t> next{0};
-    at::parallel_for(0, std::min<int64_t>(count, at::get_num_threads()), 1, [&](int64_t worker, int64_t) {
-        at::AutoDispatchBelowADInplaceOrView no_autograd;  // thread-local, so once for every worker
-        for (int64_t index = next++; index < count; index = next++) task(index, worker);
-    });
-}
 
 // A rectangle of cross, or one of gram that touches or lies below the diagonal, with all its sums over some rows. It
 // consists of whole panels: its last rows and columns may lie outside of the matrix.

@@ -58,14 +58,14 @@ def check_device(function: str, name: str, tensor: Tensor, other_name: str, othe
         raise ValueError(message(function, name, f"be on {other_name}'s device {other.device}", tensor.device))
 
 
-def check_row_integers(function: str, name: str, tensor: object, query: Tensor) -> None:
-    """An integer for each row of query's batch, on its device."""
+def check_row_integers(function: str, name: str, tensor: object, rows: Tensor, rows_name: str = "query") -> None:
+    """An integer for each row of a batch, on its device."""
     tensor = _dense(function, name, "an integer tensor", tensor)
     if tensor.dtype not in _INTEGERS:
         raise TypeError(message(function, name, "be an integer tensor", tensor.dtype))
-    if tensor.dim() != 1 or tensor.shape[0] != query.shape[0]:
-        raise ValueError(message(function, name, f"be [B] with B = {query.shape[0]}", list(tensor.shape)))
-    check_device(function, name, tensor, "query", query)
+    if tensor.dim() != 1 or tensor.shape[0] != rows.shape[0]:
+        raise ValueError(message(function, name, f"be [B] with B = {rows.shape[0]}", list(tensor.shape)))
+    check_device(function, name, tensor, rows_name, rows)
 
 
 def check_range(function: str, name: str, tensor: Tensor | None, low: int, high: int) -> None:

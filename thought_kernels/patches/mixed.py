@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
+from thought_kernels.ops.gathered_low_rank import gathered_low_rank
 from thought_kernels.patches.apply import SiteHook, check_unshared, forget_compiled, hooked, targets
 from thought_kernels.patches.data import PatchData
 from thought_kernels.patches.site import SitePatch
@@ -20,9 +21,10 @@ class MixedPatches:
 
         x_b -> x_b + U_p V_pᵀ x_b + v_p        p = the patch of row b; at the down site added to down_proj's output
 
-    Where every patch has factors at a site (``patch.truncate(64)``), those of the rows are laid side by side once for a
-    choice, B · rank · (d_in + d_out) numbers a site, and the site is two batched products. Dense matrices are applied
-    patch by patch to their own rows.
+    Where every patch has factors at a site (``patch.truncate(64)``), they are stacked once, each row reads those of its
+    own patch where they lie, and rows of one patch read them together: `gathered_low_rank`. Another choice lays nothing
+    out anew. The stack has as many ranks for each patch as the largest has. Dense matrices are applied patch by patch
+    to their own rows, and so are all where gradients are recorded.
 
         with MixedPatches(model, {"french": french, "pirate": pirate}) as mixed:
             mixed.choose(["french", None, "pirate"])
@@ -68,8 +70,6 @@ class MixedPatches:
                 f"{unknown[0] if unknown else 'no row'!r}"
             )
         self._chosen = [None if name is None else self._names[name] for name in rows]
-        for _, _, site in self._sites:
-            site.forget()
 
     def chosen(self, count: int) -> list[int | None]:
         """Each of a batch's rows' patch, by number."""
@@ -100,53 +100,66 @@ class _Site(SiteHook):
 
     def __init__(self, entries: list[SitePatch | None], owner: MixedPatches) -> None:
         self._entries, self._owner = entries, owner
+        present = [entry for entry in entries if entry is not None]
+        self._low_rank = all(entry.factors is not None for entry in present)
+        self._stack: _Stack | None = None
         self._rows: list[int | None] = []
-        self._laid: tuple[Tensor, Tensor, Tensor | None] | None = None
-
-    def forget(self) -> None:
-        """Drops what was laid out for another choice."""
-        self._rows, self._laid = [], None
+        self._index: Tensor | None = None
 
     def __call__(self, x: Tensor, y: Tensor | None = None) -> Tensor:
         changed = x if y is None else y
         rows = self._owner.chosen(len(x))
         dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-        if rows != self._rows or (self._laid is not None and self._laid[0].device != x.device):
+        recorded = torch.is_grad_enabled() and (x.requires_grad or changed.requires_grad)
+        if self._low_rank and not recorded:  # the operator has no gradient
+            return self._gathered(rows, x, changed, dtype)
+        entries = [entry for entry in self._entries if entry is not None]
+        tensors = [tensor for entry in entries for tensor in entry.tensors().values()]
+        if any(tensor.device != x.device or tensor.dtype != dtype for tensor in tensors):
             self._entries = [None if entry is None else entry.to(x.device, dtype) for entry in self._entries]
-            self._rows, self._laid = rows, self._lay(rows)
         with torch.autocast(x.device.type, enabled=False):
-            if self._laid is not None:
-                left, right, vector = self._laid
-                shift = torch.bmm(torch.bmm(x.to(dtype), right), left)
-                shift = shift if vector is None else shift + vector
-                return (changed.to(dtype) + shift).to(changed.dtype)
-            return self._patch_by_patch(x.to(dtype), changed.to(dtype, copy=True)).to(changed.dtype)
+            return self._patch_by_patch(rows, x.to(dtype), changed.to(dtype, copy=True)).to(changed.dtype)
 
-    def _lay(self, rows: list[int | None]) -> tuple[Tensor, Tensor, Tensor | None] | None:
-        """Uᵀ [B, r, d_out], V [B, d_in, r] and v [B, 1, d_out] of the rows, with zeros; None where a Δ is dense."""
-        present = [entry for entry in self._entries if entry is not None]
-        if not all(entry.factors is not None for entry in present):
-            return None
-        rank = max(entry.factors[0].shape[1] for entry in present if entry.factors is not None)
-        first = present[0].factors
-        assert first is not None
-        left = first[0].new_zeros(len(rows), rank, first[0].shape[0])
-        right = first[1].new_zeros(len(rows), first[1].shape[0], rank)
-        vector = left.new_zeros(len(rows), 1, left.shape[2])
-        for place, index in enumerate(rows):
-            entry = None if index is None else self._entries[index]
-            if entry is None or entry.factors is None:
-                continue
-            own = entry.factors[0].shape[1]
-            left[place, :own], right[place, :, :own] = entry.factors[0].T, entry.factors[1]
-            if entry.vector is not None:
-                vector[place, 0] = entry.vector
-        return left, right, vector if any(entry.vector is not None for entry in present) else None
+    def _gathered(self, rows: list[int | None], x: Tensor, changed: Tensor, dtype: torch.dtype) -> Tensor:
+        stack = self._stack
+        if stack is None or stack.right.device != x.device or stack.right.dtype != dtype:
+            self._stack = stack = _Stack(self._entries, x.device, dtype)
+            self._index = None
+        if self._index is None or rows != self._rows:
+            self._rows, self._index = rows, stack.index(rows)
+        return gathered_low_rank(x, stack.right, stack.left, self._index, vector=stack.vector, residual=changed)
 
-    def _patch_by_patch(self, x: Tensor, changed: Tensor) -> Tensor:
+    def _patch_by_patch(self, rows: list[int | None], x: Tensor, changed: Tensor) -> Tensor:
         for index, entry in enumerate(self._entries):
-            places = [place for place, row in enumerate(self._rows) if row == index]
+            places = [place for place, row in enumerate(rows) if row == index]
             if entry is not None and places:
                 own = torch.tensor(places, device=x.device)
                 changed.index_add_(0, own, entry.shift(x.index_select(0, own)).expand(len(own), *changed.shape[1:]))
         return changed
+
+
+class _Stack:
+    """The factors of all patches that have some at a site: V [P, d_in, r], Uᵀ [P, r, d_out] and v [P, d_out]."""
+
+    def __init__(self, entries: list[SitePatch | None], device: torch.device, dtype: torch.dtype) -> None:
+        present = [entry for entry in entries if entry is not None]
+        factors = [entry.factors for entry in present if entry.factors is not None]
+        rank = max(left.shape[1] for left, _ in factors)
+        (d_out, _), (d_in, _) = (factor.shape for factor in factors[0])
+        self.right = torch.zeros(len(factors), d_in, rank, device=device, dtype=dtype)
+        self.left = torch.zeros(len(factors), rank, d_out, device=device, dtype=dtype)
+        for place, (left, right) in enumerate(factors):
+            self.right[place, :, : right.shape[1]] = right
+            self.left[place, : left.shape[1]] = left.T
+        self.vector: Tensor | None = None
+        if any(entry.vector is not None for entry in present):
+            self.vector = torch.zeros(len(factors), d_out, device=device, dtype=dtype)
+            for place, entry in enumerate(present):
+                if entry.vector is not None:
+                    self.vector[place] = entry.vector
+        stacked = iter(range(len(factors)))
+        self._places = [-1 if entry is None else next(stacked) for entry in entries]
+
+    def index(self, rows: list[int | None]) -> Tensor:
+        """Where in the stack the patch of each row is, −1 for none."""
+        return torch.tensor([-1 if row is None else self._places[row] for row in rows], device=self.right.device)
