@@ -47,7 +47,7 @@ def test_the_papers_plan_is_3200_runs() -> None:
 
 
 def test_a_sweep_that_stops_ends_the_same(tmp_path: Path) -> None:
-    models, clusters, nulls = sweep(TINY, tmp_path / "whole", progress=False)
+    models, clusters, nulls, null_clusters = sweep(TINY, tmp_path / "whole", progress=False)
     sweep(TINY, tmp_path / "cut", models_at_once=4, progress=False)  # other groups, the same models
     done = tmp_path / "cut" / "m0003-001"
     (done / "rows.json").unlink()  # as if it had stopped here,
@@ -77,6 +77,10 @@ def test_a_sweep_that_stops_ends_the_same(tmp_path: Path) -> None:
         if row["shuffled"]:
             W = shuffled(final_weights(tmp_path / "whole" / group.name, index), int(row["seed"]))
         assert row["saturation"] == pytest.approx(saturation(W), rel=1e-5)
+        setting = ("dimensions", "sparsity", "seed", "shuffled")
+        mine = [r for r in read_rows(null_clusters) if all(r[name] == row[name] for name in setting)]
+        expected = [cluster["residual"] for cluster in summarize(W)[1]]
+        assert [cluster["residual"] for cluster in mine] == pytest.approx(expected, rel=1e-5)
     for m in TINY.dimensions:
         for sparsity, seed, group, index in trained(tmp_path / "whole", m):
             W = final_weights(group, index)
@@ -129,6 +133,10 @@ def test_drift_of_plain_descent_is_the_flows(tmp_path: Path) -> None:
     for row in rows:
         # Descent goes a thousandth of ‖M‖ in ten steps; curvature bends it by a few times that.
         assert row["descent_error"] < 0.05 and row["descent_eigenvalues"] < 0.05
+        # The theorems are about derivatives: what they leave out falls with the way that is gone.
+        for name in ("error", "eigenvalues"):
+            assert row[f"nearer_{name}"] < max(0.2 * row[f"descent_{name}"], 1e-5)
+        assert 0 < row["eigenvalue_share"] <= 1 + 1e-6
         assert -1 <= row["gram"] <= 1 and -1 <= row["eigenvalues"] <= 1
         assert 0 <= row["transport"] <= 1 and 0 <= row["fixed_point"] <= 2
     assert max(row["gram"] for row in rows) > 0.3  # Adam goes downhill too
@@ -238,6 +246,7 @@ def test_a_pentagon_is_found_by_training() -> None:
         Setting("pentagon", 5, 2, 0.95), seeds=8, schedule=Schedule(800, batch=128, learning_rate=2e-2)
     )
     assert found.counts.get("pentagon", 0) >= 4, found
+    assert found.untrained == {"none": 8}
     assert found.dimensionality == pytest.approx(2 / 5, abs=0.01)
 
 
@@ -288,6 +297,9 @@ def test_the_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert sorted(path.name for path in pictures.iterdir()) == [
         "dimensionality.png", "evolution.png", "linearity.png", "residue.png", "saturation.png",
     ]  # fmt: skip
+    (folder / "null_clusters.csv").unlink()  # as sweeps of before there was one
+    code, said = run("figures", folder, "--output", tmp_path / "older", "--dimensions", 2, "--dimensions", 3)
+    assert code == 0 and len(list((tmp_path / "older").iterdir())) == 7
     code, said = run("figures", folder, "--output", pictures, "--dimensions", "5")
     assert code == 1 and "draw: dimensions must be one of" in said
     for device in ("nowhere", "meta"):

@@ -1,4 +1,4 @@
-"""`thought-kernels toy sweep | figures | drift | geometries`: toy models of superposition, trained and drawn."""
+"""`thought-kernels toy sweep | figures | evolution | drift | geometries`: toy models, trained and drawn."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def sweep(
     matmul_precision: Annotated[str, typer.Option(help="highest, or high, which is TF32 on a GPU.")] = "highest",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what it would need.")] = False,
 ) -> None:
-    """Train every model of a plan, and write models.csv, clusters.csv and nulls.csv; goes on where it stopped."""
+    """Train every model of a plan, and write tables of models, clusters and nulls; goes on where it stopped."""
     import torch
 
     from thought_kernels.models.load import usable_device
@@ -84,6 +84,26 @@ def figures(
 
     _print_paths(draw(folder, output, dimensions=dimensions, sparsity=sparsity))
     options.out.print(by_sparsity(read_rows(folder / MODELS), read_rows(folder / NULLS)), markup=False, soft_wrap=True)
+
+
+@app.command()
+def evolution(
+    folder: Annotated[Path, typer.Argument(help="A sweep's, with checkpoints.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="A CSV.")],
+    dimensions: Annotated[
+        list[int] | None, typer.Option(min=1, help="m of the models; repeatable (default a middle one).")
+    ] = None,
+    sparsity: Annotated[
+        list[float] | None, typer.Option(min=0, max=1, help="The nearest one is told; repeatable (default 0.9).")
+    ] = None,
+) -> None:
+    """Write what pictures of training show: spectra, Rayleigh quotients, jumps, volatility, dimensionalities."""
+    from thought_kernels.spectral.toy.evolution_rows import evolution_rows
+    from thought_kernels.spectral.toy.sweeps import write_table
+
+    options.check_file("--output", output)
+    write_table(output, evolution_rows(folder, dimensions or (), sparsity or (0.9,)))
+    _print_paths([output])
 
 
 @app.command()

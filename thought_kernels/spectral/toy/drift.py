@@ -23,8 +23,8 @@ from thought_kernels.spectral.toy.sweeps import read_plan
 from thought_kernels.spectral.toy.training import history
 
 SAMPLES = 4096
-_DESCENT = 1e-3  # how far plain descent goes, ‖ΔM‖ / ‖M‖: the prediction errs by about as much, relatively
-_STEPS = 10
+_DESCENT = 1e-3  # how far plain descent goes, ‖ΔM‖ / ‖M‖
+_STEPS = 10  # in so many; what a derivative leaves out is less after the first, what is wrong is not
 _STILL = 1e-12  # of ‖M‖ in unit time: below this there is no flow to speak of
 
 
@@ -37,6 +37,8 @@ class Drift(NamedTuple):
         eigenvalues: the same of F's eigenvalues, sorted.
         descent_error: ‖ΔM − T Ṁ‖ / ‖T Ṁ‖ for plain gradient descent over a time T from the checkpoint.
         descent_eigenvalues: the same of the eigenvalues, one by one where they are simple.
+        nearer_error, nearer_eigenvalues: the same two after the first of ten steps.
+        eigenvalue_share: ‖λ̇‖ / ‖Ṁ‖, how much of Ṁ moves eigenvalues; what is left turns eigenvectors.
         transport: of the predicted changes of Rayleigh quotients, the part that mass transport has beside eigenvalue
             drift, Σ|transport| / (Σ|transport| + Σ|drift|); eigenspaces are windows of 2 %.
         fixed_point: the largest ‖[E_e, Φ]‖ / ‖Φ‖: 0 where no eigenspace turns.
@@ -48,6 +50,9 @@ class Drift(NamedTuple):
     eigenvalues: float
     descent_error: float
     descent_eigenvalues: float
+    nearer_error: float
+    nearer_eigenvalues: float
+    eigenvalue_share: float
     transport: float
     fixed_point: float
 
@@ -92,20 +97,21 @@ def _interval(step: int, after: int, W: Tensor, V: Tensor, b: Tensor, x: Tensor,
     grouped = GramFlow(W, kernel, rtol=RTOL)
     drift, transport = (part.abs().sum() for part in grouped.rayleigh_velocity())
     both = float(drift + transport)
-    error, spectral_error = float("nan"), float("nan")
+    errors, share = [float("nan")] * 4, float("nan")
     if size > _STILL:
-        time = _DESCENT / size
-        end = _descended(W, b, x, importance, time)
-        error = float((end.T @ end - flow.gram - time * velocity).norm() / (time * velocity).norm())
-        moved = _eigenvalues(end) - _eigenvalues(W)
-        spectral_error = float((moved - time * pulls).norm() / (time * pulls).norm())
+        share = float(pulls.norm() / velocity.norm())
+        time, errors = _DESCENT / size, []
+        first, *_, last = _descended(W, b, x, importance, time)
+        for end, passed in ((last, time), (first, time / _STEPS)):
+            errors.append(_error(end.T @ end - flow.gram, passed * velocity))
+            errors.append(_error(_eigenvalues(end) - _eigenvalues(W), passed * pulls))
     return Drift(
         step,
         after,
         _cosine(velocity, V.T @ V - flow.gram),
         _cosine(pulls, _eigenvalues(V) - _eigenvalues(W)),
-        error,
-        spectral_error,
+        *errors,
+        share,
         float(transport) / both if both else float("nan"),
         float(grouped.fixed_point_residual().max()),
     )
@@ -121,11 +127,17 @@ def _eigenvalues(W: Tensor) -> Tensor:
     return torch.linalg.svdvals(W).square()
 
 
-def _descended(W: Tensor, b: Tensor, x: Tensor, importance: Tensor, time: float) -> Tensor:
-    """W after plain gradient descent on the given inputs, b held."""
+def _descended(W: Tensor, b: Tensor, x: Tensor, importance: Tensor, time: float) -> list[Tensor]:
+    """W after each step of plain gradient descent on the given inputs, b held."""
+    passed = []
     for _ in range(_STEPS):
         W = W - time / _STEPS * W @ gradient_kernel(W, b, x, importance)
-    return W
+        passed.append(W)
+    return passed
+
+
+def _error(found: Tensor, predicted: Tensor) -> float:
+    return float((found - predicted).norm() / predicted.norm())
 
 
 def _cosine(a: Tensor, b: Tensor) -> float:
