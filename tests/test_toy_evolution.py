@@ -93,6 +93,8 @@ def test_pictures_have_a_column_for_each_model_and_show_the_untrained_ones(folde
     assert [axis.get_title() for axis in axes[:4]] == [
         "m = 3, S = 0", "m = 3, S = 0.9", "m = 40, S = 0", "m = 40, S = 0.9",
     ]  # fmt: skip
+    highest = max(row["value"] for row in rows if row["quantity"] in ("jump", "untrained jump"))
+    assert all(axis.get_ylim()[1] >= highest for axis in axes[8:12])
     one = [row for row in rows if (row["dimensions"], row["sparsity"]) == (40, 0.9)]
     spectrum, _, jumps, _ = evolution_figure(one).axes
     first = sorted(line.get_ydata()[0] for line in spectrum.lines)

@@ -141,7 +141,7 @@ def geometries(
             found = known[index] or as_rows(find_geometries(setting, seeds=seeds))
             rows += found
             write_table(output, [*rows, *itertools.chain(*known[index + 1 :])])
-            counts = ", ".join(f"{row['figure']} {row['models']}" for row in found)
+            counts = ", ".join(f"{row['figure']} {row['models']}" for row in found if int(row["models"]))
             options.out.print(f"n = {n}, m = {m}, S = {S}: {counts}", soft_wrap=True)
         progress(len(SETTINGS), len(SETTINGS), "")
     _print_paths([output])
@@ -154,10 +154,10 @@ def _span(seconds: float) -> str:
 
 
 def _kept(rows: list[dict[str, Any]], setting: Any, seeds: int) -> list[dict[str, Any]]:
-    """The rows of one setting."""
+    """The rows of one setting; none where they do not say what untrained models are."""
     names = ("features", "dimensions", "sparsity")
     wanted = {name: str(getattr(setting, name)) for name in names} | {"seeds": str(seeds)}
-    return [row for row in rows if wanted.items() <= row.items()]
+    return [row for row in rows if wanted.items() <= row.items() and row.get("untrained")]
 
 
 def _print_paths(paths: Any) -> None:

@@ -24,7 +24,8 @@ from thought_kernels.spectral.toy.training import history
 
 SAMPLES = 4096
 _DESCENT = 1e-3  # how far plain descent goes, ‖ΔM‖ / ‖M‖
-_STEPS = 10  # in so many; what a derivative leaves out is less after the first, what is wrong is not
+_NEARER = 10  # and this many times less far: what a derivative leaves out falls with the way, what is wrong does not
+_STEPS = 10  # of each
 _STILL = 1e-12  # of ‖M‖ in unit time: below this there is no flow to speak of
 
 
@@ -37,7 +38,7 @@ class Drift(NamedTuple):
         eigenvalues: the same of F's eigenvalues, sorted.
         descent_error: ‖ΔM − T Ṁ‖ / ‖T Ṁ‖ for plain gradient descent over a time T from the checkpoint.
         descent_eigenvalues: the same of the eigenvalues, one by one where they are simple.
-        nearer_error, nearer_eigenvalues: the same two after the first of ten steps.
+        nearer_error, nearer_eigenvalues: the same two over T/10.
         eigenvalue_share: ‖λ̇‖ / ‖Ṁ‖, how much of Ṁ moves eigenvalues; what is left turns eigenvectors.
         transport: of the predicted changes of Rayleigh quotients, the part that mass transport has beside eigenvalue
             drift, Σ|transport| / (Σ|transport| + Σ|drift|); eigenspaces are windows of 2 %.
@@ -97,20 +98,24 @@ def _interval(step: int, after: int, W: Tensor, V: Tensor, b: Tensor, x: Tensor,
     grouped = GramFlow(W, kernel, rtol=RTOL)
     drift, transport = (part.abs().sum() for part in grouped.rayleigh_velocity())
     both = float(drift + transport)
-    errors, share = [float("nan")] * 4, float("nan")
+    share, error, spectral_error, nearer_error, nearer_spectral = (float("nan"),) * 5
     if size > _STILL:
-        share = float(pulls.norm() / velocity.norm())
-        time, errors = _DESCENT / size, []
-        first, *_, last = _descended(W, b, x, importance, time)
-        for end, passed in ((last, time), (first, time / _STEPS)):
-            errors.append(_error(end.T @ end - flow.gram, passed * velocity))
-            errors.append(_error(_eigenvalues(end) - _eigenvalues(W), passed * pulls))
+        share, time = float(pulls.norm() / velocity.norm()), _DESCENT / size
+        far, near = (_descended(W, b, x, importance, way) for way in (time, time / _NEARER))
+        eigenvalues = _eigenvalues(W)
+        error = _error(far.T @ far - flow.gram, time * velocity)
+        spectral_error = _error(_eigenvalues(far) - eigenvalues, time * pulls)
+        nearer_error = _error(near.T @ near - flow.gram, time / _NEARER * velocity)
+        nearer_spectral = _error(_eigenvalues(near) - eigenvalues, time / _NEARER * pulls)
     return Drift(
         step,
         after,
         _cosine(velocity, V.T @ V - flow.gram),
         _cosine(pulls, _eigenvalues(V) - _eigenvalues(W)),
-        *errors,
+        error,
+        spectral_error,
+        nearer_error,
+        nearer_spectral,
         share,
         float(transport) / both if both else float("nan"),
         float(grouped.fixed_point_residual().max()),
@@ -127,13 +132,11 @@ def _eigenvalues(W: Tensor) -> Tensor:
     return torch.linalg.svdvals(W).square()
 
 
-def _descended(W: Tensor, b: Tensor, x: Tensor, importance: Tensor, time: float) -> list[Tensor]:
-    """W after each step of plain gradient descent on the given inputs, b held."""
-    passed = []
+def _descended(W: Tensor, b: Tensor, x: Tensor, importance: Tensor, time: float) -> Tensor:
+    """W after plain gradient descent on the given inputs, b held."""
     for _ in range(_STEPS):
         W = W - time / _STEPS * W @ gradient_kernel(W, b, x, importance)
-        passed.append(W)
-    return passed
+    return W
 
 
 def _error(found: Tensor, predicted: Tensor) -> float:

@@ -41,6 +41,8 @@ def evolution_figure(rows: Rows) -> Any:
         column[0].set_title(f"m = {m:g}, S = {sparsity:g}", fontsize=9)
     for axis, name in zip(axes[:, 0], ("eigenvalues of F", "Rayleigh quotients κ", "jump", "volatility"), strict=True):
         axis.set_ylabel(name)
+    for axis in axes[2:].flat:  # once all is drawn: a limit holds for the columns beside it, and for what comes after
+        axis.set_ylim(bottom=0)
     axes[2, 0].legend(fontsize=7)
     return figure
 
@@ -53,13 +55,12 @@ def _evolution(axes: Any, rows: Rows) -> None:
         for level in sorted({row["level"] for row in rows if row["quantity"] == quantity}):
             axis.plot(*_line(rows, quantity, level), **style)
     for axis, quantity in ((axes[2], "jump"), (axes[3], "volatility")):
-        for share, style in zip(SHARES, ("-", "--", ":"), strict=True):
+        for share, dashes in zip(SHARES, ("-", "--", ":"), strict=True):
             label = "largest" if share == 1 else f"{share:.0%} of features below"
-            axis.plot(*_line(rows, quantity, share), style, lw=1, color="C2", label=label)
+            axis.plot(*_line(rows, quantity, share), dashes, lw=1, color="C2", label=label)
             (chance,) = _line(rows, f"untrained {quantity}", share)[1]
-            axis.axhline(chance, ls=style, lw=0.8, color="0.6", label="untrained" if share == SHARES[0] else None)
+            axis.axhline(chance, ls=dashes, lw=0.8, color="0.6", label="untrained" if share == SHARES[0] else None)
         axis.set_yscale("symlog", linthresh=1e-3)
-        axis.set_ylim(bottom=0)
     axes[3].set_xlabel("step")
 
 
