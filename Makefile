@@ -92,8 +92,9 @@ wheel: setup
 bench: setup
 	@set -e; for script in benchmarks/measure/bench_*.py; do echo "== $$script"; $(PY) $$script; done
 
-# Every number that the README and docs/ show, all but weightwatcher's (its script says how to install that beside it)
-# and those of real models (docs/real_models.md says how to measure them): hours on two cores. Rows that stand in
+# Every number that the README and docs/ show, all but weightwatcher's (its script says how to install that beside it),
+# those of real models (docs/real_models.md says how to measure them) and those of toy models of the paper's size
+# (docs/toy_models.md does): hours on two cores. Rows that stand in
 # interference.csv and toy_geometries.csv are kept; delete these files to measure them again.
 figures: setup bench experiments
 	$(PY) benchmarks/measure/bench_transmute.py --model 1b --prefix 32 --no-memory \
@@ -104,8 +105,9 @@ figures: setup bench experiments
 		$(VENV)/bin/thought-kernels toy sweep --preset $$preset --output build/toy-$$preset; \
 		name=$$(echo $$preset | sed -n 's/reduced-/_/p'); \
 		cp build/toy-$$preset/models.csv benchmarks/results/toy_sweep$$name.csv; \
-		cp build/toy-$$preset/clusters.csv benchmarks/results/toy_clusters$$name.csv; \
-		cp build/toy-$$preset/nulls.csv benchmarks/results/toy_nulls$$name.csv; done
+		for table in clusters nulls null_clusters; do \
+			cp build/toy-$$preset/$$table.csv benchmarks/results/toy_$$table$$name.csv; done; done
+	$(VENV)/bin/thought-kernels toy evolution build/toy-reduced --output benchmarks/results/toy_evolution.csv
 	$(VENV)/bin/thought-kernels toy drift build/toy-reduced --output benchmarks/results/toy_drift.csv
 	$(PY) benchmarks/tables/write_tables.py
 

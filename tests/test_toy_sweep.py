@@ -47,7 +47,7 @@ def test_the_papers_plan_is_3200_runs() -> None:
 
 
 def test_a_sweep_that_stops_ends_the_same(tmp_path: Path) -> None:
-    models, clusters, nulls = sweep(TINY, tmp_path / "whole", progress=False)
+    models, clusters, nulls, null_clusters = sweep(TINY, tmp_path / "whole", progress=False)
     sweep(TINY, tmp_path / "cut", models_at_once=4, progress=False)  # other groups, the same models
     done = tmp_path / "cut" / "m0003-001"
     (done / "rows.json").unlink()  # as if it had stopped here,
@@ -77,6 +77,10 @@ def test_a_sweep_that_stops_ends_the_same(tmp_path: Path) -> None:
         if row["shuffled"]:
             W = shuffled(final_weights(tmp_path / "whole" / group.name, index), int(row["seed"]))
         assert row["saturation"] == pytest.approx(saturation(W), rel=1e-5)
+        setting = ("dimensions", "sparsity", "seed", "shuffled")
+        mine = [r for r in read_rows(null_clusters) if all(r[name] == row[name] for name in setting)]
+        expected = [cluster["residual"] for cluster in summarize(W)[1]]
+        assert [cluster["residual"] for cluster in mine] == pytest.approx(expected, rel=1e-5)
     for m in TINY.dimensions:
         for sparsity, seed, group, index in trained(tmp_path / "whole", m):
             W = final_weights(group, index)
@@ -129,8 +133,13 @@ def test_drift_of_plain_descent_is_the_flows(tmp_path: Path) -> None:
     for row in rows:
         # Descent goes a thousandth of ‖M‖ in ten steps; curvature bends it by a few times that.
         assert row["descent_error"] < 0.05 and row["descent_eigenvalues"] < 0.05
+        assert 0 < row["eigenvalue_share"] <= 1 + 1e-6
         assert -1 <= row["gram"] <= 1 and -1 <= row["eigenvalues"] <= 1
         assert 0 <= row["transport"] <= 1 and 0 <= row["fixed_point"] <= 2
+    # The theorems are about derivatives: what they leave out falls with the way that is gone.
+    for name in ("error", "eigenvalues"):
+        near, far = (sum(row[f"{way}_{name}"] for row in rows) for way in ("nearer", "descent"))
+        assert 0.05 < near / far < 0.2, name
     assert max(row["gram"] for row in rows) > 0.3  # Adam goes downhill too
     bad = CliRunner().invoke(app, ["toy", "drift", str(tmp_path), "-o", str(path), "--dimensions", "9"])
     assert bad.exit_code == 1 and "drift_rows: dimensions must be one of (2, 3), got 9" in bad.output
@@ -238,6 +247,7 @@ def test_a_pentagon_is_found_by_training() -> None:
         Setting("pentagon", 5, 2, 0.95), seeds=8, schedule=Schedule(800, batch=128, learning_rate=2e-2)
     )
     assert found.counts.get("pentagon", 0) >= 4, found
+    assert found.untrained == {"none": 8}
     assert found.dimensionality == pytest.approx(2 / 5, abs=0.01)
 
 
@@ -288,6 +298,9 @@ def test_the_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert sorted(path.name for path in pictures.iterdir()) == [
         "dimensionality.png", "evolution.png", "linearity.png", "residue.png", "saturation.png",
     ]  # fmt: skip
+    (folder / "null_clusters.csv").unlink()  # as sweeps of before there was one
+    code, said = run("figures", folder, "--output", tmp_path / "older", "--dimensions", 2, "--dimensions", 3)
+    assert code == 0 and len(list((tmp_path / "older").iterdir())) == 7
     code, said = run("figures", folder, "--output", pictures, "--dimensions", "5")
     assert code == 1 and "draw: dimensions must be one of" in said
     for device in ("nowhere", "meta"):
@@ -314,9 +327,15 @@ def test_geometries_are_taken_up_where_they_stopped(tmp_path: Path, monkeypatch:
     assert first.exit_code == 0 and len(trained) == len(geometries.SETTINGS)
     whole = path.read_text()
     lines = whole.splitlines(keepends=True)
+    assert lines[0].split(",")[6] == "untrained" and sum(int(line.split(",")[6]) for line in lines[1:]) == 2 * 5
     path.write_text("".join(line for line in lines if not line.startswith("8,")))  # the last setting is n = 8
     again = CliRunner().invoke(app, ["toy", "geometries", "-o", str(path), "--seeds", "2"])
     assert again.exit_code == 0 and trained[len(geometries.SETTINGS) :] == [geometries.SETTINGS[-1]]
+    assert path.read_text() == whole
+
+    rows = [[cell for place, cell in enumerate(line.split(",")) if place != 6] for line in lines]
+    path.write_text("".join(",".join(row) for row in rows))  # as before untrained models were looked at
+    assert CliRunner().invoke(app, ["toy", "geometries", "-o", str(path), "--seeds", "2"]).exit_code == 0
     assert path.read_text() == whole
 
     def stopped(setting: Setting, *, seeds: int) -> Found:

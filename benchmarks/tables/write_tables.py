@@ -1,4 +1,4 @@
-"""The tables of the README and of docs/, and two pictures, made from the committed results.
+"""The tables of the README and of docs/, and pictures, made from the committed results.
 
 python benchmarks/tables/write_tables.py            rewrites the tables where they stand, and the pictures
 python benchmarks/tables/write_tables.py --check    exits with 1, and says where, if one differs from its results
@@ -29,6 +29,7 @@ from published_tables import PUBLISHED
 from real_tables import REAL
 from scaling_tables import SCALING
 from serving_tables import SERVING
+from toy_pictures import TOY_PICTURES
 from toy_tables import TOY
 
 from thought_kernels.evaluation.records.files import write_text
@@ -99,9 +100,10 @@ def main() -> None:
         elif new != old:
             write_text(new, path)
             print(name)
-    for picture in (real_picture, strata_picture):
+    pictures = [(picture.PICTURE, picture) for picture in (real_picture, strata_picture)]
+    for drawn, picture in [*pictures, *((picture.path, picture) for picture in TOY_PICTURES)]:
         if not picture.is_current():
-            print(picture.PICTURE.relative_to(ROOT), "differs from the results" if options.check else "")
+            print(drawn.relative_to(ROOT), "differs from the results" if options.check else "")
             if options.check:
                 differs = True
             else:

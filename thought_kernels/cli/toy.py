@@ -1,4 +1,4 @@
-"""`thought-kernels toy sweep | figures | drift | geometries`: toy models of superposition, trained and drawn."""
+"""`thought-kernels toy sweep | figures | evolution | drift | geometries`: toy models, trained and drawn."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def sweep(
     matmul_precision: Annotated[str, typer.Option(help="highest, or high, which is TF32 on a GPU.")] = "highest",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what it would need.")] = False,
 ) -> None:
-    """Train every model of a plan, and write models.csv, clusters.csv and nulls.csv; goes on where it stopped."""
+    """Train every model of a plan, and write tables of models, clusters and nulls; goes on where it stopped."""
     import torch
 
     from thought_kernels.models.load import usable_device
@@ -87,6 +87,26 @@ def figures(
 
 
 @app.command()
+def evolution(
+    folder: Annotated[Path, typer.Argument(help="A sweep's, with checkpoints.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="A CSV.")],
+    dimensions: Annotated[
+        list[int] | None, typer.Option(min=1, help="m of the models; repeatable (default a middle one).")
+    ] = None,
+    sparsity: Annotated[
+        list[float] | None, typer.Option(min=0, max=1, help="The nearest one is told; repeatable (default 0.9).")
+    ] = None,
+) -> None:
+    """Write what pictures of training show: spectra, Rayleigh quotients, jumps, volatility, dimensionalities."""
+    from thought_kernels.spectral.toy.evolution_rows import evolution_rows
+    from thought_kernels.spectral.toy.sweeps import write_table
+
+    options.check_file("--output", output)
+    write_table(output, evolution_rows(folder, dimensions or (), sparsity or (0.9,)))
+    _print_paths([output])
+
+
+@app.command()
 def drift(
     folder: Annotated[Path, typer.Argument(help="A finished sweep's, with checkpoints.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="A CSV.")],
@@ -121,7 +141,7 @@ def geometries(
             found = known[index] or as_rows(find_geometries(setting, seeds=seeds))
             rows += found
             write_table(output, [*rows, *itertools.chain(*known[index + 1 :])])
-            counts = ", ".join(f"{row['figure']} {row['models']}" for row in found)
+            counts = ", ".join(f"{row['figure']} {row['models']}" for row in found if int(row["models"]))
             options.out.print(f"n = {n}, m = {m}, S = {S}: {counts}", soft_wrap=True)
         progress(len(SETTINGS), len(SETTINGS), "")
     _print_paths([output])
@@ -134,10 +154,10 @@ def _span(seconds: float) -> str:
 
 
 def _kept(rows: list[dict[str, Any]], setting: Any, seeds: int) -> list[dict[str, Any]]:
-    """The rows of one setting."""
+    """The rows of one setting; none where they do not say what untrained models are."""
     names = ("features", "dimensions", "sparsity")
     wanted = {name: str(getattr(setting, name)) for name in names} | {"seeds": str(seeds)}
-    return [row for row in rows if wanted.items() <= row.items()]
+    return [row for row in rows if wanted.items() <= row.items() and row.get("untrained")]
 
 
 def _print_paths(paths: Any) -> None:

@@ -10,7 +10,7 @@
     evolution   spectral measures along training: Rayleigh quotients, jumps, volatility
     drift       what gradient flow would do to a saved run's spectrum, beside what training did
     geometries  small models that settle in digons, triangles, tetrahedra, pentagons, square antiprisms
-    figures     pictures of saved runs
+    figures     pictures of saved runs; those of training from evolution_rows, by training_figures
 
 `thought-kernels toy --help` lists the commands.
 """

@@ -23,8 +23,9 @@ from thought_kernels.spectral.toy.sweeps import read_plan
 from thought_kernels.spectral.toy.training import history
 
 SAMPLES = 4096
-_DESCENT = 1e-3  # how far plain descent goes, ‖ΔM‖ / ‖M‖: the prediction errs by about as much, relatively
-_STEPS = 10
+_DESCENT = 1e-3  # how far plain descent goes, ‖ΔM‖ / ‖M‖
+_NEARER = 10  # and this many times less far: what a derivative leaves out falls with the way, what is wrong does not
+_STEPS = 10  # of each
 _STILL = 1e-12  # of ‖M‖ in unit time: below this there is no flow to speak of
 
 
@@ -37,6 +38,8 @@ class Drift(NamedTuple):
         eigenvalues: the same of F's eigenvalues, sorted.
         descent_error: ‖ΔM − T Ṁ‖ / ‖T Ṁ‖ for plain gradient descent over a time T from the checkpoint.
         descent_eigenvalues: the same of the eigenvalues, one by one where they are simple.
+        nearer_error, nearer_eigenvalues: the same two over T/10.
+        eigenvalue_share: ‖λ̇‖ / ‖Ṁ‖, how much of Ṁ moves eigenvalues; what is left turns eigenvectors.
         transport: of the predicted changes of Rayleigh quotients, the part that mass transport has beside eigenvalue
             drift, Σ|transport| / (Σ|transport| + Σ|drift|); eigenspaces are windows of 2 %.
         fixed_point: the largest ‖[E_e, Φ]‖ / ‖Φ‖: 0 where no eigenspace turns.
@@ -48,6 +51,9 @@ class Drift(NamedTuple):
     eigenvalues: float
     descent_error: float
     descent_eigenvalues: float
+    nearer_error: float
+    nearer_eigenvalues: float
+    eigenvalue_share: float
     transport: float
     fixed_point: float
 
@@ -92,13 +98,15 @@ def _interval(step: int, after: int, W: Tensor, V: Tensor, b: Tensor, x: Tensor,
     grouped = GramFlow(W, kernel, rtol=RTOL)
     drift, transport = (part.abs().sum() for part in grouped.rayleigh_velocity())
     both = float(drift + transport)
-    error, spectral_error = float("nan"), float("nan")
+    share, error, spectral_error, nearer_error, nearer_spectral = (float("nan"),) * 5
     if size > _STILL:
-        time = _DESCENT / size
-        end = _descended(W, b, x, importance, time)
-        error = float((end.T @ end - flow.gram - time * velocity).norm() / (time * velocity).norm())
-        moved = _eigenvalues(end) - _eigenvalues(W)
-        spectral_error = float((moved - time * pulls).norm() / (time * pulls).norm())
+        share, time = float(pulls.norm() / velocity.norm()), _DESCENT / size
+        far, near = (_descended(W, b, x, importance, way) for way in (time, time / _NEARER))
+        eigenvalues = _eigenvalues(W)
+        error = _error(far.T @ far - flow.gram, time * velocity)
+        spectral_error = _error(_eigenvalues(far) - eigenvalues, time * pulls)
+        nearer_error = _error(near.T @ near - flow.gram, time / _NEARER * velocity)
+        nearer_spectral = _error(_eigenvalues(near) - eigenvalues, time / _NEARER * pulls)
     return Drift(
         step,
         after,
@@ -106,6 +114,9 @@ def _interval(step: int, after: int, W: Tensor, V: Tensor, b: Tensor, x: Tensor,
         _cosine(pulls, _eigenvalues(V) - _eigenvalues(W)),
         error,
         spectral_error,
+        nearer_error,
+        nearer_spectral,
+        share,
         float(transport) / both if both else float("nan"),
         float(grouped.fixed_point_residual().max()),
     )
@@ -126,6 +137,10 @@ def _descended(W: Tensor, b: Tensor, x: Tensor, importance: Tensor, time: float)
     for _ in range(_STEPS):
         W = W - time / _STEPS * W @ gradient_kernel(W, b, x, importance)
     return W
+
+
+def _error(found: Tensor, predicted: Tensor) -> float:
+    return float((found - predicted).norm() / predicted.norm())
 
 
 def _cosine(a: Tensor, b: Tensor) -> float:

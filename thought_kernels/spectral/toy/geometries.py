@@ -44,6 +44,7 @@ class Found(NamedTuple):
         setting: n, m, S.
         seeds: how many models.
         counts: models for each figure, most frequent first; "none" for no known figure.
+        untrained: the same of the models before training.
         dimensionality: mean of D_i over the features of models with the setting's figure; NaN if there are none.
         eigenvalue_spread: mean of (λ_max − λ_min) / λ_max of those models: 0 for a tight frame.
         loss: their mean loss, and that of all models.
@@ -52,6 +53,7 @@ class Found(NamedTuple):
     setting: Setting
     seeds: int
     counts: dict[str, int]
+    untrained: dict[str, int]
     dimensionality: float
     eigenvalue_spread: float
     loss: tuple[float, float]
@@ -71,6 +73,7 @@ def find_geometries(setting: Setting, *, seeds: int = 64, schedule: Schedule = S
     Source: SS Theorem 4, §A.4; Elhage et al. (2022).
     """
     models = toy_models(setting.features, setting.dimensions, setting.sparsity, seeds=range(seeds), streams=[0] * seeds)
+    before = _counted([figure(W) for W in models.weight])
     losses = train(models, schedule)
     names = [figure(W) for W in models.weight]
     chosen = [index for index, name in enumerate(names) if name == setting.figure]
@@ -80,19 +83,24 @@ def find_geometries(setting: Setting, *, seeds: int = 64, schedule: Schedule = S
     return Found(
         setting,
         seeds,
-        dict(Counter(name or "none" for name in names).most_common()),
+        _counted(names),
+        before,
         float(means.mean()),
         float(spreads.mean()),
         (float(losses[chosen].mean()), float(losses.mean())),
     )
 
 
+def _counted(names: list[str | None]) -> dict[str, int]:
+    return dict(Counter(name or "none" for name in names).most_common())
+
+
 def as_rows(found: Found) -> list[dict[str, Any]]:
-    """One row for each figure found in a setting."""
+    """One row for each figure found in a setting, trained or untrained."""
     expected = found.setting.figure
     rows = []
-    for name, count in found.counts.items():
-        chosen = name == expected
+    for name in found.counts | found.untrained:
+        chosen = name == expected and name in found.counts
         rows.append(
             {
                 "features": found.setting.features,
@@ -100,7 +108,8 @@ def as_rows(found: Found) -> list[dict[str, Any]]:
                 "sparsity": found.setting.sparsity,
                 "seeds": found.seeds,
                 "figure": name,
-                "models": count,
+                "models": found.counts.get(name, 0),
+                "untrained": found.untrained.get(name, 0),
                 "dimensionality": rounded(found.dimensionality) if chosen else "",
                 "eigenvalue_spread": rounded(found.eigenvalue_spread) if chosen else "",
                 "loss": rounded(found.loss[0]) if chosen else "",

@@ -15,8 +15,8 @@ from thought_kernels.spectral.taxonomy import classes_of
 # Eigenvalues of a trained toy model scatter: what one exact optimum would have as a multiple eigenvalue is spread over
 # a few per cent by the noise of the last batches. An eigenspace is a window of this width in all.
 RTOL = 0.02
-# A cluster this near to a tight frame of its eigenspace counts as one: docs/toy_models.md has the residuals of trained
-# and of untrained models, between which it lies.
+# A cluster this near to a tight frame of its eigenspace counts as one. Of all clusters of the untrained models of
+# docs/toy_models.md the nearest has a residual of 0.28; a tenth of the trained ones' lie below 0.09 to 0.16.
 TIGHT = 0.1
 
 

@@ -8,7 +8,7 @@ folder
     m0016-000/step-*.safetensors  per group: checkpoints, where the plan asks for them
     m0016-000/rows.json           per group: its models' figures; a group that has this is done
     models.csv, clusters.csv      all of them, once the last group is done
-    nulls.csv                     the same figures of each model untrained, and with its trained entries shuffled
+    nulls.csv, null_clusters.csv  the same of each model untrained, and with its trained entries shuffled
 """
 
 from __future__ import annotations
@@ -35,8 +35,11 @@ from thought_kernels.spectral.toy.plans import Group, Plan, build, groups
 from thought_kernels.spectral.toy.summary import as_row, represented, rounded, summarize
 from thought_kernels.spectral.toy.training import Schedule, checkpoint_steps, history, train
 
-PLAN, ROWS, MODELS, CLUSTERS, NULLS = "plan.json", "rows.json", "models.csv", "clusters.csv", "nulls.csv"
-_TABLES = {"models": MODELS, "clusters": CLUSTERS, "nulls": NULLS}
+PLAN, ROWS, MODELS, CLUSTERS = "plan.json", "rows.json", "models.csv", "clusters.csv"
+NULLS, NULL_CLUSTERS = "nulls.csv", "null_clusters.csv"
+_TABLES = {"models": MODELS, "clusters": CLUSTERS, "nulls": NULLS, "null_clusters": NULL_CLUSTERS}
+# Of a cluster of a null: there are many, and what else clusters.csv says of one is never held to theirs.
+_OF_NULL_CLUSTERS = ("dimension", "members", "residual", "localization", "r_squared")
 
 
 def sweep(
@@ -46,7 +49,7 @@ def sweep(
     device: torch.device | str = "cpu",
     models_at_once: int | None = None,
     progress: bool = True,
-) -> tuple[Path, Path, Path]:
+) -> list[Path]:
     """Trains what is not yet trained of a plan, and writes the tables.
 
     A model's rows are those of its trained weights, of its untrained ones, and of its trained ones with their entries
@@ -60,7 +63,7 @@ def sweep(
         progress: shows a bar of model steps.
 
     Returns:
-        The paths of models.csv, clusters.csv and nulls.csv.
+        The paths of models.csv, clusters.csv, nulls.csv and null_clusters.csv.
 
     Raises:
         ValueError: a folder that holds another plan's sweep or damaged records, or fewer than one model at once.
@@ -119,14 +122,25 @@ def _run(plan: Plan, group: Group, folder: Path, device: torch.device, bar: tqdm
         zip(group.runs, losses.tolist(), models.weight.cpu(), strict=True)
     ):
         setting = {"features": plan.features, "dimensions": group.dimensions, "sparsity": sparsity, "seed": seed}
-        summary, found = summarize(W, rtol=plan.rtol)
-        extra = {} if plan.spread == 1 else {"most_varied": most_varied(W, models.sparsity[index].cpu())}
-        record["models"].append({**setting, "loss": rounded(loss), **as_row(summary), **extra})
-        record["clusters"] += [{**setting, **{name: rounded(value) for name, value in row.items()}} for row in found]
+        sparsities = models.sparsity[index].cpu() if plan.spread > 1 else None
+        row, found = _told(W, plan, sparsities)
+        record["models"].append({**setting, "loss": rounded(loss), **row})
+        record["clusters"] += [{**setting, **cluster} for cluster in found]
         for is_shuffled, null in enumerate((untrained[index], shuffled(W, seed))):
-            summary, _ = summarize(null, rtol=plan.rtol)
-            record["nulls"].append({**setting, "shuffled": is_shuffled, **as_row(summary)})
+            null_setting = {**setting, "shuffled": is_shuffled}
+            row, found = _told(null, plan, sparsities)
+            record["nulls"].append({**null_setting, **row})
+            few = [{name: cluster[name] for name in _OF_NULL_CLUSTERS} for cluster in found]
+            record["null_clusters"] += [{**null_setting, **cluster} for cluster in few]
     _write(folder / ROWS, json.dumps(record))
+
+
+def _told(W: Tensor, plan: Plan, sparsities: Tensor | None) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """The row of one model, or of a null of it, and its clusters; with sparsities, whether it took what varies most."""
+    summary, found = summarize(W, rtol=plan.rtol)
+    extra = {} if sparsities is None else {"most_varied": most_varied(W, sparsities)}
+    clusters = [{name: rounded(value) for name, value in cluster.items()} for cluster in found]
+    return {**as_row(summary), **extra}, clusters
 
 
 def most_varied(W: Tensor, sparsity: Tensor) -> int:
@@ -143,7 +157,7 @@ def most_varied(W: Tensor, sparsity: Tensor) -> int:
     return int(kept[top].sum())
 
 
-def _tables(folder: Path, todo: Sequence[Group]) -> tuple[Path, Path, Path]:
+def _tables(folder: Path, todo: Sequence[Group]) -> list[Path]:
     tables: dict[str, list[dict[str, Any]]] = {name: [] for name in _TABLES}
     for group in todo:
         record = _read("sweep", folder / group.name / ROWS, list(_TABLES))
@@ -151,7 +165,7 @@ def _tables(folder: Path, todo: Sequence[Group]) -> tuple[Path, Path, Path]:
             rows += record[name]
     for name, rows in tables.items():
         write_table(folder / _TABLES[name], rows)
-    return folder / MODELS, folder / CLUSTERS, folder / NULLS
+    return [folder / name for name in _TABLES.values()]
 
 
 def write_table(path: Path, rows: Sequence[dict[str, Any]]) -> None:
