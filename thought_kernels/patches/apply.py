@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from thought_kernels.models import Block, describe
+from thought_kernels.models.sharded import part, whole
 from thought_kernels.ops.caller import warn
 from thought_kernels.patches.data import PatchData
 from thought_kernels.patches.site import SitePatch, is_finite
@@ -142,17 +143,22 @@ class SiteHook(ABC):
 
     def input_hook(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
         if args:
-            return (self(args[0]), *args[1:]), kwargs
+            return (self._changed(module, args[0]), *args[1:]), kwargs
         name = next(iter(kwargs))
-        return args, {**kwargs, name: self(kwargs[name])}
+        return args, {**kwargs, name: self._changed(module, kwargs[name])}
 
     def added_hook(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
-        return self(args[0] if args else next(iter(kwargs.values())), output)
+        return self(whole(module, args[0] if args else next(iter(kwargs.values()))), output)
 
     def output_hook(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         if isinstance(output, tuple):
             return (self(output[0]), *output[1:])
         return self(output)
+
+    def _changed(self, module: nn.Module, x: Tensor) -> Tensor:
+        """An input, of which this process may have a part, after the change of the whole."""
+        entire = whole(module, x)
+        return self(entire) if entire is x else part(module, self(entire))
 
 
 class _Change(SiteHook):
