@@ -95,6 +95,18 @@ def part(module: Any, x: Tensor) -> Tensor:
     return everywhere.redistribute(placements=[Shard(-1)]).to_local()
 
 
+def part_of_rows(module: Any, tensor: Tensor) -> Tensor:
+    """Those rows of a tensor, or numbers of a vector, that belong to this process's part of the module's input."""
+    return part(module, tensor.T).T.contiguous() if tensor.dim() > 1 else part(module, tensor)
+
+
+def summed(module: Any, x: Tensor) -> Tensor:
+    """The sum over all processes of what each has made of its part of a linear module's input."""
+    from torch.distributed.tensor import DTensor, Partial
+
+    return DTensor.from_local(x, module.weight.device_mesh, [Partial()], run_check=False).full_tensor()
+
+
 def gathered(weight: Any) -> Any:
     """A weight from all processes; the weight itself where it is whole."""
     return weight.detach().full_tensor() if is_sharded(weight) else weight

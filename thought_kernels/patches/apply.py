@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
+from functools import partial
 from types import TracebackType
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from thought_kernels.models import Block, describe
-from thought_kernels.models.sharded import part, whole
+from thought_kernels.models.sharded import part, part_of_rows, summed, whole
 from thought_kernels.ops.caller import warn
 from thought_kernels.patches.data import PatchData
 from thought_kernels.patches.site import SitePatch, is_finite
@@ -148,7 +149,7 @@ class SiteHook(ABC):
         return args, {**kwargs, name: self._changed(module, kwargs[name])}
 
     def added_hook(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
-        return self(whole(module, args[0] if args else next(iter(kwargs.values()))), output)
+        return self._added(module, args[0] if args else next(iter(kwargs.values())), output)
 
     def output_hook(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         if isinstance(output, tuple):
@@ -160,6 +161,10 @@ class SiteHook(ABC):
         entire = whole(module, x)
         return self(entire) if entire is x else part(module, self(entire))
 
+    def _added(self, module: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        """An output after its change by the input, of which this process may have a part."""
+        return self(whole(module, x), y)
+
 
 class _Change(SiteHook):
     """x -> x + Δ x + v, or y -> y + Δ x + v, on whatever device and in whatever dtype x comes.
@@ -168,10 +173,35 @@ class _Change(SiteHook):
     """
 
     def __init__(self, entry: SitePatch | None) -> None:
-        self._entry = entry
+        self._entry, self._vector = entry, None if entry is None else entry.vector
+        self._is_part = False
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _Change, (None,)
+
+    # Where the model is divided among processes, each keeps the part of Δ that makes or meets its part of x.
+
+    def _changed(self, module: nn.Module, x: Tensor) -> Tensor:
+        entire = whole(module, x)
+        if entire is x or self._entry is None:
+            return self(x)
+        if not self._is_part:
+            self._entry, self._is_part = self._entry.part(partial(part_of_rows, module), outputs=True), True
+        return self(entire, x)
+
+    def _added(self, module: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        entry = self._entry
+        if entry is None or (entry.matrix is None and entry.factors is None):  # which x does not enter
+            return self(x, y)
+        if not self._is_part and x.shape[-1] == entry.input_width:
+            return self(x, y)
+        if not self._is_part:
+            self._entry, self._is_part = entry.part(partial(part_of_rows, module), outputs=False), True
+        dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+        shift = summed(module, self(x, torch.zeros_like(y, dtype=dtype)))
+        if self._vector is not None:
+            shift = shift + self._vector.to(shift)
+        return (y.to(dtype) + shift).to(y.dtype)
 
     def __call__(self, x: Tensor, y: Tensor | None = None) -> Tensor:
         changed = x if y is None else y
