@@ -67,6 +67,15 @@ def logits(model: Any) -> torch.Tensor:
         return model(IDS).logits
 
 
+def gradient(model: Any) -> torch.Tensor:
+    """Of the logits' squares by the embeddings."""
+    with torch.no_grad():
+        x = model.get_input_embeddings()(IDS)
+    x.requires_grad_()
+    model(inputs_embeds=x).logits.square().sum().backward()
+    return x.grad
+
+
 Work = Callable[[Any, Path], Any]
 
 
@@ -144,7 +153,10 @@ def _used(model: Any, folder: Path) -> dict[str, Any]:
         result["written"] = continue_prompts(
             model, [[2, 9, 30], [2, 40]], lambda _: False, max_new_tokens=5, batch_size=2, seeds=[None, 3]
         )
+        result["gradient"] = gradient(model)
         result["on top"] = fit(model, examples=GIVEN[:2])
+    with patch.truncate(3).applied(model):
+        result["truncated"] = logits(model)
     with MixedPatches(model, {"a": patch.truncate(3), "b": 2 * patch}) as mixed:
         mixed.choose(["b"])
         result["mixed"] = logits(model)
@@ -179,7 +191,7 @@ def test_a_patch_acts_and_is_merged_as_in_one(family: str, size: int, dtype: tor
     tolerance = 0.02 if dtype == torch.bfloat16 else 1e-5 if family == "gemma" else EXACT
     for result in found:
         assert isinstance(result, dict), result
-        for name in ("bare", "applied", "mixed", "merged", "undone"):
+        for name in ("bare", "applied", "gradient", "truncated", "mixed", "merged", "undone"):
             near(result[name], wanted[name], tolerance)
         assert largest(wanted["applied"] - wanted["bare"]) > 5 * tolerance * largest(wanted["bare"])
         assert torch.equal(result["undone"], result["bare"])

@@ -69,19 +69,24 @@ def takes_part(model: Any, name: str) -> bool:
     return any(key.endswith(f".{name}") and style == "rowwise" for key, style in plan.items())
 
 
-def whole(module: Any, x: Tensor) -> Tensor:
-    """A linear module's input [..., d_in] from the parts of it that the processes have; x itself where it is whole."""
+def whole(module: Any, x: Tensor, *, for_part: bool = False) -> Tensor:
+    """A linear module's input [..., d_in] from the parts of it that the processes have; x itself where it is whole.
+
+    Args:
+        module: the module.
+        x: its input, or this process's part of it.
+        for_part: whether each process makes something else of it, so that their gradients are to be added up.
+    """
     weight: Any = getattr(module, "weight", None)
     if not _by_columns(weight) or x.shape[-1] == input_width(module):
         return x
-    from torch.distributed.tensor import DTensor, Shard
+    from torch.distributed.tensor import DTensor, Partial, Shard
 
     shape = torch.Size([*x.shape[:-1], input_width(module)])  # told, since the last part may be narrower
     stride = torch.empty(shape, device="meta").stride()
     x = x.contiguous()
-    return DTensor.from_local(
-        x, weight.device_mesh, [Shard(-1)], run_check=False, shape=shape, stride=stride
-    ).full_tensor()
+    parts = DTensor.from_local(x, weight.device_mesh, [Shard(-1)], run_check=False, shape=shape, stride=stride)
+    return parts.full_tensor(grad_placements=[Partial()] if for_part else None)
 
 
 def part(module: Any, x: Tensor) -> Tensor:
@@ -89,10 +94,14 @@ def part(module: Any, x: Tensor) -> Tensor:
     weight: Any = getattr(module, "weight", None)
     if not _by_columns(weight):
         return x
-    from torch.distributed.tensor import DTensor, Replicate, Shard
+    width, start = _share(x.shape[-1], weight.device_mesh)
+    return x[..., start : start + width].contiguous()
 
-    everywhere = DTensor.from_local(x, weight.device_mesh, [Replicate()], run_check=False)
-    return everywhere.redistribute(placements=[Shard(-1)]).to_local()
+
+def _share(width: int, mesh: Any) -> tuple[int, int]:
+    """How wide a process's part is at most, and where this one's begins: the last may have less, as DTensor cuts."""
+    size = -(-width // mesh.size())
+    return size, mesh.get_local_rank() * size
 
 
 def part_of_rows(module: Any, tensor: Tensor) -> Tensor:
@@ -125,7 +134,7 @@ def taken(weight: Any, rows: Tensor, columns: Tensor) -> Tensor:
         return weight[rows, columns]
     dim = weight.placements[0].dim
     places, mesh = [rows, columns], weight.device_mesh
-    places[dim] = places[dim] - mesh.get_local_rank() * -(-weight.shape[dim] // mesh.size())
+    places[dim] = places[dim] - _share(weight.shape[dim], mesh)[1]
     here = (places[dim] >= 0) & (places[dim] < mine.shape[dim])
     # As integers, whose sum with zeros is exact: of floats -0 + 0 is 0.
     numbers = torch.zeros(len(rows), dtype=torch.int64, device=mine.device)

@@ -158,7 +158,7 @@ class SiteHook(ABC):
 
     def _changed(self, module: nn.Module, x: Tensor) -> Tensor:
         """An input, of which this process may have a part, after the change of the whole."""
-        entire = whole(module, x)
+        entire = whole(module, x, for_part=True)
         return self(entire) if entire is x else part(module, self(entire))
 
     def _added(self, module: nn.Module, x: Tensor, y: Tensor) -> Tensor:
@@ -182,7 +182,7 @@ class _Change(SiteHook):
     # Where the model is divided among processes, each keeps the part of Δ that makes or meets its part of x.
 
     def _changed(self, module: nn.Module, x: Tensor) -> Tensor:
-        entire = whole(module, x)
+        entire = whole(module, x, for_part=True)
         if entire is x or self._entry is None:
             return self(x)
         if not self._is_part:
