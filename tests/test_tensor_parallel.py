@@ -16,7 +16,15 @@ import torch
 import torch.distributed as dist
 from models import randomised, tiny_gemma3, tiny_tokenizer
 from tolerances import SOLVED, largest
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Olmo2Config,
+    Olmo2ForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
 from transformers.distributed import DistributedConfig
 
 import thought_kernels as tk
@@ -54,6 +62,8 @@ def tiny(family: str, dtype: torch.dtype = torch.float64) -> Any:
     }  # fmt: skip
     if family == "qwen":
         return randomised(Qwen2ForCausalLM(Qwen2Config(**sizes)), 4, dtype)
+    if family == "olmo":  # whose o_proj is given all heads, and cuts them itself
+        return randomised(Olmo2ForCausalLM(Olmo2Config(**sizes, eos_token_id=1)), 4, dtype)
     # Biases everywhere: those of o_proj and down_proj count once, and vectors have a place.
     return randomised(LlamaForCausalLM(LlamaConfig(**sizes, attention_bias=True, mlp_bias=True)), 4, dtype)
 
@@ -132,7 +142,7 @@ def _fitted(model: Any, folder: Path, names: list[str]) -> dict[str, tk.ThoughtP
     return {name: fit(model, **FITS[name]) for name in names}
 
 
-@pytest.mark.parametrize(("family", "size"), [("gemma", 2), ("llama", 4), ("qwen", 2)])
+@pytest.mark.parametrize(("family", "size"), [("gemma", 2), ("llama", 4), ("qwen", 2), ("olmo", 2)])
 def test_they_make_the_patch_of_one(family: str, size: int, tmp_path: Path) -> None:
     model = tiny(family)
     found = divided(size, tmp_path, model, _fitted, names=list(FITS))
