@@ -126,10 +126,11 @@ def test_where_one_is_killed_the_others_say_so_and_all_go_on_from_the_checkpoint
 
 
 @pytest.mark.slow
-def test_the_example_runs_under_torchrun(tmp_path: Path) -> None:
+@pytest.mark.parametrize("options", [[], ["--divide-model"]])
+def test_the_example_runs_under_torchrun(options: list[str], tmp_path: Path) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", str(EXAMPLE)]
     run = subprocess.run(
-        [*command, "--output", str(tmp_path / "patch")], capture_output=True, text=True,
+        [*command, *options, "--output", str(tmp_path / "patch")], capture_output=True, text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert run.returncode == 0, run.stderr

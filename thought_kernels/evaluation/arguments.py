@@ -13,6 +13,7 @@ from thought_kernels.evaluation.sections.subject import Inputs, Other, Outside, 
 from thought_kernels.fitting.recipe import Recipe
 from thought_kernels.models import describe
 from thought_kernels.models.decoder import Decoder
+from thought_kernels.models.sharded import check_whole
 from thought_kernels.ops.checks import as_integer, check_number
 from thought_kernels.patches.apply import targets
 from thought_kernels.patches.patch import ThoughtPatch
@@ -65,6 +66,7 @@ def read_subject(
     """The subject of an evaluation; arguments as evaluate's."""
     # An unknown architecture is refused now. A compiled wrapper would not notice the hooks of steering and moments.
     decoder = describe(model)
+    check_whole("evaluate", decoder.model)
     patch = patch_or_instruction if isinstance(patch_or_instruction, ThoughtPatch) else None
     if patch is not None:
         targets("evaluate", patch, decoder.model)  # one of another model is refused now, not by every section

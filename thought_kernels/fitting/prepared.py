@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from functools import partial
 from typing import Any, NamedTuple
@@ -22,8 +23,10 @@ from thought_kernels.fitting.encoding import (
     with_inputs,
 )
 from thought_kernels.fitting.recipe import Recipe, ResolvedRecipe
+from thought_kernels.generation.processes import Processes
 from thought_kernels.models import in_memory
 from thought_kernels.models.decoder import Decoder
+from thought_kernels.models.sharded import group_of
 from thought_kernels.ops.caller import warn
 from thought_kernels.patches.apply import is_patched
 from thought_kernels.patches.identity import identity
@@ -64,7 +67,7 @@ def prepared(
     checkpoint: Checkpoint | None = None, bad: BadExamples | None = None,
 ) -> Prepared:  # fmt: skip
     """What transmute fits, before it does; arguments as transmute's, those of the prompt and of writing together."""
-    decoder = in_memory("transmute", model)
+    decoder = in_memory("transmute", model, divided=True)
     if is_patched(model):
         warn(_ON_TOP)
     resolved, bad = recipe.for_model(decoder), bad or BadExamples()
@@ -147,14 +150,21 @@ def _begin(
     checkpoint: Checkpoint | None,
 ) -> None:  # fmt: skip
     """Tells a checkpoint which run this is; raises ValueError where processes do not all make the same call."""
-    if checkpoint is None and writing.processes.size == 1:
+    processes, divided = writing.processes, Processes(group_of(decoder) or False)
+    if checkpoint is None and processes.size == divided.size == 1:
         return
-    run = run_key(decoder.model, {
+    told = {
         "recipe": recipe.to_dict(), "prompt": prompt, "rows": rows, "writing": writing[:4],
         "processes": writing.processes.size, "device": decoder.device.type,
         "attention": getattr(decoder.config, "_attn_implementation", None),
-    })  # fmt: skip
-    if len(set(writing.processes.everyone(run))) > 1:
+    }  # fmt: skip
+    if len(set(divided.everyone(json.dumps(told, sort_keys=True, default=str)))) > 1:
+        raise ValueError(
+            "transmute: inputs and options must be the same in all processes that the model's weights are divided "
+            "among, got others in some; give all the same"
+        )
+    run = run_key(decoder.model, told)
+    if len(set(processes.everyone(run))) > 1:
         raise ValueError(
             "transmute: distributed must be a call that all processes make alike, got other weights, inputs or options "
             "in some; give all the same"

@@ -14,6 +14,7 @@ from thought_kernels.fitting.fit import fit
 from thought_kernels.fitting.prepared import prepared
 from thought_kernels.fitting.recipe import Recipe
 from thought_kernels.generation.processes import Processes
+from thought_kernels.models.sharded import group_of
 from thought_kernels.ops.checks import as_integer
 from thought_kernels.pairing.pairings import MEMORY_BUDGET
 from thought_kernels.patches.patch import ThoughtPatch
@@ -120,7 +121,8 @@ def transmute(
         distributed: True under torchrun, or a process group of torch.distributed: its processes, each with the model
             and all the inputs, make the same call and share the writing and the examples. Sums are added, in
             "sequential" by one all-reduce for each block and site. Each returns the patch that one process would make
-            of the same rows, to rounding. False for this process alone.
+            of the same rows, to rounding. False for this process alone, and for a model that tensor parallelism has
+            divided (`tp_plan="auto"`), whose processes all make the same call and work on every example together.
 
     Returns:
         A ThoughtPatch, float32 (float64 for a float64 model), with the settings in its provenance.
@@ -151,12 +153,19 @@ def transmute(
     max_new_tokens = as_integer("transmute", "max_new_tokens", max_new_tokens, least=1)
     seed = as_integer("transmute", "seed", seed)
     prompt = Prompt(instruction, without, separator, format)
-    processes = Processes(distributed)
+    processes, divided = Processes(distributed), Processes(group_of(model) or False)
+    if distributed is not False and divided.size > 1:
+        raise ValueError(
+            f"transmute: distributed must be False where tensor parallelism has divided the model among "
+            f"{divided.size} processes, which work on every example together, got {distributed!r}"
+        )
     writing = Writing(recipe.completions, max_new_tokens, batch_size, seed, progress, processes)
-    kept = None if checkpoint is None else Checkpoint(checkpoint, processes)
+    kept = None if checkpoint is None else Checkpoint(checkpoint, divided if divided.size > 1 else processes)
     bad = BadExamples(bad_examples)
-    found = prepared(model, tokenizer, prompt, examples, recipe, writing, kept, bad)
-    return fit(
-        found.decoder, found.recipe, [*found.rows, *found.text], batch_size=batch_size, memory_budget=memory_budget,
-        provenance=found.provenance, progress=progress, checkpoint=kept, processes=processes,
-    )  # fmt: skip
+    with divided.together():
+        found = prepared(model, tokenizer, prompt, examples, recipe, writing, kept, bad)
+        return fit(
+            found.decoder, found.recipe, [*found.rows, *found.text], batch_size=batch_size,
+            memory_budget=memory_budget, provenance=found.provenance, progress=progress, checkpoint=kept,
+            processes=processes,
+        )  # fmt: skip

@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from thought_kernels.generation.padding import Ids, may_pad, padded
 from thought_kernels.generation.prefix import behind, cache_of, run_prefix, sees_all, shared_length
+from thought_kernels.models.sharded import agreed, group_of
 from thought_kernels.models.undisturbed import undisturbed
 
 Ended = Callable[[Sequence[int]], bool]
@@ -132,7 +133,7 @@ class _Running:
     def __init__(self, model: Any, prefix: dict[str, Any], shared: int, begun: Sequence[Begun]) -> None:
         self._model, self.rows = model, list(range(len(begun)))
         self._ids, self._mask, self._positions = padded([row.ids for row in begun], _device(model), before=shared)
-        self._cache = behind(prefix, len(begun))
+        self._cache, self._group = behind(prefix, len(begun)), group_of(model)
 
     def step(self, draws: Sequence[torch.Generator | None]) -> list[int]:
         """The next token of each row."""
@@ -142,7 +143,8 @@ class _Running:
             use_cache=True, logits_to_keep=1, **self._cache,
         )  # fmt: skip
         self._cache = cache_of(out)
-        self._ids = _chosen(out.logits[:, -1], [draws[row] for row in self.rows])[:, None]
+        chosen = _chosen(out.logits[:, -1], [draws[row] for row in self.rows])
+        self._ids = agreed(chosen, self._group)[:, None]
         return self._ids[:, 0].tolist()
 
     def go_on(self, going: Sequence[bool]) -> None:

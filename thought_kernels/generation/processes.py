@@ -10,6 +10,8 @@ import torch
 import torch.distributed as dist
 
 T = TypeVar("T")
+_LOST = "transmute: all "
+_OF_CONNECTIONS = ("gloo", "nccl", "connection", "timed out")  # torch has no class of its own for those of gloo
 
 
 class Processes:
@@ -75,11 +77,29 @@ class Processes:
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
+            if str(error).startswith(_LOST):
+                raise
             reason = str(error).strip().splitlines()
             raise RuntimeError(
-                f"transmute: all {self.size} processes must go on, got a lost one, as process {self.rank} sees it "
+                f"{_LOST}{self.size} processes must go on, got a lost one, as process {self.rank} sees it "
                 f"({reason[0] if reason else type(error).__name__}); see what it says, and start all of them again"
             ) from error
+
+    @contextlib.contextmanager
+    def together(self) -> Iterator[None]:
+        """As connected, around work in which the model itself waits for the others; other errors are left as they are.
+
+        Raises:
+            RuntimeError: instead of what torch.distributed raises.
+        """
+        try:
+            yield
+        except RuntimeError as error:
+            text = str(error).lower()
+            if self.size == 1 or not any(name in text for name in _OF_CONNECTIONS):
+                raise
+            with self.connected():
+                raise
 
 
 ALONE = Processes()

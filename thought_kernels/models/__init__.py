@@ -8,6 +8,7 @@
     linear     weights of linear modules, and which library forms their float32 products on a CPU
     quantised  weights of quantised modules as the numbers that they stand for
     load       a model and its tokenizer from a folder, the hub or a GGUF file
+    sharded    weights and activations that tensor parallelism has divided among processes
     undisturbed  dropout, autocast and the package's own attention off while activations are compared
 
 A further family is one more description in `families.FAMILIES`.
@@ -22,6 +23,7 @@ from torch import nn
 from thought_kernels.models.decoder import Block, Decoder
 from thought_kernels.models.families import FAMILIES, MISSING
 from thought_kernels.models.from_family import build
+from thought_kernels.models.sharded import check_whole
 
 __all__ = ["FAMILIES", "Block", "Decoder", "describe", "family_names", "in_memory", "unsupported"]
 
@@ -71,15 +73,17 @@ def unsupported(function: str, actual: str, model_type: str | None) -> str:
     )
 
 
-def in_memory(function: str, model: Any) -> Decoder:
+def in_memory(function: str, model: Any, *, divided: bool = False) -> Decoder:
     """The model's Decoder, for functions that read its weights themselves.
 
     Args:
         function: opens the error's sentence.
         model: as for describe.
+        divided: whether weights may be divided among processes, which all make this call.
 
     Raises:
-        ValueError: weights that are not in memory, such as those that accelerate has offloaded.
+        ValueError: weights that are not in memory, such as those that accelerate has offloaded, or that tensor
+            parallelism has divided.
         TypeError, ValueError: as describe.
     """
     decoder = describe(model)
@@ -89,6 +93,8 @@ def in_memory(function: str, model: Any) -> Decoder:
                 f"{function}: model must have its weights in memory, got {name} on the meta device; load it without "
                 "offloading, in a narrower dtype if it is too large"
             )
+    if not divided:
+        check_whole(function, decoder.model)
     return decoder
 
 

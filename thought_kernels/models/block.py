@@ -21,6 +21,7 @@ from thought_kernels.models.families import Family
 from thought_kernels.models.linear import OneDNNLinear, input_width
 from thought_kernels.models.norm import Norm, hooked, wide
 from thought_kernels.models.quantised import unpacks
+from thought_kernels.models.sharded import part, whole
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,6 +37,7 @@ class Block:
         scale: multiplies q·k before the softmax.
         softcap: c in c·tanh(score / c), or None.
         rotary: whether queries and keys are rotated.
+        shares_heads: whether o_proj takes the heads of this process alone, where weights are divided among several.
         parallel: whether the MLP reads the stream that enters the block, beside attention and not after it.
         residual_multiplier: m, multiplies what attention and MLP add to the stream.
         input_norm and the other norms: None where the architecture has none.
@@ -52,6 +54,7 @@ class Block:
     scale: float
     softcap: float | None
     rotary: bool
+    shares_heads: bool
     parallel: bool
     residual_multiplier: float
     input_norm: Norm | None
@@ -108,7 +111,7 @@ class Block:
             x: residual stream entering the block, [B, T, d].
 
         Returns:
-            q [B, Hq, T, D], k and v [B, Hkv, T, D].
+            q [B, Hq, T, D], k and v [B, Hkv, T, D]; the heads of this process where they are divided (sharded.py).
         """
         x = x.to(self.device)
         x = self.input_norm(x) if self.input_norm else x
@@ -138,6 +141,10 @@ class Block:
         out[..., half:] += first * sin[..., half:]
         return out if width == t.shape[-1] else torch.cat([out, t[..., width:]], dim=-1)
 
+    def joined(self, o: Tensor) -> Tensor:
+        """[B, heads, T, D] of this process's heads to [B, T, Hq·D] of all, the layout of o_proj's input."""
+        return whole(self.o_proj, o.transpose(1, 2).flatten(2))
+
     @torch.no_grad()
     def attention_residual(self, x: Tensor, o: Tensor) -> Tensor:
         """h = x + m post_attention_norm(o_proj(o)).
@@ -150,7 +157,7 @@ class Block:
             h, [B, T, d].
         """
         with OneDNNLinear():
-            z = self.o_proj(o.to(self.device))
+            z = self.o_proj(self._own(o.to(self.device)))
         return x.to(z.device) + self._scaled(self.post_attention_norm(z) if self.post_attention_norm else z)
 
     @torch.no_grad()
@@ -170,7 +177,7 @@ class Block:
 
         Source: theory §4, "Carry the difference through the norms".
         """
-        o, delta_o = o.to(self.device), delta_o.to(self.device)
+        o, delta_o = self._own(o.to(self.device)), self._own(delta_o.to(self.device))
         with OneDNNLinear():
             z = self.o_proj(o)
             constant = self.o_proj(torch.zeros_like(o[..., :1, :]))
@@ -236,6 +243,12 @@ class Block:
         return self.mlp_residual(h, out, x=x)
 
     @torch.no_grad()
+    def mlp_alone(self, u: Tensor) -> Tensor:
+        """The MLP's output for u [B, T, d], before the norm behind it, in u's dtype: as ``mlp_activation``'s."""
+        with OneDNNLinear():
+            return _called(self.mlp, u.to(self.device))
+
+    @torch.no_grad()
     def mlp_activation(self, u: Tensor) -> tuple[Tensor, Tensor]:
         """The MLP's output and, from the same call of it, what its down_proj multiplied.
 
@@ -255,11 +268,10 @@ class Block:
         seen: list[Tensor] = []
         handle = self.down_proj.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
         try:
-            with OneDNNLinear():
-                out = _called(self.mlp, u.to(self.device))
+            out = self.mlp_alone(u)
         finally:
             handle.remove()
-        return out, seen[0]
+        return out, whole(self.down_proj, seen[0])
 
     @torch.no_grad()
     def mlp_residual(self, h: Tensor, out: Tensor, *, x: Tensor) -> Tensor:
@@ -282,6 +294,10 @@ class Block:
             projected = norm(projected)
         heads = projected.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
         return heads if norm is None or over_all else norm(heads)
+
+    def _own(self, o: Tensor) -> Tensor:
+        """What o_proj is called with: o [B, T, Hq·D], or this process's heads of it."""
+        return part(self.o_proj, o) if self.shares_heads else o
 
     def _scaled(self, z: Tensor) -> Tensor:
         return z if self.residual_multiplier == 1 else z * self.residual_multiplier

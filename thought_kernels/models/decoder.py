@@ -182,6 +182,6 @@ class Decoder:
                 lengths=None if lengths is None else lengths.to(q.device),
                 window=block.window, scale=block.scale, softcap=block.softcap,
             )  # fmt: skip
-            h = block.attention_residual(x, o.transpose(1, 2).flatten(2))
+            h = block.attention_residual(x, block.joined(o))
             x = block.mlp_output(h, block.mlp_input(h, x), x=x)
         return self.logits(x)

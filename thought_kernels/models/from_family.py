@@ -11,6 +11,7 @@ from thought_kernels.models.block import Block
 from thought_kernels.models.decoder import Decoder
 from thought_kernels.models.families import Family
 from thought_kernels.models.norm import Norm
+from thought_kernels.models.sharded import check_sharding, takes_part
 
 # Where transformers' classes hold the text blocks: nowhere below, or under one of these names.
 _TEXT_MODELS = ("", "model", "transformer", "gpt_neox", "language_model", "model.language_model")
@@ -21,15 +22,21 @@ def build(model: Any, family: Family) -> Decoder:
 
     Raises:
         TypeError: if the family's blocks are not where they are in transformers' classes.
-        ValueError: if attention is bidirectional, or rotary frequencies depend on the sequence's length.
+        ValueError: if attention is bidirectional, rotary frequencies depend on the sequence's length, or
+            weights are divided among processes in a way that no patch can follow.
     """
     text = _text_model(model, family)
     config = text.config
     _check(config)
+    check_sharding(model)
+    shares_heads = takes_part(model, f"{family.attention}.{family.o_proj}")
     return Decoder(
         model=model,
         config=config,
-        blocks=tuple(_block(index, layer, config, family) for index, layer in enumerate(getattr(text, family.layers))),
+        blocks=tuple(
+            _block(index, layer, config, family, shares_heads)
+            for index, layer in enumerate(getattr(text, family.layers))
+        ),
         embed_tokens=getattr(text, family.embedding),
         embedding_multiplier=_setting(config, family.embedding_multiplier, 1.0),
         embed_positions=getattr(text, family.position_embedding) if family.position_embedding else None,
@@ -87,7 +94,7 @@ def _depends_on_length(rope: dict[str, Any], config: Any) -> bool:
     return beyond and rope["long_factor"] != rope["short_factor"]
 
 
-def _block(index: int, layer: Any, config: Any, family: Family) -> Block:
+def _block(index: int, layer: Any, config: Any, family: Family, shares_heads: bool) -> Block:
     kind, window = _window(index, config, family)
     attention = getattr(layer, family.attention)
     heads = config.num_attention_heads
@@ -108,6 +115,7 @@ def _block(index: int, layer: Any, config: Any, family: Family) -> Block:
         scale=attention.scaling,
         softcap=_setting(config, family.softcap),
         rotary=family.position_embedding is None and (rotary is None or bool(rotary[index])),
+        shares_heads=shares_heads,
         parallel=bool(_setting(config, family.parallel, False)),
         residual_multiplier=_setting(config, family.residual_multiplier, 1.0),
         input_norm=norm(family.input_norm),

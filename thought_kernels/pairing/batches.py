@@ -226,11 +226,6 @@ class BlockPrefix:
     header: PrefixRows | None
 
 
-def heads_last(o: Tensor) -> Tensor:
-    """[B, Hq, T, D] to [B, T, Hq*D], the layout of o_proj's input."""
-    return o.transpose(1, 2).flatten(2)
-
-
 def own_attention(decoder: Decoder, block: Block, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Causal attention of a stream over itself from position 0: (o [B, T, Hq*D], unrotated keys, values)."""
     q, k, v = block.qkv(x)
@@ -240,7 +235,7 @@ def own_attention(decoder: Decoder, block: Block, x: Tensor) -> tuple[Tensor, Te
         block.rotate(q, cos, sin), block.rotate(k, cos, sin), v, [], alone,
         window=block.window, scale=block.scale, softcap=block.softcap,
     )  # fmt: skip
-    return heads_last(o), k, v
+    return block.joined(o), k, v
 
 
 def moved_keys(decoder: Decoder, block: Block, keys: Tensor, values: Tensor, first: int) -> tuple[Tensor, Tensor]:

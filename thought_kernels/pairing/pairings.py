@@ -30,7 +30,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from thought_kernels.ops.paired_attention import paired_attention
-from thought_kernels.pairing.batches import Batch, BlockPrefix, Group, heads_last
+from thought_kernels.pairing.batches import Batch, BlockPrefix, Group
 from thought_kernels.pairing.run import MEMORY_BUDGET, Run
 from thought_kernels.pairing.sequential import sequential
 from thought_kernels.pairing.streams import attend, observe_difference, observe_header, observe_streams, through_mlp
@@ -85,7 +85,7 @@ def _layerwise_batch(
             lengths=batch.lengths.to(q.device), window=block.window, scale=block.scale, softcap=block.softcap,
         )  # fmt: skip
         del q, k, v
-        o, delta = heads_last(o), heads_last(delta)
+        o, delta = block.joined(o), block.joined(delta)
         if block.index in run.layers:
             observe_difference(run, block, x, o, delta, batch, stage, patch)
         if block.index < run.last:

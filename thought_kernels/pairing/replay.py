@@ -18,7 +18,7 @@ from thought_kernels.models.decoder import Decoder
 from thought_kernels.models.undisturbed import undisturbed
 from thought_kernels.ops.checks import check_choice
 from thought_kernels.ops.paired_attention import paired_attention
-from thought_kernels.pairing.batches import Group, heads_last, own_attention, prefix_blocks
+from thought_kernels.pairing.batches import Group, own_attention, prefix_blocks
 
 REPLAYED = ("attention", "mlp")
 
@@ -94,7 +94,7 @@ def replay(model: Any, with_ids: Tensor, span: tuple[int, int], *, site: str = "
     Source: "Transmuting prompts into weights", §2.2, eq. 3-6; the attention site is ours.
     """
     check_choice("replay", "site", site, REPLAYED)
-    decoder = in_memory("replay", model)
+    decoder = in_memory("replay", model, divided=True)
     if decoder.lm_head is None:
         raise ValueError(
             f"replay: model must have a language-model head, got {type(decoder.model).__name__}; load it with "
@@ -157,7 +157,7 @@ def token_patches(
             block.rotate(q, cos, sin), block.rotate(k, cos, sin), v, prefix.with_context, prefix.without_context,
             window=block.window, scale=block.scale, softcap=block.softcap,
         )  # fmt: skip
-        o, delta = heads_last(o), heads_last(delta)
+        o, delta = block.joined(o), block.joined(delta)
         if site == "attention":
             patches.append(TokenPatches(delta[0], o[0]))
         else:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from thought_kernels.models.decoder import Block
 from thought_kernels.ops.shared_prefix_attention import shared_prefix_attention
-from thought_kernels.pairing.batches import Batch, Group, Packed, heads_last
+from thought_kernels.pairing.batches import Batch, Group, Packed
 from thought_kernels.pairing.before_norm import before_norm
 from thought_kernels.pairing.run import Run
 from thought_kernels.patches.patch import ThoughtPatch
@@ -62,7 +62,7 @@ def attend(
         torch.tensor(numbers, device=q.device), lengths=batch.lengths.to(q.device).repeat(len(prefixes)),
         window=block.window, scale=block.scale, softcap=block.softcap, output_dtype=wide,
     )  # fmt: skip
-    return packed.pack(heads_last(o).unflatten(0, (len(prefixes), -1)))
+    return packed.pack(block.joined(o).unflatten(0, (len(prefixes), -1)))
 
 
 def through_mlp(block: Block, h: Tensor, x: Tensor, patch: ThoughtPatch | None = None) -> Tensor:
@@ -190,7 +190,7 @@ def _observe_down(
         As observe_down.
     """
     plain = patched(patch, block.index, "mlp", plain)
-    m_prime = torch.cat([block.mlp_activation(part)[0] for part in _parts(prime)], dim=1).view(prime.shape)
+    m_prime = torch.cat([block.mlp_alone(part) for part in _parts(prime)], dim=1).view(prime.shape)
     found = [block.mlp_activation(part) for part in _parts(plain)]
     m, z = (torch.cat(parts, dim=1).view(*plain.shape[:-1], -1) for parts in zip(*found, strict=True))
     delta_m = m_prime.to(delta_h.dtype) - m

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import sys
+import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
+from functools import partial
 from types import TracebackType
 from typing import Any
 
@@ -13,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from thought_kernels.models import Block, describe
+from thought_kernels.models.sharded import part, part_of_rows, summed, whole
 from thought_kernels.ops.caller import warn
 from thought_kernels.patches.data import PatchData
 from thought_kernels.patches.site import SitePatch, is_finite
@@ -72,7 +75,7 @@ def is_patched(model: nn.Module) -> bool:
 
 def _acts(entry: SitePatch, module: nn.Module) -> bool:
     """Whether this very entry acts in the module already."""
-    return any(isinstance(owner, _Change) and owner.source is entry for owner in _owners(module))
+    return any(isinstance(owner, _Change) and owner.is_of(entry) for owner in _owners(module))
 
 
 def _owners(module: nn.Module) -> Iterator[Any]:
@@ -169,17 +172,26 @@ class SiteHook(ABC):
 
     def input_hook(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
         if args:
-            return (self(args[0]), *args[1:]), kwargs
+            return (self._changed(module, args[0]), *args[1:]), kwargs
         name = next(iter(kwargs))
-        return args, {**kwargs, name: self(kwargs[name])}
+        return args, {**kwargs, name: self._changed(module, kwargs[name])}
 
     def added_hook(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
-        return self(args[0] if args else next(iter(kwargs.values())), output)
+        return self._added(module, args[0] if args else next(iter(kwargs.values())), output)
 
     def output_hook(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         if isinstance(output, tuple):
             return (self(output[0]), *output[1:])
         return self(output)
+
+    def _changed(self, module: nn.Module, x: Tensor) -> Tensor:
+        """An input, of which this process may have a part, after the change of the whole."""
+        entire = whole(module, x, for_part=True)
+        return self(entire) if entire is x else part(module, self(entire))
+
+    def _added(self, module: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        """An output after its change by the input, of which this process may have a part."""
+        return self(whole(module, x), y)
 
 
 class _Change(SiteHook):
@@ -189,14 +201,45 @@ class _Change(SiteHook):
     """
 
     def __init__(self, entry: SitePatch | None) -> None:
-        self._entry = self.source = entry
+        self._entry = entry
+        self._source = None if entry is None else weakref.ref(entry)  # of what may be kept as a part alone
+        self._vector = None if entry is None else entry.vector
+        self._is_part = False
 
     @property
     def acts(self) -> bool:
-        return self.source is not None
+        return self._source is not None
+
+    def is_of(self, entry: SitePatch) -> bool:
+        """Whether it was made of this very entry."""
+        return self._source is not None and self._source() is entry
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _Change, (None,)
+
+    # Where the model is divided among processes, each keeps the part of Δ that makes or meets its part of x.
+
+    def _changed(self, module: nn.Module, x: Tensor) -> Tensor:
+        entire = whole(module, x, for_part=True)
+        if entire is x or self._entry is None:
+            return self(x)
+        if not self._is_part:
+            self._entry, self._is_part = self._entry.part(partial(part_of_rows, module), outputs=True), True
+        return self(entire, x)
+
+    def _added(self, module: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        entry = self._entry
+        if entry is None or (entry.matrix is None and entry.factors is None):  # which x does not enter
+            return self(x, y)
+        if not self._is_part and x.shape[-1] == entry.input_width:
+            return self(x, y)
+        if not self._is_part:
+            self._entry, self._is_part = entry.part(partial(part_of_rows, module), outputs=False), True
+        dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+        shift = summed(module, self(x, torch.zeros_like(y, dtype=dtype)))
+        if self._vector is not None:
+            shift = shift + self._vector.to(shift)
+        return (y.to(dtype) + shift).to(y.dtype)
 
     def __call__(self, x: Tensor, y: Tensor | None = None) -> Tensor:
         changed = x if y is None else y

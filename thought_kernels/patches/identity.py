@@ -18,6 +18,7 @@ from torch import Tensor
 
 from thought_kernels.models import describe
 from thought_kernels.models.quantised import weight_of
+from thought_kernels.models.sharded import is_sharded, taken
 from thought_kernels.ops.caller import warn
 from thought_kernels.patches.apply import targets
 from thought_kernels.patches.data import PatchData
@@ -141,7 +142,8 @@ def _weights(decoder: Any) -> Iterator[tuple[str, Tensor]]:
         block = decoder.blocks[index]
         named += [(f"block {index}, attention", block.o_proj), (f"block {index}, down", block.down_proj)]
     for name, module in named:
-        weight = weight_of(module, decoder.dtype, decoder.device)
+        held = getattr(module, "weight", None)
+        weight = held if is_sharded(held) else weight_of(module, decoder.dtype, decoder.device)
         if weight is not None and weight.dim() == 2:
             yield name, weight
 
@@ -152,7 +154,7 @@ def _told(weight: Tensor) -> dict[str, Any]:
     count = min(_HASHED, weight.numel())
     # Evenly, in integers: float positions would not be exact in a large vocabulary's embedding.
     places = torch.arange(count, dtype=torch.int64) * (weight.numel() // count)
-    numbers = weight[(places // columns).to(weight.device), (places % columns).to(weight.device)]
+    numbers = taken(weight, (places // columns).to(weight.device), (places % columns).to(weight.device))
     rounded, twice = (numbers.to("cpu", dtype).to(torch.bfloat16) for dtype in (numbers.dtype, torch.float16))
     kept = rounded[:: max(1, count // _KEPT)][:_KEPT].float().tolist()
     digests = (_digest(bits.view(torch.int16).numpy().tobytes()) for bits in (rounded, twice))

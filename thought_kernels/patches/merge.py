@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from thought_kernels.models import describe
 from thought_kernels.models.linear import is_linear, is_plain, linear_weight
+from thought_kernels.models.sharded import gathered, is_sharded, local, put_back
 from thought_kernels.ops.caller import warn
 from thought_kernels.ops.checks import addresses
 from thought_kernels.patches.data import PatchData
@@ -145,28 +146,34 @@ class MergedPatch:
     @torch.no_grad()
     def _write(self, plan: list[_Edit], names: dict[int, str], backup_device: torch.device | str | None) -> None:
         for linear, change, bias, adds in plan:
+            weight = gathered(linear_weight(linear))
             if bias is not None:
-                weight = _wide(linear_weight(linear))
-                shift = bias.to(weight)
+                wide = _wide(weight)
+                shift = bias.to(wide)
                 self._back_up(names[id(linear.bias)], linear.bias, backup_device)
-                linear.bias.copy_(_wide(linear.bias) + (shift if adds else weight @ shift))
+                changed = gathered(linear.bias)
+                changed.copy_(_wide(changed) + (shift if adds else wide @ shift))
+                self._put_back(linear.bias, changed)
             if change is not None:
                 self._back_up(names[id(linear.weight)], linear.weight, backup_device)
-                _write(linear_weight(linear), change, adds)
-        for _, parameter, _ in self._originals:
-            if not is_finite(parameter.data):
-                raise ValueError(
-                    f"{self._function}: patch must fit into {parameter.dtype}, got an overflow; scale it down"
-                )
+                _write(weight, change, adds)
+                self._put_back(linear_weight(linear), weight)
+
+    def _put_back(self, parameter: Tensor, changed: Tensor) -> None:
+        """Leaves in a parameter, or in each process's part of it, what it was changed to."""
+        if not is_finite(changed):
+            raise ValueError(f"{self._function}: patch must fit into {changed.dtype}, got an overflow; scale it down")
+        put_back(parameter, changed)
 
     def _back_up(self, name: str, parameter: Tensor, device: torch.device | str | None) -> None:
-        self._originals.append((name, parameter, parameter.detach().to(device or parameter.device, copy=True)))
+        mine = local(parameter.detach())
+        self._originals.append((name, parameter, mine.to(device or mine.device, copy=True)))
 
     def _restore(self) -> None:
         with torch.no_grad():
             while self._originals:
                 _, parameter, original = self._originals[-1]
-                parameter.copy_(original)
+                local(parameter).copy_(original)
                 self._originals.pop()
         self._written = []
         left = _LEFT.get(self._model, [])
@@ -198,7 +205,8 @@ def _plain_linear(function: str, module: Any, name: str, width: int | None, wher
     for parameter in (module.weight, module.bias):
         if parameter is None:
             continue
-        if type(parameter) is not nn.Parameter or not is_plain(parameter):
+        ordinary = type(parameter) is nn.Parameter or is_sharded(parameter)
+        if not ordinary or not is_plain(local(parameter)):
             raise ValueError(
                 f"{function}: {name} must have plain floating weights, got {type(parameter.data).__name__} of "
                 f"{parameter.dtype} on {parameter.device}; {where}: quantised weights are never written, use applied, "
@@ -216,7 +224,7 @@ def _check_writable(function: str, model: nn.Module, plan: list[_Edit], names: d
     written += [edit.linear.bias for edit in plan if edit.bias is not None]
     _check_unshared(function, model, written)
     for parameter in written:
-        if not is_finite(parameter.data):
+        if not is_finite(gathered(parameter)):
             raise ValueError(
                 f"{function}: {names[id(parameter)]} must be finite, got NaN or an infinity before the patch"
             )
@@ -225,12 +233,12 @@ def _check_writable(function: str, model: nn.Module, plan: list[_Edit], names: d
 def _check_unshared(function: str, model: nn.Module, written: list[Tensor]) -> None:
     """Raises if memory to be written belongs to another parameter as well, which would change along with it."""
     owners = [
-        (name, parameter, *addresses(parameter))
+        (name, parameter, *addresses(local(parameter)))
         for name, parameter in model.named_parameters(remove_duplicate=False)
         if parameter.numel() and not parameter.is_meta
     ]
     for target in written:
-        start, end = addresses(target)
+        start, end = addresses(local(target))
         names = [
             name
             for name, parameter, low, high in owners
@@ -288,5 +296,5 @@ def _warn_of_a_second(model: nn.Module, patch: tuple[Any, ...]) -> None:
 def checksum(parameter: Tensor) -> int:
     """The sum of a parameter's bit patterns modulo 2⁶⁴: any edit but a permutation is all but certain to change it."""
     integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-    bits = parameter.detach().contiguous().view(integers[parameter.element_size()])
+    bits = local(parameter).contiguous().view(integers[parameter.element_size()])
     return int(bits.sum(dtype=torch.int64))

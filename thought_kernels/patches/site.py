@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -202,6 +203,16 @@ class SitePatch:
         (left, s, right), dtype = self.svd(), stored.dtype
         factors = ((left[:, :rank] * s[:rank]).to(dtype), right[:, :rank].to(dtype).contiguous())
         return replace(self, matrix=None, factors=factors, fit=fit)
+
+    def part(self, keep: Callable[[Tensor], Tensor], *, outputs: bool) -> SitePatch:
+        """Some outputs of Δ and v, or Δ on some inputs without v: `keep` is given what it may keep rows of."""
+        matrix, factors = self.matrix, self.factors
+        if outputs:
+            matrix = None if matrix is None else keep(matrix)
+            factors = None if factors is None else (keep(factors[0]), factors[1])
+            return SitePatch(matrix, factors, None if self.vector is None else keep(self.vector))
+        matrix = None if matrix is None else keep(matrix.T).T
+        return SitePatch(matrix, None if factors is None else (factors[0], keep(factors[1])))
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> SitePatch:
         """The same patch with its tensors on another device or in another floating dtype."""

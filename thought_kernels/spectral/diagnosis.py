@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from thought_kernels.models import describe
-from thought_kernels.models.linear import is_linear, is_plain, linear_weight
+from thought_kernels.models.linear import is_linear, is_plain, is_transposed
+from thought_kernels.models.sharded import gathered
 from thought_kernels.ops.library import message
 from thought_kernels.spectral.frames import check_matrix, frame_operator
 from thought_kernels.spectral.overlap import Interference, Overlap, overlap
@@ -205,7 +206,7 @@ def _weights_at(function: str, name: str, decoder: Any, key: Key) -> list[Tensor
         raise ValueError(message(function, "model", "have one MLP where the patch acts", actual, _where(key)))
     found = []
     for module_name, module in zip(names, modules, strict=True):
-        weight = getattr(module, "weight", None)
+        weight = gathered(getattr(module, "weight", None))
         if not is_linear(module) or not is_plain(weight):
             kind = type(module)  # with its module, since packed and wrapped ones are called Linear too
             holds = "no weight"
@@ -214,7 +215,7 @@ def _weights_at(function: str, name: str, decoder: Any, key: Key) -> list[Tensor
             actual = f"{kind.__module__}.{kind.__qualname__} with {holds} at {module_name}"
             raise ValueError(message(function, "model", "have plain floating weights", actual, _where(key)))
         check_matrix(function, weight)
-        found.append(linear_weight(module).detach())
+        found.append((weight.T if is_transposed(module) else weight).detach())
     if not any(bool(weight.any()) for weight in found):
         actual = f"zeros at {' and '.join(names)}"
         raise ValueError(message(function, "model", "have nonzero weights where the patch acts", actual, _where(key)))

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from thought_kernels.models import describe
 from thought_kernels.models.linear import linear_weight
+from thought_kernels.models.sharded import gathered
 from thought_kernels.ops.library import message
 from thought_kernels.spectral.diagnosis import edits_of, weights_of
 
@@ -47,7 +48,7 @@ def written_tokens(
     """
     edits = {key: edit for key, edit in edits_of("written_tokens", patch, "patch").items() if key[1] != "mlp"}
     weights = weights_of("written_tokens", model, [("patch", edits)])
-    U = linear_weight(describe(model).lm_head).detach().to("cpu", torch.float32)
+    U = gathered(linear_weight(describe(model).lm_head)).detach().to("cpu", torch.float32)
     if names is not None and len(names) < len(U):
         raise ValueError(message("written_tokens", "names", f"be {len(U)}, one for each token", len(names)))
     U = U - U.mean(0)
