@@ -26,13 +26,14 @@ def kinds() -> str:
             one.kind.removeprefix("model.layers."), str(one.matrices), pair(one.saturation, one.saturation_null),
             f"{100 * one.above:.0f} %", pair(one.half_width, one.half_width_null),
             pair(one.residual, one.residual_null),
-            f"{share(one.spike_share)} ({share(one.spike_share_null)})", f"{one.shuffle_distance:.2f}",
+            f"{share(one.spike_share)} ({share(one.spike_share_null)})", str(one.without_bulk),
+            pair(one.bulk_distance, one.bulk_distance_null, ".3f"), f"{one.shuffle_distance:.2f}",
             pair(one.alpha, one.alpha_null, ".1f"), f"{one.alpha_weighted:.1f}", f"{one.log_norm:.2f}",
         )
         for one in summarise(rows)
     ]  # fmt: skip
-    head = ("kind", "matrices", "saturation", "above null", "half-width ω", "CV", "in spikes", "distance to shuffled",
-            "α", "mean α log₁₀ λ", "mean log₁₀ norm²")  # fmt: skip
+    head = ("kind", "matrices", "saturation", "above null", "half-width ω", "CV", "in spikes", "without a bulk",
+            "bulk to its law", "distance to shuffled", "α", "mean α log₁₀ λ", "mean log₁₀ norm²")  # fmt: skip
     return markdown(head, lines)
 
 

@@ -20,8 +20,10 @@ class KindSummary:
         kind: the name without numbers; "all" for the model.
         matrices: how many were measured.
         saturation, saturation_null, half_width, half_width_null, residual, residual_null, spike_share,
-            spike_share_null, shuffle_distance, alpha, alpha_null: as MatrixRow has them; None where no matrix has one.
+            spike_share_null, bulk_distance, bulk_distance_null, shuffle_distance, alpha, alpha_null: as MatrixRow has
+            them, of the matrices that have one; None where none has.
         above: share of the matrices whose saturation is above that of their shuffled entries.
+        without_bulk: how many have no bulk that spikes could stand out from.
         alpha_weighted, log_norm, log_alpha_norm: means, as WeightWatcher's summary has them.
     """
 
@@ -36,6 +38,9 @@ class KindSummary:
     residual_null: float
     spike_share: float | None
     spike_share_null: float | None
+    bulk_distance: float
+    bulk_distance_null: float
+    without_bulk: int
     shuffle_distance: float
     alpha: float | None
     alpha_null: float | None
@@ -45,7 +50,8 @@ class KindSummary:
 
 
 _MEDIANS = ("saturation", "saturation_null", "half_width", "half_width_null", "residual", "residual_null",
-            "spike_share", "spike_share_null", "shuffle_distance", "alpha", "alpha_null")  # fmt: skip
+            "spike_share", "spike_share_null", "bulk_distance", "bulk_distance_null", "shuffle_distance", "alpha",
+            "alpha_null")  # fmt: skip
 _MEANS = ("alpha_weighted", "log_norm", "log_alpha_norm")
 
 
@@ -74,4 +80,5 @@ def _summary(kind: str, rows: list[MatrixRow]) -> KindSummary:
             values = [value for row in rows if (value := getattr(row, name)) is not None]
             figures[name] = float(middle(values)) if values else None
     above = fmean((row.saturation or 0) > (row.saturation_null or 0) for row in rows)
-    return KindSummary(kind=kind, matrices=len(rows), above=above, **figures)  # type: ignore[arg-type]
+    bare = sum(row.spikes is None for row in rows)
+    return KindSummary(kind=kind, matrices=len(rows), above=above, without_bulk=bare, **figures)  # type: ignore[arg-type]
