@@ -153,8 +153,9 @@ def rivals() -> str:
         kept = on_the_same(mine)
         compared += kept
         lines += [(KINDS[kind], MODELS[model], *line) for line in by_method(kept)]
-    if len({line[:2] for line in lines}) > 1:
-        lines += [("all", "all", *line) for line in by_method(on_the_same(compared))]
+    common = on_the_same(compared)
+    if len({(row["kind"], row["model"]) for row in common}) > 1:  # else it is a group that stands there already
+        lines += [("all", "all", *line) for line in by_method(common)]
     head = (
         "kind", "model", "method", "tasks and seeds", "recovered", "accuracy of prompted", "drift", "seconds", "memory",
     )  # fmt: skip
