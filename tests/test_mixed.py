@@ -100,11 +100,13 @@ def test_the_factors_of_a_site_are_gathered_and_never_copied_for_rows(monkeypatc
     model = tiny_gemma3(dtype=torch.float64).requires_grad_(False)
     patches, ids, calls = patches_of(model, 3, sites=("attention", "down")), batch(model), []
 
-    def spy(x: Tensor, right: Tensor, left: Tensor, index: Tensor, **options: Any) -> Tensor:
+    def spy(
+        x: Tensor, right: Tensor, left: Tensor, index: Tensor, vector: Tensor | None, residual: Tensor | None
+    ) -> Tensor:
         calls.append((right, left, index))
-        return tk.gathered_low_rank(x, right, left, index, **options)
+        return tk.gathered_low_rank(x, right, left, index, vector=vector, residual=residual)  # which checks them
 
-    monkeypatch.setattr("thought_kernels.patches.mixed.gathered_low_rank", spy)
+    monkeypatch.setattr("thought_kernels.patches.mixed.gathered", spy)
     with tk.MixedPatches(model, patches) as mixed:
         for rows in (ROWS, ["c"] * len(ROWS)):
             mixed.choose(rows)
@@ -133,6 +135,26 @@ def test_gradients_pass_as_they_would_alone() -> None:
     for row, name in enumerate(ROWS):
         with patches[name].applied(model) if name else nullcontext():
             wanted = gradient([row])
+        assert largest(found[row] - wanted[0]) <= 1e-10 * largest(wanted)
+
+
+def test_tangents_pass_as_they_would_alone() -> None:
+    """Forward-mode derivatives, also where no gradient is recorded."""
+    model = tiny_gemma3(dtype=torch.float64).requires_grad_(False)
+    model.set_attn_implementation("eager")
+    patches, ids = patches_of(model, 3, sites=("attention", "down")), batch(model)
+    embedded = model.get_input_embeddings()(ids)
+
+    def tangent(rows: list[int]) -> Tensor:
+        run = lambda inputs: model(inputs_embeds=inputs).logits  # noqa: E731
+        return torch.func.jvp(run, (embedded[rows],), (torch.ones_like(embedded[rows]),))[1]
+
+    with torch.no_grad(), tk.MixedPatches(model, patches) as mixed:
+        mixed.choose(ROWS)
+        found = tangent(list(range(len(ROWS))))
+    for row, name in enumerate(ROWS):
+        with torch.no_grad(), patches[name].applied(model) if name else nullcontext():
+            wanted = tangent([row])
         assert largest(found[row] - wanted[0]) <= 1e-10 * largest(wanted)
 
 

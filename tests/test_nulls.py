@@ -93,6 +93,12 @@ def test_where_most_would_be_spikes_none_are_counted(m: int, n: int, slope: floa
     assert bulk.spikes is None and bulk.share is None and bulk.distance > 0.1
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_rounding_is_no_bulk(dtype: torch.dtype) -> None:
+    W = (normal(20, 5) @ normal(5, 30, seed=1)).to(dtype)
+    assert marchenko_pastur(torch.linalg.svdvals(W).square(), 20, 30).spikes is None
+
+
 def test_how_often_noise_has_a_spike() -> None:
     """One matrix of 50 x 50 in five hundred: of 600 eight or more are all but impossible (Poisson, 1.2: 5e-5)."""
     noise = torch.randn(600, 50, 50, generator=torch.Generator().manual_seed(5), dtype=torch.float64)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import math
 import time
 from pathlib import Path
@@ -110,6 +111,16 @@ def test_damaged_records_are_named(tmp_path: Path) -> None:
             path.write_text(text)
             with pytest.raises(ValueError, match=f"^sweep: {path} must be a whole record of a sweep, got another file"):
                 sweep(small, tmp_path, progress=False)
+
+
+def test_a_group_of_an_older_record_is_summarised_again(tmp_path: Path) -> None:
+    small = changed(TINY, dimensions=(2,), sparsities=(0.5,), seeds=1, steps=1, checkpoints=0)
+    wanted = [path.read_bytes() for path in sweep(small, tmp_path, progress=False)]
+    path = tmp_path / "m0002-000" / "rows.json"
+    record = json.loads(path.read_text())
+    del record["null_clusters"]
+    path.write_text(json.dumps(record))
+    assert [path.read_bytes() for path in sweep(small, tmp_path, progress=False)] == wanted
 
 
 def test_the_time_of_a_plan_is_told_beforehand() -> None:

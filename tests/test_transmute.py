@@ -181,6 +181,12 @@ def test_a_fit_on_top_of_another_patch_is_told() -> None:
         tk.transmute(model, TOKENIZER, "Sum now", rows)
 
 
+def test_a_description_is_taken_for_its_model() -> None:
+    model, rows = model_of(5), [{"prompt": "8 76", "completion": "3"}]
+    found, wanted = (tk.transmute(of, TOKENIZER, "Sum now", rows) for of in (describe(model), model))
+    assert all(torch.equal(found.matrix(*key), wanted.matrix(*key)) for key in wanted.entries)
+
+
 def test_a_cut_completion_is_reported() -> None:
     with pytest.warns(UserWarning, match="did not end within max_new_tokens=2"):
         tk.transmute(model_of(5), TOKENIZER, "Sum now", ["8 76", "abc"], max_new_tokens=2)

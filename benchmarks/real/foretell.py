@@ -203,8 +203,8 @@ def main() -> None:
     parser.add_argument("--diagnosis", type=Path)
     settings = parser.parse_args()
     name, _, folder = settings.model.partition("=")
-    key = {"model": name, "examples": str(settings.examples), "held_out": str(settings.inputs),
-           "tokens": str(settings.tokens)}  # fmt: skip
+    key = {"model": name, "kind": settings.kind, "examples": str(settings.examples),
+           "held_out": str(settings.inputs), "tokens": str(settings.tokens)}  # fmt: skip
     named = settings.instructions
     instructions = named.split(",") if named else task_names(settings.kind, reserved=False)
     rows = read_rows(settings.output, key)

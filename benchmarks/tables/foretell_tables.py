@@ -28,7 +28,10 @@ def read(name: str) -> list[Row]:
     if not path.is_file():
         return []
     with path.open(newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
+        rows = list(csv.DictReader(file))
+    settings = {(row["model"], row["kind"], row["examples"], row["held_out"], row["tokens"]) for row in rows}
+    assert len(settings) == len({row["model"] for row in rows}), f"{name}: several settings of a model"
+    return rows
 
 
 def models(rows: list[Row]) -> list[str]:

@@ -20,6 +20,8 @@ def growth() -> str:
     """A row for each axis: its ends, what a fit takes there, and the exponents of all points and of the last two."""
     with RESULTS.open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
+    last = rows[-1]["device"], rows[-1]["threads"]  # one machine's, that of the last measurement
+    rows = [row for row in rows if (row["device"], row["threads"]) == last]
     lines = []
     for axis, name in NAMES.items():
         mine = sorted((row for row in rows if row["axis"] == axis), key=lambda row: int(row["value"]))

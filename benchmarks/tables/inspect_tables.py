@@ -20,7 +20,9 @@ SHOWN = 6
 def kinds() -> str:
     """A line for each kind of matrix of SmolLM2, and one for the model."""
     with (RESULTS / "inspect_smollm2.csv").open(newline="", encoding="utf-8") as file:
-        rows = [row_of(line) for line in csv.DictReader(file)]
+        found = list(csv.DictReader(file))
+    assert len({line["source"] for line in found}) == 1, "inspect_smollm2.csv: rows of several files or features"
+    rows = [row_of(line) for line in found]
     lines = [
         (
             one.kind.removeprefix("model.layers."), str(one.matrices), pair(one.saturation, one.saturation_null),

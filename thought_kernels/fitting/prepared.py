@@ -68,7 +68,7 @@ def prepared(
 ) -> Prepared:  # fmt: skip
     """What transmute fits, before it does; arguments as transmute's, those of the prompt and of writing together."""
     decoder = in_memory("transmute", model, divided=True)
-    if is_patched(model):
+    if is_patched(decoder.model):
         warn(_ON_TOP)
     resolved, bad = recipe.for_model(decoder), bad or BadExamples()
     given = _given(decoder, tokenizer, prompt, examples, bad)

@@ -36,13 +36,13 @@ def group_of(model: Any) -> dist.ProcessGroup | None:
 
 
 def check_whole(function: str, model: Any) -> None:
-    """Raises ValueError, which opens with the function's name, for a model whose weights are divided."""
+    """Raises ValueError, which opens with the function's name, for a model whose weights are divided in any way."""
     for name, weight in model.named_parameters():
         if is_sharded(weight):
             raise ValueError(
                 f"{function}: model must have whole weights in each process, got {name} divided among "
-                f"{weight.device_mesh.size()} of them; load it without tp_plan, with device_map='auto' if it is too "
-                "large for one device"
+                f"{weight.device_mesh.size()} of them; load it without tp_plan or FSDP, with device_map='auto' if it "
+                "is too large for one device"
             )
 
 
@@ -130,8 +130,8 @@ def local(weight: Any) -> Any:
 def taken(weight: Any, rows: Tensor, columns: Tensor) -> Tensor:
     """The numbers weight[rows, columns], from whichever processes hold them."""
     mine = local(weight)
-    if mine is weight:
-        return weight[rows, columns]
+    if mine is weight or not any(placement.is_shard() for placement in weight.placements):
+        return mine[rows, columns]
     dim = weight.placements[0].dim
     places, mesh = [rows, columns], weight.device_mesh
     places[dim] = places[dim] - _share(weight.shape[dim], mesh)[1]

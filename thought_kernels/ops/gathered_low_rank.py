@@ -67,6 +67,19 @@ def gathered_low_rank(
 
 
 @torch.no_grad()
+def gathered(
+    x: Tensor, right: Tensor, left: Tensor, index: Tensor, vector: Tensor | None, residual: Tensor | None
+) -> Tensor:
+    """gathered_low_rank for callers that know their arguments to be right, in a hot path.
+
+    Nothing is checked, and the index, int64, is not looked at: on a GPU nobody waits for it.
+    """
+    if library.dispatched(x, right, left, index, vector, residual):
+        return gathered_low_rank(x, right, left, index, vector=vector, residual=residual)
+    return _launched(x, right, left, index, vector, residual, None)
+
+
+@torch.no_grad()
 def _run(
     x: Tensor,
     right: Tensor,
@@ -79,9 +92,21 @@ def _run(
 ) -> Tensor:
     _check(x, right, left, index, vector, residual)
     check_range(_NAME, "index", index, -1, len(right) - 1)
+    return _launched(x, right, left, index.long(), vector, residual, backend)
+
+
+def _launched(
+    x: Tensor,
+    right: Tensor,
+    left: Tensor,
+    index: Tensor,
+    vector: Tensor | None,
+    residual: Tensor | None,
+    backend: str | None,
+) -> Tensor:
     chosen = library.choose(_NAME, backend, x.device, functools.partial(_unsupported, x, right, residual))
     launch = library.kernel(f"{_NAME}_cpp") if chosen == "cpp" else library.launcher(_NAME, chosen)
-    return launch(x, right, left, index.long(), vector, residual)
+    return launch(x, right, left, index, vector, residual)
 
 
 def _unsupported(x: Tensor, right: Tensor, residual: Tensor | None, backend: str) -> str | None:

@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.utils.hooks import RemovableHandle
 
-from thought_kernels.ops.gathered_low_rank import gathered_low_rank
+from thought_kernels.ops.gathered_low_rank import gathered
 from thought_kernels.patches.apply import SiteHook, check_unshared, forget_compiled, hooked, targets
 from thought_kernels.patches.data import PatchData
 from thought_kernels.patches.site import SitePatch
@@ -23,8 +24,9 @@ class MixedPatches:
 
     Where every patch has factors at a site (``patch.truncate(64)``), they are stacked once, each row reads those of its
     own patch where they lie, and rows of one patch read them together: `gathered_low_rank`. Another choice lays nothing
-    out anew. The stack has as many ranks for each patch as the largest has. Dense matrices are applied patch by patch
-    to their own rows, and so are all where gradients are recorded.
+    out anew. The stack has as many ranks for each patch as the largest has, zeros where its own end (an infinite
+    activation meets them as NaN). Where gradients are recorded torch's products take the place of that operator, which
+    has none, and copy each row's factors. Dense matrices are applied patch by patch to their own rows.
 
         with MixedPatches(model, {"french": french, "pirate": pirate}) as mixed:
             mixed.choose(["french", None, "pirate"])
@@ -71,6 +73,11 @@ class MixedPatches:
             )
         self._chosen = [None if name is None else self._names[name] for name in rows]
 
+    @property
+    def is_chosen(self) -> bool:
+        """Whether some row wants a patch."""
+        return any(row is not None for row in self._chosen or ())
+
     def chosen(self, count: int) -> list[int | None]:
         """Each of a batch's rows' patch, by number."""
         rows = self._chosen
@@ -95,6 +102,12 @@ class MixedPatches:
         forget_compiled()
 
 
+def _is_differentiated(*tensors: Tensor) -> bool:
+    """Whether gradients are recorded, backward or forward."""
+    recorded = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+    return recorded or forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
+
+
 class _Site(SiteHook):
     """One block's site: every patch's entry there, None where a patch has none."""
 
@@ -106,12 +119,15 @@ class _Site(SiteHook):
         self._rows: list[int | None] = []
         self._index: Tensor | None = None
 
+    @property
+    def acts(self) -> bool:
+        return self._owner.is_chosen
+
     def __call__(self, x: Tensor, y: Tensor | None = None) -> Tensor:
         changed = x if y is None else y
         rows = self._owner.chosen(len(x))
         dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-        recorded = torch.is_grad_enabled() and (x.requires_grad or changed.requires_grad)
-        if self._low_rank and not recorded:  # the operator has no gradient
+        if self._low_rank:
             return self._gathered(rows, x, changed, dtype)
         entries = [entry for entry in self._entries if entry is not None]
         tensors = [tensor for entry in entries for tensor in entry.tensors().values()]
@@ -127,7 +143,10 @@ class _Site(SiteHook):
             self._index = None
         if self._index is None or rows != self._rows:
             self._rows, self._index = rows, stack.index(rows)
-        return gathered_low_rank(x, stack.right, stack.left, self._index, vector=stack.vector, residual=changed)
+        if not _is_differentiated(x, changed):
+            return gathered(x, stack.right, stack.left, self._index, stack.vector, changed)
+        with torch.autocast(x.device.type, enabled=False):  # the operator has no gradient
+            return (changed.to(dtype) + stack.shift(x.to(dtype), self._index)).to(changed.dtype)
 
     def _patch_by_patch(self, rows: list[int | None], x: Tensor, changed: Tensor) -> Tensor:
         for index, entry in enumerate(self._entries):
@@ -159,6 +178,14 @@ class _Stack:
                     self.vector[place] = entry.vector
         stacked = iter(range(len(factors)))
         self._places = [-1 if entry is None else next(stacked) for entry in entries]
+
+    def shift(self, x: Tensor, index: Tensor) -> Tensor:
+        """x_b V_p U_pᵀ + v_p of each row, in torch's own products, which copy each row's factors; 0 for none."""
+        own = index.clamp(min=0)
+        shift = torch.bmm(torch.bmm(x, self.right[own]), self.left[own])
+        if self.vector is not None:
+            shift = shift + self.vector[own][:, None]
+        return torch.where(index[:, None, None] >= 0, shift, 0)
 
     def index(self, rows: list[int | None]) -> Tensor:
         """Where in the stack the patch of each row is, −1 for none."""

@@ -263,8 +263,10 @@ def shuffle_(W: Tensor) -> Tensor:
 
 
 def _null(W: Tensor, link: float, count: int) -> ShuffledShares:
-    """The figures of W with its entries shuffled in place."""
-    found = _measured(shuffle_(W))
+    """The figures of W with its entries shuffled in place, of the features that are then not zero."""
+    present = (_norms(shuffle_(W)) > 0).nonzero()[:, 0]
+    W = W if len(present) == W.shape[1] else W[:, present]
+    found = _measured(W)
 
     def end(chosen: Tensor) -> ShuffledEnd:
         means = [float(values[chosen].mean()) for values in (found.dimensionality, found.size, found.residual)]

@@ -17,7 +17,6 @@ _GRID = 4096  # points of the Marchenko-Pastur distribution function; its error 
 _AT_ONCE = 4 << 20  # entries that are shuffled at once
 _SAMPLE = 512  # features whose D and CV stand for all
 _EDGE = 4.0  # Tracy-Widom widths above the edge: of 50 x 50 noise one matrix in 500 has an eigenvalue beyond
-
 _FAR = 0.2  # of a bulk, what lies elsewhere than the law has it, from which on it is none
 
 
@@ -106,6 +105,8 @@ def marchenko_pastur(eigenvalues: Tensor, m: int, n: int) -> Bulk:
         actual = f"{len(values)} of a {m} x {n} matrix"
         raise ValueError(message("marchenko_pastur", "eigenvalues", "be up to min(m, n), one positive", actual))
     values = torch.cat([values.new_zeros(short - len(values)), values])
+    rounding = (short * torch.finfo(torch.float32).eps) ** 2  # of a matrix of less than full rank: no bulk
+    values = torch.where(values > rounding * values[-1], values, 0)
     places, below = _unit_law(short / long)  # of λ / (v long)
     median = float(places[int(torch.searchsorted(below, 0.5))])
     top = (1 + math.sqrt(short / long)) ** 2

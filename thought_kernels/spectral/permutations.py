@@ -26,17 +26,17 @@ def orbitals(generators: Tensor | Sequence[Sequence[int]]) -> Tensor:
 
     Raises:
         ValueError: no permutations, or others than of 0 to p − 1.
-        TypeError: no integers.
+        TypeError: no integers, or rows of different length.
 
     Source: Spectral superposition, eq. A.1 and A.3, Lemmas A.2 and A.3.
     """
     try:
         chosen = torch.as_tensor(generators)
-    except ValueError:  # rows of different length
-        raise ValueError(message("orbitals", "generators", "be permutations [g, p]", "rows of unlike length")) from None
+    except (TypeError, ValueError, RuntimeError) as error:  # no numbers, or rows of different length
+        raise TypeError(message("orbitals", "generators", "be integers [g, p]", type(generators).__name__)) from error
     if chosen.dim() != 2 or not chosen.numel():
         raise ValueError(message("orbitals", "generators", "be permutations [g, p]", list(chosen.shape)))
-    if chosen.is_floating_point() or chosen.is_complex():
+    if chosen.is_floating_point() or chosen.is_complex() or chosen.dtype == torch.bool:
         raise TypeError(message("orbitals", "generators", "be integers [g, p]", chosen.dtype))
     p = chosen.shape[1]
     if not torch.equal(chosen.long().sort(1).values, torch.arange(p).expand_as(chosen)):

@@ -100,7 +100,7 @@ def sweep(
 def _run(plan: Plan, group: Group, folder: Path, device: torch.device, bar: tqdm) -> None:
     """One group, unless it is done."""
     count, steps = len(group.runs), plan.schedule.steps
-    if (folder / ROWS).exists():
+    if _is_whole(folder / ROWS):  # else trained weights that are there are summarised again
         bar.update(count * steps)
         return
     seen = 0
@@ -133,6 +133,17 @@ def _run(plan: Plan, group: Group, folder: Path, device: torch.device, bar: tqdm
             few = [{name: cluster[name] for name in _OF_NULL_CLUSTERS} for cluster in found]
             record["null_clusters"] += [{**null_setting, **cluster} for cluster in few]
     _write(folder / ROWS, json.dumps(record))
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether a group's record is there, with all the tables that a sweep has; of a damaged one _read says so."""
+    if not path.exists():
+        return False
+    try:
+        record = json.loads(path.read_text())
+    except ValueError:
+        return True
+    return not isinstance(record, dict) or not record or set(_TABLES) <= set(record)
 
 
 def _told(W: Tensor, plan: Plan, sparsities: Tensor | None) -> tuple[dict[str, Any], list[dict[str, Any]]]:
