@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import re
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median
@@ -99,7 +100,8 @@ def written() -> str:
         mine = [row for row in rows if row["model"] == model]
         for name in dict.fromkeys(row["instruction"] for row in mine):
             own = [row for row in mine if row["instruction"] == name]
-            told = max((row for row in own if row["written"]), key=lambda row: gains(row)[0][1])
+            last = str(max(int(row["block"]) for row in own))  # nothing after it turns what is written
+            told = max((row for row in own if row["block"] == last), key=lambda row: gains(row)[0][1])
             moved = max(own, key=lambda row: float(row["largest_transport"]))
             words = ", ".join(f"{code(token)} {gain:.0f}" for token, gain in gains(told)[:WORDS])
             numbers = ", ".join(moved["most_transported"].split()[:WORDS])
@@ -107,13 +109,15 @@ def written() -> str:
                 MODELS[model], name, f"block {told['block']}, {told['site']}: {words}",
                 f"block {moved['block']}, {moved['site']}: {numbers} (up to {float(moved['largest_transport']):.2f})",
             ))  # fmt: skip
-    return markdown(("model", "patch", "tokens written towards: gain", "features moved most: transport"), lines)
+    return markdown(
+        ("model", "patch", "tokens that the last block is made to write: gain", "features moved most: transport"), lines
+    )
 
 
 def gains(row: Row) -> list[tuple[str, float]]:
-    """Tokens with their gains."""
-    pairs = (one.rpartition(":") for one in row["written"].split())
-    return [(token, float(gain)) for token, _, gain in pairs]
+    """Tokens, which may hold spaces and line ends, with their gains."""
+    pairs = re.findall(r"(.+?):(\d+\.\d)(?: |$)", row["written"], re.DOTALL)
+    return [(token.replace("\n", "⏎").replace("▁", "␣"), float(gain)) for token, gain in pairs]
 
 
 FORETELL: dict[str, Callable[[], str]] = {
