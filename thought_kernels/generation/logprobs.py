@@ -56,7 +56,7 @@ def completion_logprobs(model: Any, prompts: Ids, answers: Ids, *, batch_size: i
         with undisturbed(model):
             logits = model(
                 input_ids=ids, attention_mask=mask, position_ids=positions, logits_to_keep=keep,
-                use_cache=bool(shared), **behind(prefix, len(rows)),
+                use_cache=bool(shared), **behind(prefix, len(rows), ids.shape[1]),
             ).logits  # fmt: skip
         wide = torch.promote_types(logits.dtype, torch.float32)
         for index, count in enumerate(counts):

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from thought_kernels.generation.padding import Ids
+from thought_kernels.models.roomy_cache import repeated
 from thought_kernels.prompts.cuts import common_length
 
 
@@ -25,11 +26,11 @@ def run_prefix(model: Any, ids: Sequence[int]) -> dict[str, Any]:
     return cache_of(model(input_ids=row, use_cache=True, logits_to_keep=1))
 
 
-def behind(prefix: dict[str, Any], rows: int) -> dict[str, Any]:
-    """A copy of the cache for so many rows; the prefix itself stays as it is."""
+def behind(prefix: dict[str, Any], rows: int, room: int) -> dict[str, Any]:
+    """A copy of the cache for so many rows and tokens behind it; the prefix itself stays as it is."""
     cache = copy.deepcopy(prefix)
     for kept in cache.values():
-        kept.batch_repeat_interleave(rows)
+        repeated(kept, rows, room)
     return cache
 
 

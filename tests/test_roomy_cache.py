@@ -1,0 +1,112 @@
+"""The cache of the package's own generation: what transformers' own holds, without a copy of it for every token."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from models import tiny_gemma3
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+from thought_kernels.models import roomy_cache
+from thought_kernels.models.roomy_cache import RoomyLayer, repeated
+
+PREFIX, ROWS = 5, 3
+
+
+def states(seed: int, rows: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    keys, values = (torch.randn(rows, 2, length, 4, generator=generator) for _ in range(2))
+    return keys, values
+
+
+def filled(layer: Any) -> Any:
+    layer.update(*states(0, 1, PREFIX))
+    return layer
+
+
+def cache_of(*layers: Any) -> Any:
+    cache = DynamicCache()
+    cache.layers = list(layers)
+    return cache
+
+
+def same_steps(ours: Any, theirs: Any, steps: int, rows: int = ROWS) -> None:
+    """Both layers say the same of every step; the first has several tokens."""
+    for step in range(steps):
+        new = states(step + 1, rows, 4 if step == 0 else 1)
+        assert ours.get_mask_sizes(new[0].shape[2]) == theirs.get_mask_sizes(new[0].shape[2])
+        for found, wanted in zip(ours.update(*new), theirs.update(*new), strict=True):
+            torch.testing.assert_close(found, wanted, rtol=0, atol=0)
+        assert ours.get_seq_length() == theirs.get_seq_length()
+
+
+@pytest.mark.parametrize("room", [2, 4, 30])
+def test_a_layer_holds_what_transformers_own_does_however_little_room_there_was(
+    room: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(roomy_cache, "_ROOM", room)
+    theirs = filled(DynamicLayer())
+    cache = cache_of(copy.deepcopy(theirs))
+    repeated(cache, ROWS, room=20)
+    assert isinstance(cache.layers[0], RoomyLayer)
+    theirs.batch_repeat_interleave(ROWS)
+    same_steps(cache.layers[0], theirs, steps=9)
+    left = torch.tensor([0, 2])
+    for layer in (cache.layers[0], theirs):
+        layer.batch_select_indices(left)
+    same_steps(cache.layers[0], theirs, steps=9, rows=2)
+
+
+def test_no_token_moves_the_keys_before_it() -> None:
+    cache = cache_of(filled(DynamicLayer()))
+    repeated(cache, ROWS, room=20)
+    layer, places = cache.layers[0], set()
+    for step in range(20):
+        keys, values = layer.update(*states(step, ROWS, 1))
+        places.add((keys.data_ptr(), values.data_ptr()))
+    assert len(places) == 1
+
+
+@pytest.mark.parametrize(("window", "roomy"), [(PREFIX + 12, True), (PREFIX + 11, False), (3, False)])
+def test_a_layer_that_slides_grows_only_while_its_window_holds_all(window: int, roomy: bool) -> None:
+    theirs = filled(DynamicSlidingWindowLayer(sliding_window=window))
+    cache = cache_of(copy.deepcopy(theirs))
+    repeated(cache, ROWS, room=12)
+    assert isinstance(cache.layers[0], RoomyLayer) == roomy
+    theirs.batch_repeat_interleave(ROWS)
+    same_steps(cache.layers[0], theirs, steps=9)  # 4 + 8 tokens
+
+
+def test_layers_of_other_kinds_stay_what_they_are() -> None:
+    class Other(DynamicLayer):
+        pass
+
+    cache = cache_of(filled(Other()), DynamicLayer())  # the second holds nothing yet
+    repeated(cache, ROWS, room=12)
+    assert [type(layer) for layer in cache.layers] == [Other, DynamicLayer]
+    assert cache.layers[0].keys.shape[0] == ROWS
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("window", [64, 8])
+def test_a_model_says_the_same_behind_it(attention: str, window: int) -> None:
+    model = tiny_gemma3(1, attention=attention, sliding_window=window)
+    generator = torch.Generator().manual_seed(0)
+    prefix, rows = (torch.randint(6, 40, shape, generator=generator) for shape in ((1, PREFIX), (ROWS, 9)))
+    caches = []
+    with torch.no_grad():
+        for ours in (True, False):
+            cache = DynamicCache(config=model.config)
+            model(prefix, past_key_values=cache)
+            if ours:
+                repeated(cache, ROWS, room=9)
+            else:
+                cache.batch_repeat_interleave(ROWS)
+            caches.append(cache)
+        for tokens in rows.split([4, 1, 1, 3], dim=1):
+            found, wanted = (model(tokens, past_key_values=cache).logits for cache in caches)
+            torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
