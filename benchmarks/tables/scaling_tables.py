@@ -118,7 +118,7 @@ def sizes() -> str:
     for name, shape in LARGER.items():
         seconds = [fitted_rows(INPUTS) * each * shape.parameters / 1e9 for each in (min(chat), max(chat))]
         lines.append((
-            f"{name} (not run)", millions(shape.parameters), "–", f"{seconds[0]:,.0f} to {seconds[1]:,.0f}",
+            f"{name} (not run)", millions(shape.parameters), "–", " to ".join(dict.fromkeys(f"{each:,.0f}" for each in seconds)),
             f"{shape.solving(tokens) / 1e12:,.1f}", f"{shape.patch * 4 / 2**20:,.0f}",
         ))  # fmt: skip
     head = (
