@@ -99,6 +99,8 @@ bench: setup
 figures: setup bench experiments
 	$(PY) benchmarks/measure/bench_transmute.py --model 1b --prefix 32 --no-memory \
 		--providers layerwise,cached,floor,strong,onednn,two_pass,sequential
+	$(PY) benchmarks/measure/predict.py
+	$(PY) benchmarks/measure/launches.py
 	$(PY) benchmarks/measure/commands.py
 	$(VENV)/bin/thought-kernels toy geometries --output benchmarks/results/toy_geometries.csv
 	@set -e; for preset in reduced reduced-nonuniform; do \

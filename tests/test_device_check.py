@@ -11,12 +11,23 @@ from pathlib import Path
 import pytest
 import torch
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks" / "measure"))
+
+import device_check
+import device_sections
+import predict
+from machine import H200
+
 import thought_kernels as tk
 
 SCRIPT = Path(__file__).parents[1] / "benchmarks" / "device_check.py"
 
 
-def test_every_section_writes_rows(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str]]:
+    """What a round at sizes of a few elements writes."""
+    tmp_path = tmp_path_factory.mktemp("round")
     if tk.available_backends("accumulate", "cpu")["cpp"] is not None:
         pytest.skip(str(tk.available_backends("accumulate", "cpu")["cpp"]))
     command = [sys.executable, str(SCRIPT), "--device", "cpu", "--output", str(tmp_path)]
@@ -26,19 +37,39 @@ def test_every_section_writes_rows(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "summary.json").read_text())["steps"]["sections"]["outcome"] == "passed"
     (file,) = tmp_path.glob("*.csv")
     with file.open(newline="") as text:
-        rows = list(csv.DictReader(text))
+        return list(csv.DictReader(text))
+
+
+def test_every_section_writes_rows(rows: list[dict[str, str]]) -> None:
     providers = {(row["op"], row["provider"]) for row in rows}
     for op in ("accumulate", "paired_attention", "rms_norm_pair"):
         assert (op, f"{op} (cpp)") in providers
     assert ("paired_attention", "flash on own keys and on the prefix, merged") in providers
-    shapes = {row["shape"].split()[0] for row in rows if row["op"] == "transmute"}
-    assert shapes == {"1b", "4b"}
+    for op, models in (("transmute", {"1b", "4b"}), ("fit", {"270m", "1b", "4b"})):
+        assert {row["shape"].split()[0] for row in rows if row["op"] == op} == models
+    share = [float(row["value"]) for row in rows if row["measure"] == "share of the fit's time"]
+    assert len(share) == 3 and all(0 < value < 1 for value in share)
+
+
+def test_every_row_is_predicted(rows: list[dict[str, str]]) -> None:
+    of_cpus = {"two addmm_ on inputs scaled before"}  # which have no product of bfloat16 numbers into float32
+    predicted = {predict.key(row) for row in predict.predict(H200, "cpu", tiny=True)}
+    lost = {predict.key(row) for row in rows if row["provider"] not in of_cpus} - predicted
+    assert not lost, f"predict.py must have a prediction for every row of a round, got none for {sorted(lost)}"
+
+
+def test_what_matters_most_comes_first_and_fits_the_budget() -> None:
+    found = device_check.steps(Path("out"))
+    names = [step.name for step in found]
+    assert names[:3] == ["build", "bench-fit-270m", "bench-attention"]
+    assert {f"bench-{name}" for name in device_sections.SECTIONS} <= set(names)
+    kept = [step for step in found[: names.index("bench-accumulate")] if step.name != "build"]
+    assert found[0].limit + sum(step.limit for step in kept) <= device_check.BUDGET  # even where each takes its limit
 
 
 def test_a_wrong_provider_is_counted_and_the_others_are_timed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.syspath_prepend(str(SCRIPT.parent / "measure"))
     import harness
     from device_section import Section
 

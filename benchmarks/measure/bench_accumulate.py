@@ -36,11 +36,9 @@ NAIVE_ROWS = 16384
 
 
 def make_inputs(rows: int, d: int, dtype: torch.dtype, device: str) -> Inputs:
-    generator = torch.Generator(device).manual_seed(0)
-    delta, activation = (
-        torch.empty(rows, d, dtype=dtype, device=device).normal_(generator=generator) for _ in range(2)
-    )
-    return Inputs(delta, activation, torch.rand(rows, generator=generator, device=device))
+    torch.manual_seed(0)
+    delta, activation = (torch.empty(rows, d, dtype=dtype, device=device).normal_() for _ in range(2))
+    return Inputs(delta, activation, torch.rand(rows, device=device))
 
 
 def make_outputs(d: int, device: str, dtype: torch.dtype = torch.float32) -> Outputs:

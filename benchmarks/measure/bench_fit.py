@@ -18,6 +18,7 @@ import statistics
 import time
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import harness
 import torch
@@ -34,6 +35,7 @@ from thought_kernels.pairing.batches import Group, prefix_blocks
 from thought_kernels.patches.patch import ThoughtPatch
 from thought_kernels.prompts.prompt import EncodedExample
 
+PEER = "one forward with context, cached prefix"
 HEADER = 4  # BOS and the turn's opening; part of P
 BATCH = 32
 CASES = ((32, 32, 32), (256, 256, 32), (32, 55, 128))  # the last: 32 inputs, two completions each, and 64 written ones
@@ -66,9 +68,10 @@ class Task:
         return one_forward(self.decoder, self.cached, self.tokens, BATCH)
 
 
-def check(name: str, case: tuple[int, int, int]) -> None:
+def check(name: str, case: tuple[int, int, int], device: str = "cpu") -> None:
     """Stops unless a fit of a few blocks and examples is that of the same model in float64."""
-    model = build(name, CHECKED, IDS)
+    with torch.device(device):
+        model = build(name, CHECKED, IDS)
     task = Task(model, case)
     wanted = task.fit(describe(copy.deepcopy(model).double()), CHECKED)
     for key, entry in task.fit(examples=CHECKED).entries.items():
@@ -109,24 +112,50 @@ def timed(clock: Callable[[], float], function: Callable[..., Any], spent: list[
     return run
 
 
+Times = dict[str, list[float]]
+
+
+def time_parts(task: Task, clock: Callable[[], float], rounds: int) -> Times:
+    """Seconds of the peer, before and after a fit, of the fit and of its solving, in every round."""
+    times: Times = {provider: [] for provider in (PEER, "fit", "fit, without solving", "solving")}
+    spent = [0.0]
+    solve_part = timed(clock, ThoughtAccumulator.solve_part, spent)
+    with mock.patch.object(ThoughtAccumulator, "solve_part", solve_part):
+        for _ in range(rounds):
+            spent[0], start = 0.0, clock()
+            task.forward()
+            middle = clock()
+            task.fit()
+            end = clock()
+            task.forward()
+            whole = end - middle
+            found = ((middle - start + clock() - end) / 2, whole, whole - spent[0], spent[0])
+            for values, seconds in zip(times.values(), found, strict=True):
+                values.append(seconds)
+    return times
+
+
+def time_rows(case: harness.Case, kind: str, times: Times, device: str) -> list[dict]:
+    """Rows of the times, and of solving's share of them."""
+    lines = []
+    for provider, values in times.items():
+        ratio = statistics.median(value / peer for value, peer in zip(values, times[PEER], strict=True))
+        lines.append(
+            harness.row(
+                case, provider, kind, statistics.median(values), "s", device, low=min(values), high=max(values),
+                peer=PEER, ratio=ratio,
+            )
+        )  # fmt: skip
+    share = statistics.median(solve / whole for solve, whole in zip(times["solving"], times["fit"], strict=True))
+    return [*lines, harness.row(case, "solving", f"share of the fit's {kind}", share, "", device)]
+
+
 @torch.no_grad()
 def bench(name: str, numbers: tuple[int, int, int], options: argparse.Namespace) -> None:
     check(name, numbers)
     task = Task(options.built, numbers)
-    clock, spent = time.process_time if options.cpu_time else time.perf_counter, [0.0]
-    ThoughtAccumulator.solve_part = timed(clock, options.solve_part, spent)  # type: ignore[method-assign]
     task.forward()
-    forwards, fits, solves = [], [], []
-    for _ in range(options.rounds):
-        spent[0], start = 0.0, clock()
-        task.forward()
-        middle = clock()
-        task.fit()
-        end = clock()
-        task.forward()
-        forwards.append((middle - start + clock() - end) / 2)
-        fits.append(end - middle)
-        solves.append(spent[0])
+    times = time_parts(task, time.process_time if options.cpu_time else time.perf_counter, options.rounds)
     flops = counted(task.decoder.blocks[0], task.decoder.hidden_size, numbers)
     least = (2 * flops["forward"] + flops["sums"] + flops["patch"]) / flops["forward"]
     prefix, length, rows = numbers
@@ -134,20 +163,7 @@ def bench(name: str, numbers: tuple[int, int, int], options: argparse.Namespace)
     case = harness.Case(
         "fit", f"attention and down, {blocks} blocks, {rows} rows", f"{name} P{prefix} n{length}", "float32"
     )
-    kind = "CPU time" if options.cpu_time else "time"
-    without = [whole - solve for whole, solve in zip(fits, solves, strict=True)]
-    found = [("one forward with context, cached prefix", forwards), ("fit", fits), ("fit, without solving", without)]
-    lines = []
-    for provider, values in [*found, ("solving", solves)]:
-        ratio = statistics.median(value / peer for value, peer in zip(values, forwards, strict=True))
-        lines.append(
-            harness.row(
-                case, provider, kind, statistics.median(values), "s", "cpu", low=min(values), high=max(values),
-                peer=found[0][0], ratio=ratio,
-            )
-        )  # fmt: skip
-    share = statistics.median(solve / whole for solve, whole in zip(solves, fits, strict=True))
-    lines.append(harness.row(case, "solving", f"share of the fit's {kind}", share, "", "cpu"))
+    lines = time_rows(case, "CPU time" if options.cpu_time else "time", times, "cpu")
     lines.append(harness.row(case, "two streams, sums and patches", "products counted, in forwards", least, "", "cpu"))
     lines.append(
         harness.row(case, "solving", "products counted, in forwards", flops["solve"] / flops["forward"], "", "cpu")
@@ -168,7 +184,6 @@ def main() -> None:
     parser.add_argument("--cpu-time", action="store_true", help="for a busy machine, with OMP_NUM_THREADS=1")
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
-    options.solve_part = ThoughtAccumulator.solve_part
     options.built = build(options.model, options.blocks, IDS)
     for numbers in options.case or CASES:
         bench(options.model, numbers, options)

@@ -98,7 +98,7 @@ class Task:
         header, instruction = self.header.tolist(), self.instruction.tolist()
         encoded = [EncodedExample(header, instruction, row, len(row)) for row in self.tokens.tolist()]
         dtype = self.model.dtype
-        zeros = SitePatch(matrix=torch.zeros(self.width, self.width, dtype=dtype))
+        zeros = SitePatch(matrix=torch.zeros(self.width, self.width, dtype=dtype, device=self.model.device))
         return Run(
             decoder=self.decoder,
             groups=group_examples(encoded, self.batch, "all", dtype),

@@ -12,9 +12,18 @@ from torch import Tensor
 
 import thought_kernels as tk
 
-# (tokens, prefix keys, head_dim, window): 8 query heads to 4 key heads, as in the 4B model, 2048 tokens a call or more.
-ATTENTION = [(length, 256, d, None) for d in (256, 128, 64) for length in (512, 128, 32, 1024, 4096)]
-ATTENTION += [(1024, 256, 256, 512), (32, 1024, 256, None), (512, 2048, 256, None)]
+# (tokens, prefix keys, head_dim, window, query heads, key heads), 2048 tokens a call or more. Heads of 256 are those of
+# Gemma 3 4B; SmolLM2 135M and Qwen2.5 0.5B have heads of 64, Llama 3 8B and 70B of 128.
+GEMMA = [(length, 256, 256, None, 8, 4) for length in (512, 1024, 128, 32, 4096)]
+OTHERS = [
+    (length, 256, head_dim, None, *heads)
+    for length in (1024, 128)
+    for head_dim, heads in ((64, (9, 3)), (128, (32, 8)), (64, (14, 2)), (128, (64, 8)))
+]
+FURTHER = [(1024, 256, 256, 512, 8, 4), (32, 1024, 256, None, 8, 4), (512, 2048, 256, None, 8, 4)]
+FURTHER += [(length, 256, head_dim, None, 8, 4) for head_dim in (128, 64) for length in (512, 32, 4096)]
+ATTENTION = [*GEMMA[:2], *OTHERS, *GEMMA[2:], *FURTHER]
+TINY = [(8, 4, 16, None, 6, 2), (8, 4, 16, 5, 8, 4)]
 
 
 def rates(section: Section) -> tuple[float, float]:
@@ -26,7 +35,7 @@ def rates(section: Section) -> tuple[float, float]:
     runs = {"product": lambda: a @ a, "copy": lambda: target.copy_(source)}
     providers = [Provider(name, run, dict) for name, run in runs.items()]
     case = Case("machine", "bfloat16 product; copy", f"{n}", "bfloat16")
-    rows = harness.measure(case, providers, {}, {}, device=section.device, seconds=0.5, rounds=(5, 20))
+    rows = section.measure(case, providers, {}, {})
     product, copy = (float(row["value"]) / 1e3 for row in rows)
     return 2 * n**3 / product, 2 * source.numel() / copy
 
@@ -34,17 +43,18 @@ def rates(section: Section) -> tuple[float, float]:
 def attention(section: Section) -> None:
     device = section.device
     flops, bandwidth = rates(section)
-    for length, count, head_dim, window in section.cases(ATTENTION, [(8, 4, 16, None), (8, 4, 16, 5)]):
+    for length, count, head_dim, window, heads, key_heads in section.cases(ATTENTION, TINY):
         batch = 2 if section.tiny else max(1, 2048 // length)
-        shape = f"{batch}x8/4 T{length} P{count} D{head_dim}"
-        sizes = (batch, length, count, head_dim, window)
+        shape = f"{batch}x{heads}/{key_heads} T{length} P{count} D{head_dim}"
+        sizes = (batch, length, count, head_dim, window, heads, key_heads)
         run = lambda shape=shape, sizes=sizes: attention_case(section, shape, *sizes)  # noqa: E731
         rows = section.attempt(f"paired_attention {shape}", run) or []
         pairs = length * (length + 1) // 2 + length * count
         if window is not None:
             pairs = sum(min(window, count + i + 1) for i in range(length))
-        own_bytes = batch * 8 * length * head_dim * (2 + 2 + 4) + 2 * 2 * 4 * head_dim * (batch * length + count)
-        floor = 1e3 * max(batch * 8 * 4 * head_dim * pairs / flops, own_bytes / bandwidth)
+        own_bytes = batch * heads * length * head_dim * (2 + 2 + 4)
+        own_bytes += 2 * 2 * key_heads * head_dim * (batch * length + count)
+        floor = 1e3 * max(batch * heads * 4 * head_dim * pairs / flops, own_bytes / bandwidth)
         shares = [
             harness.row(
                 Case(row["op"], row["case"], shape, row["dtype"]), row["provider"], "share of the floor",
@@ -53,20 +63,21 @@ def attention(section: Section) -> None:
             for row in rows
             if row["provider"].startswith("paired_attention")
         ]  # fmt: skip
-        harness.record(shares, device)
+        section.record(shares)
 
 
 def attention_case(
-    section: Section, shape: str, batch: int, length: int, count: int, head_dim: int, window: int | None
-) -> list[dict]:
-    generator = torch.Generator(section.device).manual_seed(0)
+    section: Section, shape: str, batch: int, length: int, count: int, head_dim: int, window: int | None, heads: int,
+    key_heads: int,
+) -> list[dict]:  # fmt: skip
+    torch.manual_seed(0)
 
     def normal(*sizes: int) -> Tensor:
-        return torch.randn(*sizes, device=section.device, generator=generator).bfloat16()
+        return torch.randn(*sizes, device=section.device).bfloat16()
 
-    query = normal(batch, length, 8, head_dim).transpose(1, 2)  # as projections leave them
-    key, value = (normal(batch, length, 4, head_dim).transpose(1, 2) for _ in range(2))
-    prefix = (normal(4, count, head_dim), normal(4, count, head_dim))
+    query = normal(batch, length, heads, head_dim).transpose(1, 2)  # as projections leave them
+    key, value = (normal(batch, length, key_heads, head_dim).transpose(1, 2) for _ in range(2))
+    prefix = (normal(key_heads, count, head_dim), normal(key_heads, count, head_dim))
     own = (query, key, value)
     one = slice(-1, None)  # of the batch: a float64 softmax of all would take longer than the timing
 

@@ -1,4 +1,8 @@
-"""What the timed sections of a GPU round share: the time left, and providers that may fail without ending the rest."""
+"""What the timed sections of a GPU round share: the time left, and providers that may fail without ending the rest.
+
+A section asks a Section for the time, for rows and for where they go, so that predict.py can have the same rows
+predicted by giving it another one.
+"""
 
 from __future__ import annotations
 
@@ -22,10 +26,12 @@ class Section:
         device: "cuda" or "cpu".
         tiny: whether sizes are cut so that a CPU runs through all the code in seconds.
         wrong: providers that failed or were wrong so far.
+        warm, rounds: how often whole runs are made before they are measured, and measured.
     """
 
     def __init__(self, device: str, tiny: bool, seconds: float) -> None:
         self.device, self.tiny, self.wrong = device, tiny, 0
+        self.warm, self.rounds = 1, 1 if tiny else 4
         self.end = time.monotonic() + seconds
 
     def cases(self, sizes: list, small: list) -> Iterator[Any]:
@@ -35,6 +41,20 @@ class Section:
                 print(f"no time left for {size} and what follows it", flush=True)
                 return
             yield size
+
+    def clock(self) -> float:
+        """Seconds, once the device has done what it was given."""
+        if self.device == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    def record(self, rows: list[dict]) -> None:
+        """Prints rows and keeps them."""
+        harness.record(rows, self.device)
+
+    def passes(self, what: str, check: Callable[[], Any]) -> bool:
+        """Whether a check does not raise."""
+        return self.attempt(what, lambda: (check(), True)) is not None
 
     def backends(self, operator: str) -> list[str]:
         """All but the reference, and Triton's interpreter."""

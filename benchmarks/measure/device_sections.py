@@ -1,4 +1,4 @@
-"""The timings of a GPU round, one section a process: accumulate, attention, norms, transmute.
+"""The timings of a GPU round, one section a process: accumulate, attention, norms, transmute, the default fit.
 
 python benchmarks/measure/device_sections.py attention --output DIR                one section
 python benchmarks/measure/device_sections.py all --device cpu --tiny --output DIR  all, at sizes that mean nothing
@@ -20,6 +20,7 @@ import bench_accumulate
 import harness
 import torch
 from device_attention import attention
+from device_fit import default_fit
 from device_section import Section
 from harness import Case, Provider
 from shapes import ACCUMULATE_GPU, GEMMA3
@@ -86,12 +87,11 @@ def transmute(section: Section, name: str) -> None:
             setattr(made, part, getattr(made, part).to(section.device))
         return made
 
-    def check() -> bool:
+    def check() -> None:
         small = task(2, torch.float32, *((6, 4) if section.tiny else (32, 16)), 2, 2)
         bench_transmute.check(Case("transmute", "check", name, "float32"), small, 2)
-        return True
 
-    if not section.attempt(f"check of transmute at the {name} shape", check):
+    if not section.passes(f"check of transmute at the {name} shape", check):
         return
     examples, batch, blocks = (2, 2, 2) if section.tiny else (64, 32, None)
     for prefix, length in section.cases(PROMPTS, [(6, 4)]):
@@ -114,25 +114,24 @@ def transmute_case(section: Section, name: str, task: Any) -> None:
         "two forwards, hooks, batches": (lambda: task.naive(task.batch, task.batch), task.batch),
         "two forwards, hooks, one by one": (lambda: task.naive(1, few), few),
     }
-    harness.record(time_runs(section, case, runs, length), section.device)
+    section.record(time_runs(section, case, runs, length))
 
 
 def time_runs(section: Section, case: Case, runs: dict[str, tuple[Callable[[], Any], int]], length: int) -> list[dict]:
     """Milliseconds and tokens per second of whole runs, in turn; a run that fails is left out."""
     device = section.device
     times: dict[str, list[float]] = {}
-    for round_index in range(2 if section.tiny else 5):  # the first warms up
+    for round_index in range(-section.warm, section.rounds):
         for name, (run, examples) in list(runs.items()):
-            if round_index > 1 and time.monotonic() > section.end:
+            if round_index > 0 and time.monotonic() > section.end:
                 break
-            synchronize(device)
-            start = time.perf_counter()
-            done = section.attempt(f"{case.shape}, {name}", lambda run=run: (run(), synchronize(device)))
+            start = section.clock()
+            done = section.attempt(f"{case.shape}, {name}", lambda run=run: (run(), section.clock()))
             if done is None:
                 del runs[name]
                 times.pop(name, None)
-            elif round_index:
-                times.setdefault(name, []).append((time.perf_counter() - start) * 1e3 / examples)
+            elif round_index >= 0:
+                times.setdefault(name, []).append((done[1] - start) * 1e3 / examples)
     rows, peer = [], next(iter(times), "")
     for name, values in times.items():
         middle = statistics.median(values)
@@ -143,15 +142,13 @@ def time_runs(section: Section, case: Case, runs: dict[str, tuple[Callable[[], A
     return rows
 
 
-def synchronize(device: str) -> None:
-    if device == "cuda":
-        torch.cuda.synchronize()
-
-
 SECTIONS: dict[str, Callable[[Section], None]] = {
+    "fit-270m": lambda section: default_fit(section, "270m"),
     "attention": attention,
     "accumulate": accumulate,
     "norms": norms,
+    "fit-1b": lambda section: default_fit(section, "1b"),
+    "fit-4b": lambda section: default_fit(section, "4b"),
     "transmute-1b": lambda section: transmute(section, "1b"),
     "transmute-4b": lambda section: transmute(section, "4b"),
 }

@@ -39,7 +39,7 @@ def flash(device: str) -> Callable[..., tuple[Tensor, Tensor]]:
 
     visible is "causal", aligned at the last query and key, or "all".
     """
-    if device == "cuda":
+    if device != "cpu":
         call = torch.ops.aten._scaled_dot_product_flash_attention
         return lambda q, k, v, visible: call(q, k, v, 0.0, visible == "causal")[:2]
 

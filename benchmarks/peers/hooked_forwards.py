@@ -116,7 +116,8 @@ def one_forward(decoder: Decoder, prefixes: list[tuple[Tensor, Tensor]], tokens:
     """
     start, outputs = prefixes[0][0].shape[1], []
     for rows in tokens.split(batch):
-        x, index = decoder.embed(rows), torch.zeros(len(rows), dtype=torch.long, device=rows.device)
+        x = decoder.embed(rows)
+        index = torch.zeros(len(rows), dtype=torch.long, device=x.device)
         for block, prefix in zip(decoder.blocks, prefixes, strict=True):
             q, k, v = block.qkv(x)
             cos, sin = decoder.rotary(block.index, start + torch.arange(rows.shape[1])[None])

@@ -22,6 +22,7 @@ from cpu_tables import CPU_TABLES
 from demo_tables import DEMO
 from experiment_tables import EXPERIMENTS
 from foretell_tables import FORETELL
+from gpu_tables import GPU
 from growth_tables import GROWTH
 from inspect_tables import INSPECT
 from pareto_tables import PARETO
@@ -39,6 +40,7 @@ DOCUMENTS = (
     "README.md",
     "docs/demo.md",
     "docs/speed.md",
+    "docs/gpu.md",
     "docs/recipes.md",
     "docs/theory.md",
     "docs/toy_models.md",
@@ -62,6 +64,7 @@ TABLES: dict[str, Callable[[], str]] = {
     **PARETO,
     **SCALING,
     **GROWTH,
+    **GPU,
     **TOY,
     **INSPECT,
     **FORETELL,

@@ -230,8 +230,8 @@ def is_finite(tensor: Tensor) -> bool:
     """Whether no element is NaN or infinite, without a temporary of the tensor's size."""
     if tensor.numel() == 0:
         return True
-    # NaN propagates through both extremes, and an infinity is one.
-    return bool(torch.stack(torch.aminmax(tensor)).isfinite().all())
+    # NaN propagates through both extremes, and an infinity is one. They come to the host in one copy.
+    return all(map(math.isfinite, torch.stack(torch.aminmax(tensor)).tolist()))
 
 
 def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:
