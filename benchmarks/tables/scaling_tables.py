@@ -116,9 +116,10 @@ def sizes() -> str:
         ))  # fmt: skip
     chat = [rate(model) for model in found if model != "gemma"]
     for name, shape in LARGER.items():
-        seconds = [fitted_rows(INPUTS) * each * shape.parameters / 1e9 for each in (min(chat), max(chat))]
+        seconds = (fitted_rows(INPUTS) * each * shape.parameters / 1e9 for each in (min(chat), max(chat)))
+        spread = " to ".join(dict.fromkeys(f"{each:,.0f}" for each in seconds))
         lines.append((
-            f"{name} (not run)", millions(shape.parameters), "–", " to ".join(dict.fromkeys(f"{each:,.0f}" for each in seconds)),
+            f"{name} (not run)", millions(shape.parameters), "–", spread,
             f"{shape.solving(tokens) / 1e12:,.1f}", f"{shape.patch * 4 / 2**20:,.0f}",
         ))  # fmt: skip
     head = (
