@@ -11,6 +11,8 @@ from models import tiny_gemma3
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
+from thought_kernels.generation import prefix
+from thought_kernels.generation.continuations import continue_prompts
 from thought_kernels.models import roomy_cache
 from thought_kernels.models.roomy_cache import RoomyLayer, repeated
 
@@ -44,14 +46,14 @@ def same_steps(ours: Any, theirs: Any, steps: int, rows: int = ROWS) -> None:
         assert ours.get_seq_length() == theirs.get_seq_length()
 
 
-@pytest.mark.parametrize("room", [2, 4, 30])
+@pytest.mark.parametrize("room", [0, 2, 30])
 def test_a_layer_holds_what_transformers_own_does_however_little_room_there_was(
     room: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(roomy_cache, "_ROOM", room)
     theirs = filled(DynamicLayer())
     cache = cache_of(copy.deepcopy(theirs))
-    repeated(cache, ROWS, room=20)
+    repeated(cache, ROWS, 4, room=16)
     assert isinstance(cache.layers[0], RoomyLayer)
     theirs.batch_repeat_interleave(ROWS)
     same_steps(cache.layers[0], theirs, steps=9)
@@ -63,7 +65,7 @@ def test_a_layer_holds_what_transformers_own_does_however_little_room_there_was(
 
 def test_no_token_moves_the_keys_before_it() -> None:
     cache = cache_of(filled(DynamicLayer()))
-    repeated(cache, ROWS, room=20)
+    repeated(cache, ROWS, 1, room=19)
     layer, places = cache.layers[0], set()
     for step in range(20):
         keys, values = layer.update(*states(step, ROWS, 1))
@@ -75,7 +77,7 @@ def test_no_token_moves_the_keys_before_it() -> None:
 def test_a_layer_that_slides_grows_only_while_its_window_holds_all(window: int, roomy: bool) -> None:
     theirs = filled(DynamicSlidingWindowLayer(sliding_window=window))
     cache = cache_of(copy.deepcopy(theirs))
-    repeated(cache, ROWS, room=12)
+    repeated(cache, ROWS, 4, room=8)
     assert isinstance(cache.layers[0], RoomyLayer) == roomy
     theirs.batch_repeat_interleave(ROWS)
     same_steps(cache.layers[0], theirs, steps=9)  # 4 + 8 tokens
@@ -86,7 +88,7 @@ def test_layers_of_other_kinds_stay_what_they_are() -> None:
         pass
 
     cache = cache_of(filled(Other()), DynamicLayer())  # the second holds nothing yet
-    repeated(cache, ROWS, room=12)
+    repeated(cache, ROWS, 4, room=8)
     assert [type(layer) for layer in cache.layers] == [Other, DynamicLayer]
     assert cache.layers[0].keys.shape[0] == ROWS
 
@@ -103,10 +105,38 @@ def test_a_model_says_the_same_behind_it(attention: str, window: int) -> None:
             cache = DynamicCache(config=model.config)
             model(prefix, past_key_values=cache)
             if ours:
-                repeated(cache, ROWS, room=9)
+                repeated(cache, ROWS, 4, room=5)
             else:
                 cache.batch_repeat_interleave(ROWS)
             caches.append(cache)
         for tokens in rows.split([4, 1, 1, 3], dim=1):
             found, wanted = (model(tokens, past_key_values=cache).logits for cache in caches)
             torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("call", ["batch_repeat_interleave", "reorder_cache", "crop", "reset", "offload", "prefetch"])
+def test_what_would_leave_its_memory_behind_is_refused(call: str) -> None:
+    layer = RoomyLayer(filled(DynamicLayer()), ROWS, 4)
+    with pytest.raises(NotImplementedError, match="RoomyLayer"):
+        getattr(layer, call)(2)
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_uneven_rows_that_end_early_are_written_as_behind_transformers_own_cache(
+    attention: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny_gemma3(1, attention=attention, sliding_window=64)
+    generator = torch.Generator().manual_seed(3)
+    lengths = (3, 7, 1, 5)
+    first = torch.randint(6, 40, (PREFIX,), generator=generator).tolist()
+    prompts = [[*first, *torch.randint(6, 40, (length,), generator=generator).tolist()] for length in lengths]
+
+    def write() -> list[list[int]]:
+        return continue_prompts(
+            model, prompts, lambda answer: len(answer) % 5 == answer[0] % 5, max_new_tokens=12, batch_size=4
+        )
+
+    found = write()
+    monkeypatch.setattr(prefix, "repeated", lambda cache, rows, width, room: cache.batch_repeat_interleave(rows))
+    assert found == write()
+    assert len({len(answer) for answer in found}) > 1

@@ -48,7 +48,8 @@ def request_times(model: Any, requests: Sequence[EncodedExample], rounds: int = 
             kinds = {}
             for side, rows in sides.items():
                 ids = rows[index % len(rows)]
-                kinds |= {side: (ids, {}), f"{side}_cached": (ids[shared[side] :], behind(caches[side], 1))}
+                cached = behind(caches[side], 1, len(ids) - shared[side], room=STEPS)
+                kinds |= {side: (ids, {}), f"{side}_cached": (ids[shared[side] :], cached)}
             for name in _turn(list(kinds), index):
                 first, later = _request(model, *kinds[name])
                 if index >= 0:

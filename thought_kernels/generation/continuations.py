@@ -133,8 +133,8 @@ class _Running:
     def __init__(self, model: Any, prefix: dict[str, Any], shared: int, begun: Sequence[Begun]) -> None:
         self._model, self.rows = model, list(range(len(begun)))
         self._ids, self._mask, self._positions = padded([row.ids for row in begun], _device(model), before=shared)
-        room = self._ids.shape[1] + max(row.room for row in begun)
-        self._cache, self._group = behind(prefix, len(begun), room), group_of(model)
+        self._cache = behind(prefix, len(begun), self._ids.shape[1], room=max(row.room for row in begun))
+        self._group = group_of(model)
 
     def step(self, draws: Sequence[torch.Generator | None]) -> list[int]:
         """The next token of each row."""

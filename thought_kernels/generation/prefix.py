@@ -26,11 +26,11 @@ def run_prefix(model: Any, ids: Sequence[int]) -> dict[str, Any]:
     return cache_of(model(input_ids=row, use_cache=True, logits_to_keep=1))
 
 
-def behind(prefix: dict[str, Any], rows: int, room: int) -> dict[str, Any]:
-    """A copy of the cache for so many rows and tokens behind it; the prefix itself stays as it is."""
+def behind(prefix: dict[str, Any], rows: int, width: int, room: int = 0) -> dict[str, Any]:
+    """A copy of the cache for so many rows, of so many tokens, and room for more; the prefix stays as it is."""
     cache = copy.deepcopy(prefix)
     for kept in cache.values():
-        repeated(kept, rows, room)
+        repeated(kept, rows, width, room)
     return cache
 
 

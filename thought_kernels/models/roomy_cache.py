@@ -11,14 +11,14 @@ from typing import Any
 from torch import Tensor
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-_ROOM = 256  # tokens at first: most answers need no more, and prompts may allow for thousands
+_ROOM = 256  # tokens of an answer at first: most need no more, and callers may allow for thousands
 
 
 class RoomyLayer(DynamicLayer):
     """As DynamicLayer, in memory that is taken once: a token's keys and values are written behind the others.
 
-    Memory for half as much again is taken when it is full. It can do what the package's own generation asks of it: be
-    read, grow, and lose rows.
+    When that is full, half as much again is taken. It does what the package's own generation asks of it: it is read,
+    grows, and loses rows. The rest of what transformers' layers do would leave its memory behind, and is refused.
 
     Args:
         held: a layer of one row, whose contents every row begins with.
@@ -49,8 +49,13 @@ class RoomyLayer(DynamicLayer):
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keeps some of the rows."""
         length = self.get_seq_length()
-        self._places = [places[indices] for places in self._places]
+        self._places = [places[indices.to(places.device)] for places in self._places]
         self._fill(length)
+
+    def _refuse(self, *args: Any, **kwargs: Any) -> None:
+        raise NotImplementedError("RoomyLayer: the cache must only be read, grow and lose rows, got another call")
+
+    batch_repeat_interleave = reorder_cache = crop = reset = offload = prefetch = _refuse
 
     def _fill(self, length: int) -> tuple[Tensor, Tensor]:
         keys, values = (places[:, :, :length] for places in self._places)
@@ -65,16 +70,23 @@ def _with_room(held: Tensor, length: int) -> Tensor:
     return places
 
 
-def repeated(cache: Any, rows: int, room: int) -> None:
-    """Repeats a cache of one row, in place, for so many tokens more at most.
+def repeated(cache: Any, rows: int, width: int, room: int = 0) -> None:
+    """Repeats a cache of one row, in place.
 
-    A layer that slides is as any other while all tokens lie within its window. Other kinds stay what they are.
+    A layer that slides is as any other where its window holds all that may come; else, and where it is of another kind,
+    it stays what it is.
+
+    Args:
+        cache: of transformers.
+        rows: how many it shall have.
+        width: tokens of each row that come first, together.
+        room: tokens at most that may follow them.
     """
     for index, layer in enumerate(cache.layers):
         grows = type(layer) is DynamicLayer or (
-            type(layer) is DynamicSlidingWindowLayer and layer.get_seq_length() + room <= layer.sliding_window
+            type(layer) is DynamicSlidingWindowLayer and layer.get_seq_length() + width + room <= layer.sliding_window
         )
         if grows and layer.get_seq_length():
-            cache.layers[index] = RoomyLayer(layer, rows, min(room, _ROOM))
+            cache.layers[index] = RoomyLayer(layer, rows, width + min(room, _ROOM))
         else:
             layer.batch_repeat_interleave(rows)
