@@ -42,9 +42,9 @@ def ways(monkeypatch: pytest.MonkeyPatch) -> whole_call.Ways:
 def test_ways_that_should_agree_do_and_all_are_timed(ways: whole_call.Ways) -> None:
     ways.check()
     *_, lines = whole_call.measured(ways, rounds=2)
-    assert len(lines) == 9 and all(line["seconds"] > 0 and line["low"] <= line["high"] for line in lines)
+    assert len(lines) == 12 and all(line["seconds"] > 0 and line["low"] <= line["high"] for line in lines)
     assert {line["peer"]: line["ratio"] for line in lines if line["way"] == line["peer"]} == dict.fromkeys(
-        (whole_call.DEFAULT, whole_call.ALIKE, whole_call.OURS), 1.0
+        (whole_call.DEFAULT, whole_call.ALIKE, whole_call.OURS, whole_call.OURS_LONG), 1.0
     )
     assert sum(line["recovered"] != "" for line in lines) == 3
 
