@@ -131,9 +131,10 @@ def test_predictions_are_those_of_today(monkeypatch: pytest.MonkeyPatch) -> None
         name: device_sections.SECTIONS[name] for name in ("attention", "accumulate", "norms")
     }  # fits take minutes
     monkeypatch.setattr(predict, "SECTIONS", kernels)
-    found = predict.predict(H200)
+    # What others' kernels split into is for torch's version to say.
+    found = [row for row in predict.predict(H200) if row["provider"].endswith(("(cuda)", "(triton)"))]
     committed = {gpu_tables.key(row): row for row in gpu_tables.read(gpu_tables.PREDICTED)}
-    changed = [row for row in found if committed.get(predict.key(row)) != row]
+    changed = [row for row in found if committed[predict.key(row)]["value"] != row["value"]]
     assert found and not changed, f"python benchmarks/measure/predict.py must change nothing, got {changed[:3]}"
 
 

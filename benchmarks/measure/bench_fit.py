@@ -38,7 +38,7 @@ from thought_kernels.prompts.prompt import EncodedExample
 PEER = "one forward with context, cached prefix"
 HEADER = 4  # BOS and the turn's opening; part of P
 BATCH = 32
-CASES = ((32, 32, 32), (256, 256, 32), (32, 55, 128))  # the last: 32 inputs, two completions each, and 64 written ones
+CASES = ((32, 32, 32), (256, 256, 32), (32, 55, 128))  # the last: as many rows as 64 inputs, two each, make
 CHECKED = 2  # blocks and examples in float64
 ALLOWED = 1e-3  # of Δ's norm: float32's rounding, which two blocks of solves magnify
 

@@ -1,7 +1,7 @@
 """What a GPU round should find, by a roofline of its kernels: a predicted time for every row, written before any is
 measured.
 
-python benchmarks/measure/predict.py            writes results/predicted-nvidia-h200.csv and results/launches.csv
+python benchmarks/measure/predict.py            writes results/predicted-nvidia-h200.csv
 
 The sections of device_sections.py run as they are on tensors without data (counted.py), with a clock that advances by
 max(bytes / bandwidth, FLOPs / peak) of each kernel and by what its launch takes (roofline.py, machine.py). So rows have

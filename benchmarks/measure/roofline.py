@@ -85,6 +85,7 @@ NOTHING = {
     "aten::lift_fresh", "aten::detach", "aten::promote_types", "aten::resolve_conj", "aten::resolve_neg",
 }  # fmt: skip
 WRITE_ONLY = {"aten::copy_", "aten::fill_", "aten::zero_", "aten::normal_", "aten::uniform_"}
+NORMS = {"aten::linalg_vector_norm"}  # sums of what is read once
 GATHERS = {"aten::embedding", "aten::index_select", "aten::index", "aten::gather"}  # of a table, only what they return
 
 
@@ -97,6 +98,8 @@ def kernel_of(name: str, arguments: tuple[Any, ...], options: dict[str, Any], ou
     moved = float(sum(map(size, read[name in WRITE_ONLY :])) + sum(map(size, written)))
     if name in OURS:
         return OURS[name](moved, arguments, options, machine)
+    if name.startswith("aten::linalg_") and name not in {*FLOPS, *NORMS}:
+        raise RuntimeError(f"kernel_of: {name} must have its FLOPs written down, got none; add it to FLOPS")
     if name in FLOPS:
         counted, owner = FLOPS[name]
         # The last factor: what is added to may be wider than the factors, and a factorisation has one operand.
@@ -174,7 +177,8 @@ FLOPS: dict[str, tuple[Callable[[list[Tensor]], float], str]] = {
 
 
 def flash(moved: float, arguments: tuple[Any, ...], options: dict[str, Any], machine: Machine) -> Kernel:
-    causal = bool(arguments[4] if len(arguments) > 4 else options.get("is_causal", False))
+    place = 4 if isinstance((*arguments, 0.0)[3], float) else 5  # flash attention alone has no mask before dropout
+    causal = bool(arguments[place] if len(arguments) > place else options.get("is_causal", False))
     query, key = arguments[:2]
     return Kernel(moved, flash_pairs([query, key], causal), path(query.dtype))
 

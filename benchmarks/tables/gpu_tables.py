@@ -67,7 +67,8 @@ def predicted() -> str:
         cells = ("not measured", "–")
         if found is not None:
             cells = (f"{milliseconds(found):.3g}", f"{milliseconds(found) / milliseconds(row):.2f}")
-        lines.append((f"`{row['op']}`", row["shape"], row["provider"], f"{milliseconds(row):.3g}", *cells))
+        by = f"{row['provider']}, one example" if row["measure"] == "time per example" else row["provider"]
+        lines.append((f"`{row['op']}`", row["shape"], by, f"{milliseconds(row):.3g}", *cells))
     return markdown(("what", "shape", "by", "predicted, ms", "measured, ms", "measured / predicted"), lines)
 
 

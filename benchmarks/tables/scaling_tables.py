@@ -114,12 +114,13 @@ def sizes() -> str:
             f"{shape.solving(tokens) / 1e12:.1f}",
             f"{shape.patch * 4 / 2**20:,.0f}",
         ))  # fmt: skip
-    chat = [rate(model) for model in found if model != "gemma"]
+    rates = sorted(rate(model) for model in found)
     for name, shape in LARGER.items():
-        seconds = (fitted_rows(INPUTS) * each * shape.parameters / 1e9 for each in (min(chat), max(chat)))
+        ends = (rates[0], rates[-1])  # of the shortest rows and the longest
+        seconds = (float(f"{fitted_rows(INPUTS) * each * shape.parameters / 1e9:.2g}") for each in ends)
         spread = " to ".join(dict.fromkeys(f"{each:,.0f}" for each in seconds))
         lines.append((
-            f"{name} (not run)", millions(shape.parameters), "–", spread,
+            f"{name} (not run)", millions(shape.parameters), "–", f"rows alone: {spread}",
             f"{shape.solving(tokens) / 1e12:,.1f}", f"{shape.patch * 4 / 2**20:,.0f}",
         ))  # fmt: skip
     head = (
