@@ -13,8 +13,13 @@ from tokenizers.processors import TemplateProcessing
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks" / "real"))
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks" / "tables"))
+
 import tasks
 import whole_call
+import whole_call_tables
+
+from thought_kernels.evaluation.records.files import write_csv
 
 PAIRS = ", ".join(f"{n} {n % 10}: {n * 3 % 10}" for n in range(60))
 
@@ -39,7 +44,9 @@ def ways(monkeypatch: pytest.MonkeyPatch) -> whole_call.Ways:
     )
 
 
-def test_ways_that_should_agree_do_and_all_are_timed(ways: whole_call.Ways) -> None:
+def test_ways_that_should_agree_do_and_all_are_timed(
+    ways: whole_call.Ways, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     ways.check()
     *_, lines = whole_call.measured(ways, rounds=2)
     assert len(lines) == 12 and all(line["seconds"] > 0 and line["low"] <= line["high"] for line in lines)
@@ -47,6 +54,11 @@ def test_ways_that_should_agree_do_and_all_are_timed(ways: whole_call.Ways) -> N
         (whole_call.DEFAULT, whole_call.ALIKE, whole_call.OURS, whole_call.OURS_LONG), 1.0
     )
     assert sum(line["recovered"] != "" for line in lines) == 3
+    monkeypatch.setattr(whole_call_tables, "RESULTS", tmp_path / "whole_call.csv")
+    assert whole_call_tables.whole_call() == "Not measured yet."
+    write_csv(lines, whole_call_tables.RESULTS)
+    table = whole_call_tables.whole_call().splitlines()[2:]
+    assert [row.split(" | ")[0].strip("| ") for row in table] == [line["way"] for line in lines]
 
 
 def test_a_way_that_is_wrong_is_not_timed(ways: whole_call.Ways, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -32,6 +32,7 @@ from scaling_tables import SCALING
 from serving_tables import SERVING
 from toy_pictures import TOY_PICTURES
 from toy_tables import TOY
+from whole_call_tables import WHOLE_CALL
 
 from thought_kernels.evaluation.records.files import write_text
 
@@ -68,6 +69,7 @@ TABLES: dict[str, Callable[[], str]] = {
     **TOY,
     **INSPECT,
     **FORETELL,
+    **WHOLE_CALL,
 }
 
 
