@@ -6,7 +6,7 @@ from tolerances import allowed_error, largest, rounding
 from torch import nn
 
 from thought_kernels.models import linear
-from thought_kernels.models.linear import FEWEST_PRODUCTS, OneDNNLinear
+from thought_kernels.models.linear import FEWEST_PRODUCTS, FastLinear
 
 available = pytest.mark.skipif(not linear._AVAILABLE, reason="needs AVX-512 and a torch with oneDNN")
 
@@ -15,7 +15,7 @@ def products(call):
     """Names of the matrix products that torch runs in call()."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile, torch.no_grad():
         call()
-    return {event.name for event in profile.events()} & {"aten::addmm", "aten::mm", "mkldnn::_linear_pointwise"}
+    return {event.name for event in profile.events()} & {"aten::addmm", "aten::mm", "aten::bmm", "mkldnn::_linear_pointwise"}
 
 
 def condition(x, weight, bias=0.0):
@@ -34,7 +34,7 @@ def enough(width: int) -> int:
 def test_products_are_those_of_the_linear_module(bias, leading):
     module, x = nn.Linear(192, 80, bias=bias), torch.randn(*leading, 96, 192)
     module.register_forward_hook(lambda _, args, out: 2 * out)
-    with torch.no_grad(), OneDNNLinear():
+    with torch.no_grad(), FastLinear():
         out = module(x)
     weight, x = module.weight.double(), x.double()
     exact = 2 * (x @ weight.T + (module.bias.double() if bias else 0))
@@ -46,7 +46,7 @@ def test_products_are_those_of_the_linear_module(bias, leading):
 @available
 def test_long_sums_err_no_more_than_one_chain_of_additions():
     module, x = nn.Linear(2048, 64, bias=False), torch.randn(64, 2048)
-    with torch.no_grad(), OneDNNLinear():
+    with torch.no_grad(), FastLinear():
         out = module(x)
     exact = x.double() @ module.weight.double().mT
     assert (out - exact).norm() <= 2048**0.5 * torch.finfo(torch.float32).eps / 2 * exact.norm()
@@ -55,7 +55,7 @@ def test_long_sums_err_no_more_than_one_chain_of_additions():
 @available
 def test_large_float32_products_are_onednns_and_others_torchs_own():
     def used(module, x):
-        with OneDNNLinear():
+        with FastLinear():
             return products(lambda: module(x))
 
     module, rows = nn.Linear(128, 128, bias=False), enough(128)
@@ -67,7 +67,7 @@ def test_large_float32_products_are_onednns_and_others_torchs_own():
 
 def test_gradients_flow_through_torchs_own_product():
     module, x = nn.Linear(128, 128), torch.randn(enough(128), 128, requires_grad=True)
-    with OneDNNLinear():
+    with FastLinear():
         module(x).sum().backward()
     assert x.grad is not None and module.weight.grad is not None
 
@@ -80,7 +80,7 @@ def test_gradients_flow_through_torchs_own_product():
 )
 def test_biases_that_onednn_misreads_are_added_by_torch(bias):
     x, weight = torch.randn(200, 128), torch.randn(96, 128)
-    with torch.no_grad(), OneDNNLinear():
+    with torch.no_grad(), FastLinear():
         out = nn.functional.linear(x, weight, bias)
     exact = x.double() @ weight.double().mT + bias.double()
     allowed = allowed_error(exact, x @ weight.mT + bias, condition=condition(x, weight, bias))
@@ -94,12 +94,40 @@ def test_sparse_weights_and_autocast_keep_torchs_own_product():
     for operand in (weight.to_sparse_csr(), weight):
         with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=operand is weight):
             expected = nn.functional.linear(x, operand)
-            with OneDNNLinear():
+            with FastLinear():
                 out = nn.functional.linear(x, operand)
         assert torch.equal(out, expected) and out.dtype == expected.dtype
 
 
 @available
 def test_wrong_shapes_raise_torchs_own_error():
-    with torch.no_grad(), OneDNNLinear(), pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+    with torch.no_grad(), FastLinear(), pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
         nn.Linear(128, 128)(torch.randn(200, 64))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("batch", [1, 5])
+def test_rows_cut_from_longer_ones_are_multiplied_together(batch, bias, dtype):
+    """As a head's input is, the last token of each row: torch alone would multiply by W once for each of them."""
+    module = nn.Linear(64, 96, bias=bias, dtype=dtype).requires_grad_(False)  # with gradients torch does it by itself
+    last = torch.randn(batch, 7, 64, dtype=dtype)[:, -1:]
+    if batch > 1 or not bias:  # else there is nothing to mend
+        assert products(lambda: module(last)) == {"aten::bmm"}
+    with torch.no_grad(), FastLinear():
+        assert products(lambda: module(last)) <= {"aten::mm", "aten::addmm", "mkldnn::_linear_pointwise"}
+        out = module(last)
+    exact = last.double() @ module.weight.double().mT + (module.bias.double() if bias else 0)
+    terms = last.double().abs() @ module.weight.double().abs().mT + (module.bias.double().abs() if bias else 0)
+    assert out.dtype == dtype and out.shape == (batch, 1, 96)
+    assert largest(out.double() - exact) <= 2 * rounding(65, dtype) * largest(terms)
+
+
+def test_gradients_flow_through_rows_cut_from_longer_ones():
+    module = nn.Linear(64, 96).double().requires_grad_(False)
+    x = torch.randn(3, 7, 64, dtype=torch.float64, requires_grad=True)
+    module(x[:, -2:]).square().sum().backward()
+    expected, x.grad = x.grad, None
+    with FastLinear():
+        module(x[:, -2:]).square().sum().backward()
+    torch.testing.assert_close(x.grad, expected)

@@ -16,7 +16,7 @@ import torch
 from shapes import GEMMA3
 from torch import nn
 
-from thought_kernels.models.linear import OneDNNLinear
+from thought_kernels.models.linear import FastLinear
 
 ROWS = (64, 256)
 INTERMEDIATE = {"270m": 2048, "1b": 6912}
@@ -30,7 +30,7 @@ def bench(rows: int, d_in: int, d_out: int) -> None:
             return module(x)
 
     def onednn() -> torch.Tensor:
-        with OneDNNLinear():
+        with FastLinear():
             return run()
 
     providers = [harness.Provider("torch's linear", run, dict), harness.Provider("oneDNN's linear", onednn, dict)]

@@ -34,7 +34,7 @@ from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 
 from thought_kernels.estimation.accumulator import ThoughtAccumulator
 from thought_kernels.models import describe
-from thought_kernels.models.linear import OneDNNLinear
+from thought_kernels.models.linear import FastLinear
 from thought_kernels.pairing.batches import group_examples
 from thought_kernels.pairing.pairings import PAIRINGS, Run
 from thought_kernels.patches.patch import ThoughtPatch
@@ -122,7 +122,7 @@ class Task:
 
     def onednn(self) -> ThoughtAccumulator:
         """The strong peer with the matrix products that this project's own forward takes."""
-        with OneDNNLinear():
+        with FastLinear():
             return self.strong()
 
     def naive_layerwise(self) -> ThoughtAccumulator:
@@ -169,7 +169,7 @@ def check(case: harness.Case, task: Task, examples: int = 4) -> None:
         harness.check(case, checked, truth, plain())
 
     def same_products(plain: Callable[[], Outputs]) -> Outputs:
-        with OneDNNLinear():
+        with FastLinear():
             return plain()
 
     def naive_sums() -> Outputs:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from thought_kernels.models.families import Family
-from thought_kernels.models.linear import OneDNNLinear, input_width
+from thought_kernels.models.linear import FastLinear, input_width
 from thought_kernels.models.norm import Norm, hooked, wide
 from thought_kernels.models.quantised import unpacks
 from thought_kernels.models.sharded import part, whole
@@ -115,7 +115,7 @@ class Block:
         """
         x = x.to(self.device)
         x = self.input_norm(x) if self.input_norm else x
-        with OneDNNLinear():
+        with FastLinear():
             projected = [getattr(self.attention, name)(x) for name in self.parts.qkv]
         q, k, v = projected if len(projected) == 3 else self._unfused(projected[0])
         return self._heads(q, self.q_norm), self._heads(k, self.k_norm), self._heads(v, None)
@@ -156,7 +156,7 @@ class Block:
         Returns:
             h, [B, T, d].
         """
-        with OneDNNLinear():
+        with FastLinear():
             z = self.o_proj(self._own(o.to(self.device)))
         return x.to(z.device) + self._scaled(self.post_attention_norm(z) if self.post_attention_norm else z)
 
@@ -178,7 +178,7 @@ class Block:
         Source: theory §4, "Carry the difference through the norms".
         """
         o, delta_o = self._own(o.to(self.device)), self._own(delta_o.to(self.device))
-        with OneDNNLinear():
+        with FastLinear():
             z = self.o_proj(o)
             constant = self.o_proj(torch.zeros_like(o[..., :1, :]))
             if constant.any():  # which would round a small difference away in a narrow dtype
@@ -238,14 +238,14 @@ class Block:
         Returns:
             y, [B, T, d].
         """
-        with OneDNNLinear():
+        with FastLinear():
             out = self.mlp(u.to(self.device))
         return self.mlp_residual(h, out, x=x)
 
     @torch.no_grad()
     def mlp_alone(self, u: Tensor) -> Tensor:
         """The MLP's output for u [B, T, d], before the norm behind it, in u's dtype: as ``mlp_activation``'s."""
-        with OneDNNLinear():
+        with FastLinear():
             return _called(self.mlp, u.to(self.device))
 
     @torch.no_grad()

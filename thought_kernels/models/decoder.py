@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from thought_kernels.models.block import Block
-from thought_kernels.models.linear import OneDNNLinear
+from thought_kernels.models.linear import FastLinear
 from thought_kernels.models.norm import Norm, wide
 from thought_kernels.ops.shared_prefix_attention import shared_prefix_attention
 
@@ -146,7 +146,7 @@ class Decoder:
                 "load it as a causal language model"
             )
         x = self.final_norm(x)
-        with OneDNNLinear():
+        with FastLinear():
             # A head that torch has quantised has no parameters, and is where the norm before it is.
             logits = self.lm_head(x.to(next(self.lm_head.parameters(), x).device))
         if self.logit_divisor != 1:

@@ -56,21 +56,38 @@ def input_width(module: Any) -> int:
 FEWEST_PRODUCTS = 1 << 20
 
 
-class OneDNNLinear(TorchFunctionMode):
-    """Within it, large float32 products of ``torch.nn.functional.linear`` on CPUs are oneDNN's, without gradients.
+class FastLinear(TorchFunctionMode):
+    """Within it, ``torch.nn.functional.linear`` is as fast as torch can make it, and the same but for rounding.
 
-    x Wᵀ + b, x [..., d_in], W [d_out, d_in], in float32 as before. Each output is one chain of additions, where MKL
-    has several: the rounding error, about √d_in eps / 4, is up to twice as large (benchmarks/measure/bench_linear.py).
-    It acts on the function, not on the module, so hooks, adapters and replaced modules take part as ever. Processors
-    without AVX-512, builds of torch without oneDNN, autocast, and biases that are spread or strided keep torch's own
-    choice.
+    x Wᵀ + b, x [..., d_in], W [d_out, d_in], in the dtype as before.
+
+    - Large float32 products on CPUs are oneDNN's, without gradients. Each output is one chain of additions, where MKL
+      has several: the rounding error, about √d_in eps / 4, is up to twice as large (benchmarks/measure/bench_linear.py).
+      Processors without AVX-512, builds of torch without oneDNN, autocast, and biases that are spread or strided keep
+      torch's own choice.
+    - x [B, T, d_in] that is cut from a longer one, as the last tokens are which a language-model head is given, becomes
+      [B · T, d_in]: where W takes no gradients, torch would else multiply each of its B parts by itself, and read W, or
+      in bfloat16 copy it, B times.
+
+    It acts on the function, not on the module, so hooks, adapters and replaced modules take part as ever.
     """
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
-        if func is nn.functional.linear and not kwargs and _AVAILABLE and _suits(*args):
+        if func is nn.functional.linear and not kwargs:
             x, weight, *bias = args
-            return torch.ops.mkldnn._linear_pointwise(x, weight, bias[0] if bias else None, "none", [], "")
+            if _AVAILABLE and _suits(*args):
+                return torch.ops.mkldnn._linear_pointwise(x, weight, bias[0] if bias else None, "none", [], "")
+            if _is_cut(*args):
+                return func(x.reshape(-1, x.shape[-1]), weight, *bias).unflatten(0, x.shape[:-1])
         return func(*args, **(kwargs or {}))
+
+
+def _is_cut(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
+    """Whether x has rows in several dimensions that do not lie one after the other, and may be multiplied in one."""
+    if type(x) is not Tensor or x.layout != torch.strided or x.dim() < 3 or not x.numel():
+        return False
+    strided = any(x.stride(i) != x.stride(i + 1) * x.shape[i + 1] for i in range(x.dim() - 2))
+    return strided and weight.dim() == 2 and (bias is None or bias.dim() == 1)
 
 
 def _suits(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:

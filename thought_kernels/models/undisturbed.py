@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from thought_kernels.models.attention_interface import NAME
+from thought_kernels.models.linear import FastLinear
 
 
 @contextlib.contextmanager
@@ -17,6 +18,7 @@ def undisturbed(model: Any) -> Iterator[None]:
 
     The flags are set one by one: modules that merge weights or the like in their own `train()` do nothing of it here.
     Where the package's own attention function is set, which takes no padding on the left, transformers' eager one is.
+    Linear modules are fast ones (FastLinear).
 
     Args:
         model: a torch module with parameters.
@@ -30,7 +32,7 @@ def undisturbed(model: Any) -> Iterator[None]:
             module.training = False
         for config in ours:
             config._attn_implementation = {"": "eager"}  # "": of this config alone, not of those in it
-        with torch.autocast(device, enabled=False):
+        with torch.autocast(device, enabled=False), FastLinear():
             yield
     finally:
         for module in training:

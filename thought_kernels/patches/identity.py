@@ -12,6 +12,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -30,6 +31,7 @@ _FIELDS = (
 _OLD = ("hidden_size", "num_hidden_layers", "model_type")  # what patches remember without an identity
 MISMATCH = ("warn", "refuse", "ignore")
 _HASHED, _KEPT = 4096, 16  # numbers of each weight
+_VOCABULARIES: WeakKeyDictionary[Any, tuple[int, str]] = WeakKeyDictionary()  # size and digest of each tokenizer's
 _ANOTHER = 0.5  # relative distance beyond which weights have nothing to do with each other; four bits leave about 0.1
 
 
@@ -53,7 +55,7 @@ def identity(model: Any, tokenizer: Any = None) -> dict[str, Any]:
     }
     if tokenizer is not None:
         found["tokenizer"] = {
-            "vocabulary": _digest(json.dumps(sorted(tokenizer.get_vocab().items())).encode()),
+            "vocabulary": _vocabulary(tokenizer),
             "template": _digest(str(tokenizer.chat_template or "").encode()),
         }
     return found
@@ -159,6 +161,15 @@ def _told(weight: Tensor) -> dict[str, Any]:
     kept = rounded[:: max(1, count // _KEPT)][:_KEPT].float().tolist()
     digests = (_digest(bits.view(torch.int16).numpy().tobytes()) for bits in (rounded, twice))
     return {**dict(zip(("sha256", "as_float16"), digests, strict=True)), "numbers": kept}
+
+
+def _vocabulary(tokenizer: Any) -> str:
+    """The digest of a tokenizer's tokens. Of 262,144 it takes about a second, and so it is kept until any are added."""
+    size, digest = _VOCABULARIES.get(tokenizer, (None, ""))
+    if size != len(tokenizer):
+        digest = _digest(json.dumps(sorted(tokenizer.get_vocab().items())).encode())
+        _VOCABULARIES[tokenizer] = len(tokenizer), digest
+    return digest
 
 
 def _distance(recorded: list[float], found: list[float]) -> float:
