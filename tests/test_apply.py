@@ -47,11 +47,12 @@ def by_hand(model: nn.Module, patch: ThoughtPatch) -> nn.Module:
     return model
 
 
+@pytest.mark.parametrize("tokens", [(2, 12), (8, 24)], ids=["few", "many"])  # factors meet few in one operator
 @pytest.mark.parametrize("rank", [None, 3])
 @pytest.mark.parametrize("sites", [("attention",), ("mlp",), ("down",), ("residual",), ALL])
-def test_each_site_is_changed_as_defined(sites: tuple[str, ...], rank: int | None) -> None:
+def test_each_site_is_changed_as_defined(sites: tuple[str, ...], rank: int | None, tokens: tuple[int, int]) -> None:
     patch = random_patch(sites=sites, rank=rank, dtype=torch.float64)
-    model, ids = tiny_gemma3(dtype=torch.float64), token_ids()
+    model, ids = tiny_gemma3(dtype=torch.float64), token_ids(*tokens)
     expected = describe(by_hand(tiny_gemma3(dtype=torch.float64), patch)).forward(ids)
     bare = describe(model).forward(ids)
     with patch.applied(model):
@@ -75,6 +76,16 @@ def test_applied_errs_no_more_than_twice_as_much_as_merged(dtype: torch.dtype) -
     assert applied.dtype == dtype
     condition = FORWARD * largest(truth) if dtype == torch.float32 else 0.0
     assert largest(applied.double() - truth) <= allowed_error(truth, merged, condition=condition)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_low_rank_patches_change_few_tokens_as_they_change_many(dtype: torch.dtype) -> None:
+    patch, ids = random_patch(sites=MATRICES, rank=3), token_ids(8, 24)
+    model, exact = tiny_gemma3(dtype=dtype), tiny_gemma3(dtype=dtype).double()
+    with torch.no_grad(), patch.applied(model), patch.applied(exact):
+        together, few, truth = model(ids).logits, torch.cat([model(row[None]).logits for row in ids]), exact(ids).logits
+    condition = FORWARD * largest(truth) if dtype == torch.float32 else 0.0
+    assert largest(few.double() - truth) <= allowed_error(truth, together, condition=condition)
 
 
 def test_model_and_description_run_the_same_patched_model() -> None:

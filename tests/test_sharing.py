@@ -95,6 +95,15 @@ def test_another_model_is_told_refused_or_ignored(recwarn: pytest.WarningsRecord
         patch.check(tiny("granite"), mismatch="ignore")  # what does not fit is never let pass
 
 
+def test_tokens_that_come_later_make_another_tokenizer() -> None:
+    model, tokenizer = tiny_gemma3(0), tiny_tokenizer()
+    patch = made_for(model, tokenizer)
+    assert patch.check(model, tokenizer, mismatch="refuse") == []
+    tokenizer.add_tokens("<new>")
+    with pytest.warns(UserWarning, match="tokenizer has another vocabulary"):
+        patch.check(model, tokenizer)
+
+
 def test_rounding_and_quantising_are_told_from_other_weights() -> None:
     model = tiny_gemma3()
     recorded = identity(model)

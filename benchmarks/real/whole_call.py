@@ -163,11 +163,14 @@ class Ways:
             ids[row, :before] = torch.tensor(prompt[:before], dtype=torch.long)
             ids[row, width - len(prompt) + before :] = torch.tensor(prompt[before:])
             mask[row, width - len(prompt) + before :] = 1
+        # As from_pretrained leaves it: a head without gradients would multiply the prompts' last tokens one by one.
+        self.model.get_output_embeddings().weight.requires_grad_(True)
         cache = {"past_key_values": self._cache(prompts[0][:before], len(prompts))} if cached else {}
         found = self.model.generate(
             input_ids=ids, attention_mask=mask, do_sample=False, max_new_tokens=tokens, pad_token_id=0,
             eos_token_id=None, stopping_criteria=[Stop(ended, width)], **cache,
         )[:, width:]  # fmt: skip
+        self.model.get_output_embeddings().weight.requires_grad_(False)
         return [
             next((answer[:n] for n in range(1, len(answer)) if ended(answer[:n])), answer) for answer in found.tolist()
         ]

@@ -62,7 +62,7 @@ class FastLinear(TorchFunctionMode):
     x Wᵀ + b, x [..., d_in], W [d_out, d_in], in the dtype as before.
 
     - Large float32 products on CPUs are oneDNN's, without gradients. Each output is one chain of additions, where MKL
-      has several: the rounding error, about √d_in eps / 4, is up to twice as large (benchmarks/measure/bench_linear.py).
+      has several: the rounding error, about √d_in eps / 4, is up to twice as large (bench_linear.py measures it).
       Processors without AVX-512, builds of torch without oneDNN, autocast, and biases that are spread or strided keep
       torch's own choice.
     - x [B, T, d_in] that is cut from a longer one, as the last tokens are which a language-model head is given, becomes

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import sys
-import weakref
-from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
-from functools import partial
 from types import TracebackType
 from typing import Any
 
@@ -15,10 +12,10 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from thought_kernels.models import Block, describe
-from thought_kernels.models.sharded import part, part_of_rows, summed, whole
 from thought_kernels.ops.caller import warn
 from thought_kernels.patches.data import PatchData
 from thought_kernels.patches.site import SitePatch, is_finite
+from thought_kernels.patches.site_hook import Change, SiteHook
 
 
 class AppliedPatch:
@@ -41,7 +38,7 @@ class AppliedPatch:
             for layer in sorted({layer for layer, _ in patch.entries}):
                 self._handles.append(decoder.blocks[layer].layer.register_forward_pre_hook(watch.input_hook))
             for (_, site), entry, module in checked:
-                self._handles.append(_Change(entry).hook(site, module))
+                self._handles.append(Change(entry).hook(site, module))
             forget_compiled()
         except BaseException:
             self.remove()
@@ -75,7 +72,7 @@ def is_patched(model: nn.Module) -> bool:
 
 def _acts(entry: SitePatch, module: nn.Module) -> bool:
     """Whether this very entry acts in the module already."""
-    return any(isinstance(owner, _Change) and owner.is_of(entry) for owner in _owners(module))
+    return any(isinstance(owner, Change) and owner.is_of(entry) for owner in _owners(module))
 
 
 def _owners(module: nn.Module) -> Iterator[Any]:
@@ -147,111 +144,6 @@ class _Watch:
             again = any(isinstance(x, Tensor) and x.requires_grad and not x.is_leaf for x in args)
         if again:
             self._tell()
-
-
-class SiteHook(ABC):
-    """What changes the activations of a site: an input x, or an output y with its input x."""
-
-    @property
-    def acts(self) -> bool:
-        """Whether it changes anything."""
-        return True
-
-    @abstractmethod
-    def __call__(self, x: Tensor, y: Tensor | None = None) -> Tensor:
-        """The changed x, or the changed y where there is one."""
-
-    def hook(self, site: str, module: nn.Module) -> RemovableHandle:
-        """Puts itself to work at the site's module, `hooked`."""
-        # prepend: the patch applied last changes the activation first, as W (1 + Δ₁)(1 + Δ₂) does.
-        if site == "residual":
-            return module.register_forward_hook(self.output_hook, prepend=True)
-        if site == "down":
-            return module.register_forward_hook(self.added_hook, with_kwargs=True)
-        return module.register_forward_pre_hook(self.input_hook, prepend=True, with_kwargs=True)
-
-    def input_hook(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
-        if args:
-            return (self._changed(module, args[0]), *args[1:]), kwargs
-        name = next(iter(kwargs))
-        return args, {**kwargs, name: self._changed(module, kwargs[name])}
-
-    def added_hook(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
-        return self._added(module, args[0] if args else next(iter(kwargs.values())), output)
-
-    def output_hook(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        if isinstance(output, tuple):
-            return (self(output[0]), *output[1:])
-        return self(output)
-
-    def _changed(self, module: nn.Module, x: Tensor) -> Tensor:
-        """An input, of which this process may have a part, after the change of the whole."""
-        entire = whole(module, x, for_part=True)
-        return self(entire) if entire is x else part(module, self(entire))
-
-    def _added(self, module: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-        """An output after its change by the input, of which this process may have a part."""
-        return self(whole(module, x), y)
-
-
-class _Change(SiteHook):
-    """x -> x + Δ x + v, or y -> y + Δ x + v, on whatever device and in whatever dtype x comes.
-
-    A copy or a pickle of the model takes its hooks along, and no handle could remove them there: theirs do nothing.
-    """
-
-    def __init__(self, entry: SitePatch | None) -> None:
-        self._entry = entry
-        self._source = None if entry is None else weakref.ref(entry)  # of what may be kept as a part alone
-        self._vector = None if entry is None else entry.vector
-        self._is_part = False
-
-    @property
-    def acts(self) -> bool:
-        return self._source is not None
-
-    def is_of(self, entry: SitePatch) -> bool:
-        """Whether it was made of this very entry."""
-        return self._source is not None and self._source() is entry
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _Change, (None,)
-
-    # Where the model is divided among processes, each keeps the part of Δ that makes or meets its part of x.
-
-    def _changed(self, module: nn.Module, x: Tensor) -> Tensor:
-        entire = whole(module, x, for_part=True)
-        if entire is x or self._entry is None:
-            return self(x)
-        if not self._is_part:
-            self._entry, self._is_part = self._entry.part(partial(part_of_rows, module), outputs=True), True
-        return self(entire, x)
-
-    def _added(self, module: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-        entry = self._entry
-        if entry is None or (entry.matrix is None and entry.factors is None):  # which x does not enter
-            return self(x, y)
-        if not self._is_part and x.shape[-1] == entry.input_width:
-            return self(x, y)
-        if not self._is_part:
-            self._entry, self._is_part = entry.part(partial(part_of_rows, module), outputs=False), True
-        dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-        shift = summed(module, self(x, torch.zeros_like(y, dtype=dtype)))
-        if self._vector is not None:
-            shift = shift + self._vector.to(shift)
-        return (y.to(dtype) + shift).to(y.dtype)
-
-    def __call__(self, x: Tensor, y: Tensor | None = None) -> Tensor:
-        changed = x if y is None else y
-        entry = self._entry  # read once: replicas of the model on several devices run in threads of their own
-        if entry is None:
-            return changed
-        dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-        if any(tensor.device != x.device or tensor.dtype != dtype for tensor in entry.tensors().values()):
-            # Kept converted: the activations of one block do not change their device or dtype between calls.
-            self._entry = entry = entry.to(x.device, dtype)
-        with torch.autocast(x.device.type, enabled=False):
-            return (changed.to(dtype) + entry.shift(x.to(dtype))).to(changed.dtype)
 
 
 def targets(function: str, patch: PatchData, model: Any) -> Iterator[tuple[tuple[int, str], SitePatch, Any]]:

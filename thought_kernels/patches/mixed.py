@@ -8,13 +8,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 from torch.utils.hooks import RemovableHandle
 
 from thought_kernels.ops.gathered_low_rank import gathered
-from thought_kernels.patches.apply import SiteHook, check_unshared, forget_compiled, hooked, targets
+from thought_kernels.patches.apply import check_unshared, forget_compiled, hooked, targets
 from thought_kernels.patches.data import PatchData
 from thought_kernels.patches.site import SitePatch
+from thought_kernels.patches.site_hook import SiteHook
+from thought_kernels.patches.stack import Stack, is_differentiated
 
 
 class MixedPatches:
@@ -102,12 +103,6 @@ class MixedPatches:
         forget_compiled()
 
 
-def _is_differentiated(*tensors: Tensor) -> bool:
-    """Whether gradients are recorded, backward or forward."""
-    recorded = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
-    return recorded or forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
-
-
 class _Site(SiteHook):
     """One block's site: every patch's entry there, None where a patch has none."""
 
@@ -115,7 +110,7 @@ class _Site(SiteHook):
         self._entries, self._owner = entries, owner
         present = [entry for entry in entries if entry is not None]
         self._low_rank = all(entry.factors is not None for entry in present)
-        self._stack: _Stack | None = None
+        self._stack: Stack | None = None
         self._rows: list[int | None] = []
         self._index: Tensor | None = None
 
@@ -139,11 +134,11 @@ class _Site(SiteHook):
     def _gathered(self, rows: list[int | None], x: Tensor, changed: Tensor, dtype: torch.dtype) -> Tensor:
         stack = self._stack
         if stack is None or stack.right.device != x.device or stack.right.dtype != dtype:
-            self._stack = stack = _Stack(self._entries, x.device, dtype)
+            self._stack = stack = Stack(self._entries, x.device, dtype)
             self._index = None
         if self._index is None or rows != self._rows:
             self._rows, self._index = rows, stack.index(rows)
-        if not _is_differentiated(x, changed):
+        if not is_differentiated(x, changed):
             return gathered(x, stack.right, stack.left, self._index, stack.vector, changed)
         with torch.autocast(x.device.type, enabled=False):  # the operator has no gradient
             return (changed.to(dtype) + stack.shift(x.to(dtype), self._index)).to(changed.dtype)
@@ -155,38 +150,3 @@ class _Site(SiteHook):
                 own = torch.tensor(places, device=x.device)
                 changed.index_add_(0, own, entry.shift(x.index_select(0, own)).expand(len(own), *changed.shape[1:]))
         return changed
-
-
-class _Stack:
-    """The factors of all patches that have some at a site: V [P, d_in, r], Uᵀ [P, r, d_out] and v [P, d_out]."""
-
-    def __init__(self, entries: list[SitePatch | None], device: torch.device, dtype: torch.dtype) -> None:
-        present = [entry for entry in entries if entry is not None]
-        factors = [entry.factors for entry in present if entry.factors is not None]
-        rank = max(left.shape[1] for left, _ in factors)
-        (d_out, _), (d_in, _) = (factor.shape for factor in factors[0])
-        self.right = torch.zeros(len(factors), d_in, rank, device=device, dtype=dtype)
-        self.left = torch.zeros(len(factors), rank, d_out, device=device, dtype=dtype)
-        for place, (left, right) in enumerate(factors):
-            self.right[place, :, : right.shape[1]] = right
-            self.left[place, : left.shape[1]] = left.T
-        self.vector: Tensor | None = None
-        if any(entry.vector is not None for entry in present):
-            self.vector = torch.zeros(len(factors), d_out, device=device, dtype=dtype)
-            for place, entry in enumerate(present):
-                if entry.vector is not None:
-                    self.vector[place] = entry.vector
-        stacked = iter(range(len(factors)))
-        self._places = [-1 if entry is None else next(stacked) for entry in entries]
-
-    def shift(self, x: Tensor, index: Tensor) -> Tensor:
-        """x_b V_p U_pᵀ + v_p of each row, in torch's own products, which copy each row's factors; 0 for none."""
-        own = index.clamp(min=0)
-        shift = torch.bmm(torch.bmm(x, self.right[own]), self.left[own])
-        if self.vector is not None:
-            shift = shift + self.vector[own][:, None]
-        return torch.where(index[:, None, None] >= 0, shift, 0)
-
-    def index(self, rows: list[int | None]) -> Tensor:
-        """Where in the stack the patch of each row is, −1 for none."""
-        return torch.tensor([-1 if row is None else self._places[row] for row in rows], device=self.right.device)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 SITES = ("attention", "mlp", "down", "residual")
 MATRIX_SITES = ("attention", "mlp", "down")
@@ -124,9 +124,9 @@ class SitePatch:
         shift = x.new_zeros(())
         if self.factors is not None:
             left, right = self.factors
-            shift = (x @ right) @ left.T
+            shift = nn.functional.linear(nn.functional.linear(x, right.T), left)
         elif self.matrix is not None:
-            shift = x @ self.matrix.T
+            shift = nn.functional.linear(x, self.matrix)
         return shift if self.vector is None else (shift + self.vector).expand(*x.shape[:-1], -1)
 
     def norm(self) -> float:
