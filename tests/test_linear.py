@@ -15,7 +15,12 @@ def products(call):
     """Names of the matrix products that torch runs in call()."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile, torch.no_grad():
         call()
-    return {event.name for event in profile.events()} & {"aten::addmm", "aten::mm", "aten::bmm", "mkldnn::_linear_pointwise"}
+    return {event.name for event in profile.events()} & {
+        "aten::addmm",
+        "aten::mm",
+        "aten::bmm",
+        "mkldnn::_linear_pointwise",
+    }
 
 
 def condition(x, weight, bias=0.0):
