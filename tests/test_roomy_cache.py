@@ -14,7 +14,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from thought_kernels.generation import prefix
 from thought_kernels.generation.continuations import continue_prompts
 from thought_kernels.models import roomy_cache
-from thought_kernels.models.roomy_cache import RoomyLayer, repeated
+from thought_kernels.models.roomy_cache import RoomyLayer, RoomySlidingLayer, repeated
 
 PREFIX, ROWS = 5, 3
 
@@ -63,24 +63,33 @@ def test_a_layer_holds_what_transformers_own_does_however_little_room_there_was(
     same_steps(cache.layers[0], theirs, steps=9, rows=2)
 
 
-def test_no_token_moves_the_keys_before_it() -> None:
-    cache = cache_of(filled(DynamicLayer()))
+@pytest.mark.parametrize("layer", [DynamicLayer(), DynamicSlidingWindowLayer(sliding_window=4)])
+def test_no_token_moves_the_keys_before_it(layer: Any) -> None:
+    cache = cache_of(filled(layer))
     repeated(cache, ROWS, 1, room=19)
-    layer, places = cache.layers[0], set()
+    places = set()
     for step in range(20):
-        keys, values = layer.update(*states(step, ROWS, 1))
-        places.add((keys.data_ptr(), values.data_ptr()))
+        shown = cache.layers[0].update(*states(step, ROWS, 1))
+        places.add(tuple(tensor.untyped_storage().data_ptr() for tensor in shown))
     assert len(places) == 1
 
 
-@pytest.mark.parametrize(("window", "roomy"), [(PREFIX + 12, True), (PREFIX + 11, False), (3, False)])
-def test_a_layer_that_slides_grows_only_while_its_window_holds_all(window: int, roomy: bool) -> None:
+@pytest.mark.parametrize("room", [0, 3, 30])
+@pytest.mark.parametrize("window", [PREFIX + 12, PREFIX + 4, PREFIX + 1, PREFIX, 3, 2])
+def test_a_layer_that_slides_shows_what_transformers_own_does(
+    window: int, room: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(roomy_cache, "_ROOM", room)
     theirs = filled(DynamicSlidingWindowLayer(sliding_window=window))
     cache = cache_of(copy.deepcopy(theirs))
     repeated(cache, ROWS, 4, room=8)
-    assert isinstance(cache.layers[0], RoomyLayer) == roomy
+    assert isinstance(cache.layers[0], RoomySlidingLayer) and cache.layers[0].is_sliding
     theirs.batch_repeat_interleave(ROWS)
     same_steps(cache.layers[0], theirs, steps=9)  # 4 + 8 tokens
+    left = torch.tensor([0, 2])
+    for layer in (cache.layers[0], theirs):
+        layer.batch_select_indices(left)
+    same_steps(cache.layers[0], theirs, steps=9, rows=2)
 
 
 def test_layers_of_other_kinds_stay_what_they_are() -> None:

@@ -30,37 +30,67 @@ class RoomyLayer(DynamicLayer):
         super().__init__()
         assert held.keys is not None and held.values is not None
         self.lazy_initialization(held.keys, held.values)
-        length = held.keys.shape[-2]
-        self._places = [
-            _with_room(tensor.expand(rows, -1, -1, -1), length + room) for tensor in (held.keys, held.values)
-        ]
-        self._fill(length)
+        self._begin([tensor.expand(rows, -1, -1, -1) for tensor in (held.keys, held.values)], room)
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Writes [B, Hkv, T, D] behind what is there; both with all that came before."""
-        start = self.get_seq_length()
-        stop = start + key_states.shape[-2]
-        if stop > self._places[0].shape[2]:
-            self._places = [_with_room(tensor, stop + stop // 2) for tensor in (self.keys, self.values)]
+        count = key_states.shape[-2]
+        if self._stop + count > self._places[0].shape[2]:
+            assert self.keys is not None and self.values is not None
+            self._begin([self.keys, self.values], count + self.keys.shape[2] // 2)
         for places, states in zip(self._places, (key_states, value_states), strict=True):
-            places[:, :, start:stop] = states
-        return self._fill(stop)
+            places[:, :, self._stop : self._stop + count] = states
+        self._stop += count
+        self.keys, self.values = self._shown(self._first)
+        return self.keys, self.values
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keeps some of the rows."""
-        length = self.get_seq_length()
         self._places = [places[indices.to(places.device)] for places in self._places]
-        self._fill(length)
+        self.keys, self.values = self._shown(self._first)
 
     def _refuse(self, *args: Any, **kwargs: Any) -> None:
         raise NotImplementedError("RoomyLayer: the cache must only be read, grow and lose rows, got another call")
 
     batch_repeat_interleave = reorder_cache = crop = reset = offload = prefetch = _refuse
 
-    def _fill(self, length: int) -> tuple[Tensor, Tensor]:
-        keys, values = (places[:, :, :length] for places in self._places)
-        self.keys, self.values = keys, values
+    def _begin(self, held: list[Tensor], room: int) -> None:
+        """Takes memory for what is held, and for so many places more."""
+        self._first, self._stop = 0, held[0].shape[2]
+        self._places = [_with_room(tensor, self._stop + room) for tensor in held]
+        self.keys, self.values = self._shown(0)
+
+    def _shown(self, first: int) -> tuple[Tensor, Tensor]:
+        keys, values = (places[:, :, first : self._stop] for places in self._places)
         return keys, values
+
+
+class RoomySlidingLayer(RoomyLayer):
+    """As DynamicSlidingWindowLayer, without copies: what the window leaves behind stays in memory and is not shown.
+
+    Args:
+        held, rows, room: as in RoomyLayer.
+    """
+
+    is_sliding = True
+    get_mask_sizes = DynamicSlidingWindowLayer.get_mask_sizes
+    get_max_length = DynamicSlidingWindowLayer.get_max_length
+
+    def __init__(self, held: DynamicSlidingWindowLayer, rows: int, room: int) -> None:
+        super().__init__(held, rows, room)
+        self.sliding_window, self.cumulative_length = held.sliding_window, held.cumulative_length
+
+    def get_seq_length(self) -> int:
+        """Tokens so far, those that are not held any more included."""
+        return self.cumulative_length
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Writes [B, Hkv, T, D] behind what is there; both with what the first of the new tokens still sees."""
+        self.cumulative_length += key_states.shape[-2]
+        seen = super().update(key_states, value_states)
+        self._first = max(self._first, self._stop - self.sliding_window + 1)
+        self.keys, self.values = self._shown(self._first)
+        return seen
 
 
 def _with_room(held: Tensor, length: int) -> Tensor:
@@ -71,10 +101,7 @@ def _with_room(held: Tensor, length: int) -> Tensor:
 
 
 def repeated(cache: Any, rows: int, width: int, room: int = 0) -> None:
-    """Repeats a cache of one row, in place.
-
-    A layer that slides is as any other where its window holds all that may come; else, and where it is of another kind,
-    it stays what it is.
+    """Repeats a cache of one row, in place; a layer of another kind stays what it is.
 
     Args:
         cache: of transformers.
@@ -82,11 +109,10 @@ def repeated(cache: Any, rows: int, width: int, room: int = 0) -> None:
         width: tokens of each row that come first, together.
         room: tokens at most that may follow them.
     """
+    kinds = {DynamicLayer: RoomyLayer, DynamicSlidingWindowLayer: RoomySlidingLayer}
     for index, layer in enumerate(cache.layers):
-        grows = type(layer) is DynamicLayer or (
-            type(layer) is DynamicSlidingWindowLayer and layer.get_seq_length() + width + room <= layer.sliding_window
-        )
-        if grows and layer.get_seq_length():
-            cache.layers[index] = RoomyLayer(layer, rows, width + min(room, _ROOM))
+        kind = kinds.get(type(layer))
+        if kind is not None and layer.get_seq_length():
+            cache.layers[index] = kind(layer, rows, width + min(room, _ROOM))
         else:
             layer.batch_repeat_interleave(rows)
