@@ -26,6 +26,10 @@ class RoomyLayer(DynamicLayer):
         room: places behind them at first.
     """
 
+    _places: list[Tensor]  # keys and values, [B, Hkv, places, D]
+    _first: int  # of those that are shown
+    _stop: int
+
     def __init__(self, held: DynamicLayer, rows: int, room: int) -> None:
         super().__init__()
         assert held.keys is not None and held.values is not None
@@ -36,13 +40,12 @@ class RoomyLayer(DynamicLayer):
         """Writes [B, Hkv, T, D] behind what is there; both with all that came before."""
         count = key_states.shape[-2]
         if self._stop + count > self._places[0].shape[2]:
-            assert self.keys is not None and self.values is not None
-            self._begin([self.keys, self.values], count + self.keys.shape[2] // 2)
+            self._begin(list(self._shown(self._first)), count + (self._stop - self._first) // 2)
         for places, states in zip(self._places, (key_states, value_states), strict=True):
             places[:, :, self._stop : self._stop + count] = states
         self._stop += count
-        self.keys, self.values = self._shown(self._first)
-        return self.keys, self.values
+        keys, values = self.keys, self.values = self._shown(self._first)
+        return keys, values
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keeps some of the rows."""
