@@ -16,6 +16,8 @@ from torch import Tensor, nn
 
 from thought_kernels.models import describe
 from thought_kernels.models.norm import hooked
+from thought_kernels.ops.gathered_low_rank import gathered
+from thought_kernels.patches import site_hook
 from thought_kernels.patches.apply import is_patched
 from thought_kernels.patches.patch import ThoughtPatch
 from thought_kernels.patches.site import SitePatch
@@ -86,6 +88,31 @@ def test_low_rank_patches_change_few_tokens_as_they_change_many(dtype: torch.dty
         together, few, truth = model(ids).logits, torch.cat([model(row[None]).logits for row in ids]), exact(ids).logits
     condition = FORWARD * largest(truth) if dtype == torch.float32 else 0.0
     assert largest(few.double() - truth) <= allowed_error(truth, together, condition=condition)
+
+
+def test_low_rank_patches_meet_few_tokens_in_one_operator_with_their_factors_as_they_are(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    patch, model, ids = random_patch(sites=("down",), rank=3, layers=(0,)), tiny_gemma3(), token_ids(8, 24)
+    calls = []
+    monkeypatch.setattr(site_hook, "gathered", lambda *args: calls.append(len(args[0])) or gathered(*args))
+
+    def read(ids: Tensor) -> Tensor:
+        with torch.no_grad():
+            return model(ids).logits
+
+    with patch.applied(model):
+        read(ids)
+        assert calls == []
+        before = read(ids[:2])
+        assert calls == [2]
+        patch.entries[0, "down"].factors[0].mul_(3)  # as an optimiser changes them
+        few, many = read(ids[:2]), read(ids)[:2]
+        assert calls == [2, 2] and largest(few - before) > 1e-3
+        torch.testing.assert_close(few, many, rtol=1e-4, atol=1e-4)
+        model.requires_grad_(True)
+        model(ids[:1])
+        assert calls == [2, 2]  # which has no gradient
 
 
 def test_model_and_description_run_the_same_patched_model() -> None:

@@ -1,14 +1,17 @@
-"""Products by oneDNN: the same numbers, only where they pay, and hooks as ever."""
+"""Fast products of linear modules: the same numbers, only where they pay, and hooks as ever."""
+
+import copy
 
 import pytest
 import torch
 from tolerances import allowed_error, largest, rounding
 from torch import nn
 
-from thought_kernels.models import linear
+from thought_kernels.models import linear as linear_module
 from thought_kernels.models.linear import FEWEST_PRODUCTS, FastLinear
+from thought_kernels.models.undisturbed import undisturbed
 
-available = pytest.mark.skipif(not linear._AVAILABLE, reason="needs AVX-512 and a torch with oneDNN")
+available = pytest.mark.skipif(not linear_module._AVAILABLE, reason="needs AVX-512 and a torch with oneDNN")
 
 
 def products(call):
@@ -120,7 +123,8 @@ def test_rows_cut_from_longer_ones_are_multiplied_together(batch, bias, dtype):
     if batch > 1 or not bias:  # else there is nothing to mend
         assert products(lambda: module(last)) == {"aten::bmm"}
     with torch.no_grad(), FastLinear():
-        assert products(lambda: module(last)) <= {"aten::mm", "aten::addmm", "mkldnn::_linear_pointwise"}
+        found = products(lambda: module(last))
+        assert found and found <= {"aten::mm", "aten::addmm", "mkldnn::_linear_pointwise"}
         out = module(last)
     exact = last.double() @ module.weight.double().mT + (module.bias.double() if bias else 0)
     terms = last.double().abs() @ module.weight.double().abs().mT + (module.bias.double().abs() if bias else 0)
@@ -136,3 +140,52 @@ def test_gradients_flow_through_rows_cut_from_longer_ones():
     with FastLinear():
         module(x[:, -2:]).square().sum().backward()
     torch.testing.assert_close(x.grad, expected)
+
+
+@available
+def test_linear_modules_of_an_undisturbed_model_are_fast_and_then_as_they_were():
+    model = nn.Sequential(nn.Linear(128, 128, bias=False), nn.Linear(128, 128), nn.Linear(128, 128))
+    model[2].forward = own = lambda x: 2 * x
+    x = torch.randn(enough(128), 128)
+    before = [dict(vars(module)) for module in model]
+    with undisturbed(model), undisturbed(model):
+        assert products(lambda: model(x)) == {"mkldnn::_linear_pointwise"}
+        assert model[2].forward is own
+        copied = copy.deepcopy(model)
+    assert "mkldnn::_linear_pointwise" not in products(lambda: model(x))
+    assert [dict(vars(module)) for module in model] == before
+    with torch.no_grad():
+        model[0].weight.zero_()
+        assert copied[0](x).abs().max() > 0  # of its own weight
+
+
+def in_graph(graph):
+    return {str(node.target) for node in graph.graph.nodes}
+
+
+def test_compiled_graphs_hold_torchs_own_product_alone():
+    seen, model = [], nn.Sequential(nn.Linear(128, 128))
+
+    def backend(graph, inputs):
+        seen.append(in_graph(graph))
+        return graph.forward
+
+    x = torch.randn(enough(128), 128)
+    with torch.no_grad(), undisturbed(model):
+        out = torch.compile(model, backend=backend)(x)
+    assert seen and not any("mkldnn" in target for graph in seen for target in graph)
+    torch.testing.assert_close(out, model(x))
+
+
+def test_forward_derivatives_are_right_without_gradients():
+    weight, x, change = torch.randn(128, 128), torch.randn(enough(128), 128), torch.randn(enough(128), 128)
+    with torch.no_grad():
+        _, tangent = torch.func.jvp(lambda value: linear_module.linear(value, weight), (x,), (change,))
+    torch.testing.assert_close(tangent, change @ weight.mT)
+
+
+@available
+def test_weights_whose_rows_overlap_are_multiplied_by_torch():
+    x, weight = torch.randn(enough(128), 128), torch.randn(400).as_strided((128, 128), (1, 2))
+    with torch.no_grad():
+        torch.testing.assert_close(linear_module.linear(x, weight), x @ weight.mT)

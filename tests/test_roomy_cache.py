@@ -92,6 +92,20 @@ def test_a_layer_that_slides_shows_what_transformers_own_does(
     same_steps(cache.layers[0], theirs, steps=9, rows=2)
 
 
+def test_what_a_window_left_behind_does_not_stay_for_good(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(roomy_cache, "_ROOM", 8)
+    theirs = filled(DynamicSlidingWindowLayer(sliding_window=4))
+    cache = cache_of(copy.deepcopy(theirs))
+    repeated(cache, ROWS, 40, room=60)
+    theirs.batch_repeat_interleave(ROWS)
+    for step, length in enumerate((40, *[1] * 60)):
+        new = states(step, ROWS, length)
+        for found, wanted in zip(cache.layers[0].update(*new), theirs.update(*new), strict=True):
+            torch.testing.assert_close(found, wanted, rtol=0, atol=0)
+        held = cache.layers[0].keys.untyped_storage().nbytes() / (ROWS * 2 * 4 * 4)
+        assert held <= 4 + 2 * 8 + 1
+
+
 def test_layers_of_other_kinds_stay_what_they_are() -> None:
     class Other(DynamicLayer):
         pass

@@ -23,6 +23,7 @@ ours before anything is timed. *recovered* is the effect on the task's held-out 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import datetime
 import math
 import statistics
@@ -163,14 +164,12 @@ class Ways:
             ids[row, :before] = torch.tensor(prompt[:before], dtype=torch.long)
             ids[row, width - len(prompt) + before :] = torch.tensor(prompt[before:])
             mask[row, width - len(prompt) + before :] = 1
-        # As from_pretrained leaves it: a head without gradients would multiply the prompts' last tokens one by one.
-        self.model.get_output_embeddings().weight.requires_grad_(True)
         cache = {"past_key_values": self._cache(prompts[0][:before], len(prompts))} if cached else {}
-        found = self.model.generate(
-            input_ids=ids, attention_mask=mask, do_sample=False, max_new_tokens=tokens, pad_token_id=0,
-            eos_token_id=None, stopping_criteria=[Stop(ended, width)], **cache,
-        )[:, width:]  # fmt: skip
-        self.model.get_output_embeddings().weight.requires_grad_(False)
+        with with_gradients(self.model.get_output_embeddings().weight):
+            found = self.model.generate(
+                input_ids=ids, attention_mask=mask, do_sample=False, max_new_tokens=tokens, pad_token_id=0,
+                eos_token_id=None, stopping_criteria=[Stop(ended, width)], **cache,
+            )[:, width:]  # fmt: skip
         return [
             next((answer[:n] for n in range(1, len(answer)) if ended(answer[:n])), answer) for answer in found.tolist()
         ]
@@ -201,6 +200,17 @@ class Ways:
             for cached in (False, True):
                 if self.generate(prompts, cached) != self.write(prompts):
                     raise SystemExit(f"whole_call: generate, cached {cached}, must write what transmute's loop does")
+
+
+@contextlib.contextmanager
+def with_gradients(weight: Tensor) -> Iterator[None]:
+    """A head's weight as from_pretrained leaves it: without gradients it would multiply a batch's rows one by one."""
+    before = weight.requires_grad
+    weight.requires_grad_(True)
+    try:
+        yield
+    finally:
+        weight.requires_grad_(before)
 
 
 def by_length(rows: Sequence[EncodedExample]) -> Iterator[Tensor]:

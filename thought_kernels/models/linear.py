@@ -1,4 +1,4 @@
-"""Linear modules: their weights whichever way round they are stored, and their float32 products on CPUs by oneDNN.
+"""Linear modules: their weights whichever way round they are stored, and their products where torch's are slow.
 
 torch hands float32 products to MKL, which on AMD processors uses half of the vector units' width: oneDNN takes less
 than half of its time there (benchmarks/measure/bench_linear.py). It is part of torch; float64 it has not, and bfloat16
@@ -7,6 +7,9 @@ torch gives it already.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,6 +17,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from thought_kernels.ops.checks import FLOATS
+from thought_kernels.ops.eager import is_eager
 
 
 def is_transposed(module: Any) -> bool:
@@ -56,8 +60,8 @@ def input_width(module: Any) -> int:
 FEWEST_PRODUCTS = 1 << 20
 
 
-class FastLinear(TorchFunctionMode):
-    """Within it, ``torch.nn.functional.linear`` is as fast as torch can make it, and the same but for rounding.
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``torch.nn.functional.linear``, the same but for rounding, where torch's own way is slow.
 
     x Wᵀ + b, x [..., d_in], W [d_out, d_in], in the dtype as before.
 
@@ -65,24 +69,48 @@ class FastLinear(TorchFunctionMode):
       has several: the rounding error, about √d_in eps / 4, is up to twice as large (bench_linear.py measures it).
       Processors without AVX-512, builds of torch without oneDNN, autocast, and biases that are spread or strided keep
       torch's own choice.
-    - x [B, T, d_in] that is cut from a longer one, as the last tokens are which a language-model head is given, becomes
-      [B · T, d_in]: where W takes no gradients, torch would else multiply each of its B parts by itself, and read W, or
-      in bfloat16 copy it, B times.
+    - x [B, T, d_in] may be cut from a longer one, as the last tokens are that a language-model head is given. Torch
+      then takes W B times, and in bfloat16 copies it each time, unless W takes gradients. Here it is one product.
+    """
+    if is_eager():
+        if _AVAILABLE and _suits(x, weight, bias):
+            return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+        if _is_cut(x, weight, bias):
+            return nn.functional.linear(x.reshape(-1, x.shape[-1]), weight, bias).unflatten(0, x.shape[:-1])
+    return nn.functional.linear(x, weight, bias)
 
-    It acts on the function, not on the module, so hooks, adapters and replaced modules take part as ever.
+
+class FastLinear(TorchFunctionMode):
+    """Within it, ``torch.nn.functional.linear`` is `linear`.
+
+    It acts on the function, not on the module, so hooks, adapters and replaced modules take part as ever. It sees every
+    call of torch's, which takes time where products are small: for a module or a few.
     """
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         if func is nn.functional.linear and not kwargs:
-            x, weight, *bias = args
-            if _AVAILABLE and _suits(*args):
-                return torch.ops.mkldnn._linear_pointwise(x, weight, bias[0] if bias else None, "none", [], "")
-            if _is_cut(*args):
-                return func(x.reshape(-1, x.shape[-1]), weight, *bias).unflatten(0, x.shape[:-1])
+            return linear(*args)
         return func(*args, **(kwargs or {}))
 
 
-def _is_cut(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
+@contextlib.contextmanager
+def fast_linears(model: nn.Module) -> Iterator[None]:
+    """torch's own linear modules of a model multiply by `linear`; those that somebody gave another forward keep it."""
+    changed = [module for module in model.modules() if type(module) is nn.Linear and "forward" not in vars(module)]
+    for module in changed:
+        vars(module)["forward"] = partial(_forward, module)
+    try:
+        yield
+    finally:
+        for module in changed:
+            vars(module).pop("forward", None)
+
+
+def _forward(module: nn.Linear, input: Tensor) -> Tensor:  # the name that torch has for it
+    return linear(input, module.weight, module.bias)
+
+
+def _is_cut(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     """Whether x has rows in several dimensions that do not lie one after the other, and may be multiplied in one."""
     if type(x) is not Tensor or x.layout != torch.strided or x.dim() < 3 or not x.numel():
         return False
@@ -90,7 +118,7 @@ def _is_cut(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
     return strided and weight.dim() == 2 and (bias is None or bias.dim() == 1)
 
 
-def _suits(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
+def _suits(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     operands = (x, weight) if bias is None else (x, weight, bias)
     return (
         all(type(t) in (Tensor, nn.Parameter) and t.dtype == torch.float32 and t.device.type == "cpu" for t in operands)
@@ -98,6 +126,7 @@ def _suits(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
         and weight.dim() == 2
         and x.dim() >= 2
         and x.shape[-1] == weight.shape[1]
+        and _is_laid_out(weight)
         # Of another bias the operator reads other numbers, or none, without a word.
         and (bias is None or (bias.shape == weight.shape[:1] and bias.is_contiguous()))
         and x.numel() * weight.shape[0] >= FEWEST_PRODUCTS
@@ -105,6 +134,12 @@ def _suits(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
         and not torch.is_autocast_enabled("cpu")
         and bool(torch.backends.mkldnn.enabled)
     )
+
+
+def _is_laid_out(weight: Tensor) -> bool:
+    """Whether rows, or columns, follow each other without overlap."""
+    (rows, columns), (down, along) = weight.shape, weight.stride()
+    return (along == 1 and down >= columns) or (down == 1 and along >= rows)
 
 
 _AVAILABLE = (

@@ -49,8 +49,9 @@ class RoomyLayer(DynamicLayer):
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keeps some of the rows."""
-        self._places = [places[indices.to(places.device)] for places in self._places]
-        self.keys, self.values = self._shown(self._first)
+        self._places = [places[:, :, self._first :][indices.to(places.device)] for places in self._places]
+        self._first, self._stop = 0, self._stop - self._first
+        self.keys, self.values = self._shown(0)
 
     def _refuse(self, *args: Any, **kwargs: Any) -> None:
         raise NotImplementedError("RoomyLayer: the cache must only be read, grow and lose rows, got another call")
@@ -69,7 +70,9 @@ class RoomyLayer(DynamicLayer):
 
 
 class RoomySlidingLayer(RoomyLayer):
-    """As DynamicSlidingWindowLayer, without copies: what the window leaves behind stays in memory and is not shown.
+    """As DynamicSlidingWindowLayer, without a copy for every token: what the window leaves behind is not shown.
+
+    It stays in memory until there is more of it than the window holds, and than room was made for.
 
     Args:
         held, rows, room: as in RoomyLayer.
@@ -93,6 +96,8 @@ class RoomySlidingLayer(RoomyLayer):
         seen = super().update(key_states, value_states)
         self._first = max(self._first, self._stop - self.sliding_window + 1)
         self.keys, self.values = self._shown(self._first)
+        if self._first > max(self.sliding_window, _ROOM):
+            self._begin([self.keys, self.values], _ROOM)
         return seen
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from thought_kernels.models.attention_interface import NAME
-from thought_kernels.models.linear import FastLinear
+from thought_kernels.models.linear import fast_linears
 
 
 @contextlib.contextmanager
@@ -18,7 +18,7 @@ def undisturbed(model: Any) -> Iterator[None]:
 
     The flags are set one by one: modules that merge weights or the like in their own `train()` do nothing of it here.
     Where the package's own attention function is set, which takes no padding on the left, transformers' eager one is.
-    Linear modules are fast ones (FastLinear).
+    Its linear modules are fast ones (`fast_linears`).
 
     Args:
         model: a torch module with parameters.
@@ -32,7 +32,7 @@ def undisturbed(model: Any) -> Iterator[None]:
             module.training = False
         for config in ours:
             config._attn_implementation = {"": "eager"}  # "": of this config alone, not of those in it
-        with torch.autocast(device, enabled=False), FastLinear():
+        with torch.autocast(device, enabled=False), fast_linears(model):
             yield
     finally:
         for module in training:

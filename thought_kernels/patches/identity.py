@@ -31,7 +31,7 @@ _FIELDS = (
 _OLD = ("hidden_size", "num_hidden_layers", "model_type")  # what patches remember without an identity
 MISMATCH = ("warn", "refuse", "ignore")
 _HASHED, _KEPT = 4096, 16  # numbers of each weight
-_VOCABULARIES: WeakKeyDictionary[Any, tuple[int, str]] = WeakKeyDictionary()  # size and digest of each tokenizer's
+_VOCABULARIES: WeakKeyDictionary[Any, tuple[object, str]] = WeakKeyDictionary()  # digests, by tokenizer and its state
 _ANOTHER = 0.5  # relative distance beyond which weights have nothing to do with each other; four bits leave about 0.1
 
 
@@ -164,11 +164,15 @@ def _told(weight: Tensor) -> dict[str, Any]:
 
 
 def _vocabulary(tokenizer: Any) -> str:
-    """The digest of a tokenizer's tokens. Of 262,144 it takes about a second, and so it is kept until any are added."""
-    size, digest = _VOCABULARIES.get(tokenizer, (None, ""))
-    if size != len(tokenizer):
+    """The digest of a tokenizer's tokens. Of 262,144 it takes about a second, and so it is kept until they change."""
+    try:
+        state = len(tokenizer), id(getattr(tokenizer, "_tokenizer", None))
+        known, digest = _VOCABULARIES.get(tokenizer, (None, ""))
+        if known != state:
+            digest = _digest(json.dumps(sorted(tokenizer.get_vocab().items())).encode())
+            _VOCABULARIES[tokenizer] = state, digest
+    except TypeError:  # of a kind that has no length, or cannot be a key
         digest = _digest(json.dumps(sorted(tokenizer.get_vocab().items())).encode())
-        _VOCABULARIES[tokenizer] = len(tokenizer), digest
     return digest
 
 

@@ -7,7 +7,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+
+from thought_kernels.models.linear import linear
 
 SITES = ("attention", "mlp", "down", "residual")
 MATRIX_SITES = ("attention", "mlp", "down")
@@ -124,9 +126,9 @@ class SitePatch:
         shift = x.new_zeros(())
         if self.factors is not None:
             left, right = self.factors
-            shift = nn.functional.linear(nn.functional.linear(x, right.T), left)
+            shift = linear(linear(x, right.T), left)
         elif self.matrix is not None:
-            shift = nn.functional.linear(x, self.matrix)
+            shift = linear(x, self.matrix)
         return shift if self.vector is None else (shift + self.vector).expand(*x.shape[:-1], -1)
 
     def norm(self) -> float:

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from thought_kernels.models.linear import FastLinear
 from thought_kernels.models.sharded import part, part_of_rows, summed, whole
+from thought_kernels.ops.eager import is_eager
 from thought_kernels.ops.gathered_low_rank import gathered
 from thought_kernels.patches.site import SitePatch
 from thought_kernels.patches.stack import Stack, is_differentiated
@@ -76,7 +76,7 @@ class Change(SiteHook):
         self._source = None if entry is None else weakref.ref(entry)  # of what may be kept as a part alone
         self._vector = None if entry is None else entry.vector
         self._is_part = False
-        self._stack: tuple[SitePatch | None, Stack | None] = None, None
+        self._stack: tuple[SitePatch | None, tuple[int, ...], Stack | None] = None, (), None
 
     @property
     def acts(self) -> bool:
@@ -124,20 +124,26 @@ class Change(SiteHook):
             self._entry = entry = entry.to(x.device, dtype)
         if _is_step(entry, x, changed):
             return self._stepped(entry, x, changed)
-        with torch.autocast(x.device.type, enabled=False), FastLinear():
+        with torch.autocast(x.device.type, enabled=False):
             return (changed.to(dtype) + entry.shift(x.to(dtype))).to(changed.dtype)
 
     def _stepped(self, entry: SitePatch, x: Tensor, changed: Tensor) -> Tensor:
         """The same of a few tokens, all in one operator."""
-        of, stack = self._stack
-        if of is not entry or stack is None:
+        of, written, stack = self._stack
+        now = _versions(entry)
+        if of is not entry or written != now or stack is None:
             stack = Stack([entry], x.device, entry.tensors()["left"].dtype)
-            self._stack = entry, stack
+            self._stack = entry, now, stack
         return gathered(x, stack.right, stack.left, x.new_zeros(len(x), dtype=torch.int64), stack.vector, changed)
+
+
+def _versions(entry: SitePatch) -> tuple[int, ...]:
+    """They rise when factors are changed in place, as an optimiser does; those of inference tensors are not kept."""
+    return tuple(0 if tensor.is_inference() else tensor._version for tensor in entry.tensors().values())
 
 
 def _is_step(entry: SitePatch, x: Tensor, changed: Tensor) -> bool:
     """Whether low-rank factors meet so few tokens that they are waited for, more than what is done with them."""
-    if entry.factors is None or x.device.type != "cpu" or x.dim() != 3 or x.shape[:2].numel() > _FEW:
+    if entry.factors is None or not is_eager() or x.device.type != "cpu" or x.dim() != 3:
         return False
-    return not torch.compiler.is_compiling() and not is_differentiated(x, changed, *entry.tensors().values())
+    return x.shape[:2].numel() <= _FEW and not is_differentiated(x, changed, *entry.tensors().values())
