@@ -6,8 +6,8 @@
 A model is a folder or a .gguf file; those not given are skipped. The paper's 600 steps and divisor 300, with fewer
 points a line on Qwen, where each takes half a minute. An experiment that was stopped goes on from its journal, which is
 removed when it is finished; what is finished is not measured again, and refused where its settings were others: delete
-its folder for that. judged.py then has a
-model grade the translations, and write_tables.py makes the tables of docs/experiments.md anew.
+its folder for that. judged.py then has a model grade the translations, and write_tables.py makes the tables of
+docs/experiments_real.md anew.
 """
 
 from __future__ import annotations

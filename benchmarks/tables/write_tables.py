@@ -46,6 +46,7 @@ DOCUMENTS = (
     "docs/theory.md",
     "docs/toy_models.md",
     "docs/experiments.md",
+    "docs/experiments_real.md",
     "docs/spectral_models.md",
     "docs/real_models.md",
     "docs/compilation.md",
