@@ -109,7 +109,7 @@ def test_low_rank_patches_meet_few_tokens_in_one_operator_with_their_factors_as_
         patch.entries[0, "down"].factors[0].mul_(3)  # as an optimiser changes them
         few, many = read(ids[:2]), read(ids)[:2]
         assert calls == [2, 2] and largest(few - before) > 1e-3
-        torch.testing.assert_close(few, many, rtol=1e-4, atol=1e-4)
+        assert largest(few - many) <= FORWARD * largest(many)
         model.requires_grad_(True)
         model(ids[:1])
         assert calls == [2, 2]  # which has no gradient

@@ -174,18 +174,19 @@ def test_compiled_graphs_hold_torchs_own_product_alone():
     with torch.no_grad(), undisturbed(model):
         out = torch.compile(model, backend=backend)(x)
     assert seen and not any("mkldnn" in target for graph in seen for target in graph)
-    torch.testing.assert_close(out, model(x))
+    assert largest(out - model(x)) <= 2 * condition(x, model[0].weight, model[0].bias)
 
 
 def test_forward_derivatives_are_right_without_gradients():
     weight, x, change = torch.randn(128, 128), torch.randn(enough(128), 128), torch.randn(enough(128), 128)
     with torch.no_grad():
         _, tangent = torch.func.jvp(lambda value: linear_module.linear(value, weight), (x,), (change,))
-    torch.testing.assert_close(tangent, change @ weight.mT)
+    assert largest(tangent - change @ weight.mT) <= 2 * condition(change, weight)
 
 
 @available
 def test_weights_whose_rows_overlap_are_multiplied_by_torch():
     x, weight = torch.randn(enough(128), 128), torch.randn(400).as_strided((128, 128), (1, 2))
     with torch.no_grad():
-        torch.testing.assert_close(linear_module.linear(x, weight), x @ weight.mT)
+        found = linear_module.linear(x, weight)
+    assert largest(found - x @ weight.mT) <= 2 * condition(x, weight)

@@ -169,11 +169,15 @@ def _vocabulary(tokenizer: Any) -> str:
         state = len(tokenizer), id(getattr(tokenizer, "_tokenizer", None))
         known, digest = _VOCABULARIES.get(tokenizer, (None, ""))
         if known != state:
-            digest = _digest(json.dumps(sorted(tokenizer.get_vocab().items())).encode())
+            digest = _digest_of_tokens(tokenizer)
             _VOCABULARIES[tokenizer] = state, digest
+        return digest
     except TypeError:  # of a kind that has no length, or cannot be a key
-        digest = _digest(json.dumps(sorted(tokenizer.get_vocab().items())).encode())
-    return digest
+        return _digest_of_tokens(tokenizer)
+
+
+def _digest_of_tokens(tokenizer: Any) -> str:
+    return _digest(json.dumps(sorted(tokenizer.get_vocab().items())).encode())
 
 
 def _distance(recorded: list[float], found: list[float]) -> float:
