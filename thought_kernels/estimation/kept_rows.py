@@ -64,9 +64,11 @@ def solve_rows(rows: KeptRows, estimator: str, *, scale: float, ridge: float | T
 
         mean          Δ = λ Dᵀ A                exact           Δ = λ Dᵀ K⁺ A
         second_order  Δ = λ Dᵀ (1 − λ K) A      ridge, affine   Δ = λ Dᵀ (K + s 1)⁻¹ A
+        anchored      Δ = λ c 1 + λ (D − c A)ᵀ (K + s 1)⁻¹ A
 
-    Factors are kept where they take less memory than Δ. Those of an inverse are Δ = (L⁻¹ D)ᵀ (L⁻¹ A), K + s 1 = L Lᵀ:
-    singular values of the second are below 1, so that rounding it costs Δ no more than its own rounding does.
+    Factors are kept where they take less memory than Δ, but for ``anchored``, whose Δ has full rank. Those of an
+    inverse are Δ = (L⁻¹ D)ᵀ (L⁻¹ A), K + s 1 = L Lᵀ: singular values of the second are below 1, so that rounding it
+    costs Δ no more than its own rounding does.
 
     Args:
         rows: fewer than the activation is wide, of positive total weight.
@@ -95,7 +97,9 @@ def solve_rows(rows: KeptRows, estimator: str, *, scale: float, ridge: float | T
         products = _products(inputs)
         if float(products.trace()) <= rtol * norm:
             products.zero_()  # equal activations, once centred, are rounding: the vector fits them
-    left, right, missed = _solved(estimator, targets, inputs, products, scale, (ridge, rtol))
+    anchored = anchor(_inner(targets, inputs), float(products.trace())) if estimator == "anchored" else 0.0
+    remaining = targets - anchored * inputs if anchored else targets
+    left, right, missed = _solved(estimator, remaining, inputs, products, scale, (ridge, rtol))
     best = _second_order_scale(products, targets) if estimator == "second_order" else None
     left = scale * left
     vector = None
@@ -108,6 +112,9 @@ def solve_rows(rows: KeptRows, estimator: str, *, scale: float, ridge: float | T
         best = linear_scale(1.0, _inner(targets, predicted), _squares(predicted))
     # δ − λ (δ − what was missed)
     error = _squares(missed if scale == 1 else torch.lerp(targets, missed, scale))
+    if estimator == "anchored":
+        left, right = (left if right is None else left @ right.T).contiguous(), None
+        left.diagonal().add_(scale * anchored)
     factors = None
     if right is not None and factors_are_smaller(left.shape[1], d_out, d_in):
         factors = (left.to(rows.dtype), right.to(rows.dtype))
@@ -152,6 +159,11 @@ def _solved(
         left, right, missed = _ridged(targets, inputs, inputs @ inputs.T, shift, float(epsilon.min()))
         return (left / root, None, missed) if right is None else (left, right / root[:, None], missed)
     return _ridged(targets, inputs, products, shift * epsilon, epsilon)
+
+
+def anchor(along: float, square: float) -> float:
+    """c with the least Σ w ‖δ − c a‖²/ν, tr(C) / tr(Z); 0 where activations are."""
+    return along / square if square > 0 else 0.0
 
 
 def _ridged(
