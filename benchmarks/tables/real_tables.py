@@ -142,24 +142,34 @@ def loras() -> list[Row]:
 
 
 def rivals() -> str:
-    """Every method from 32 inputs, means over the tasks and seeds on which all methods were measured."""
+    """What is made without training from 32 inputs, means over the tasks and seeds on which all were measured."""
     rows = [row for row in read(inputs="32") if row["method"] in RIVALS and row["recipe"] in ("default", "")]
-    rows += [{**row, "method": f"LoRA, {row['steps']} steps"} for row in loras()]
+    return compared(rows) or "No rival has been measured yet."
+
+
+def trained() -> str:
+    """The patch and the LoRAs from 32 inputs, means over the tasks and seeds on which both were measured."""
+    rows = patches(inputs="32") + [{**row, "method": f"LoRA, {row['steps']} steps"} for row in loras()]
+    return compared(rows) or "No LoRA has been trained yet."
+
+
+def compared(rows: list[Row]) -> str:
+    """Every method by kind and model, and over all of them."""
     groups = sorted(
         grouped(rows, "kind", "model").items(), key=lambda item: (list(KINDS).index(item[0][0]), item[0][1])
     )
-    lines, compared = [], []
+    lines, measured = [], []
     for (kind, model), mine in groups:
         kept = on_the_same(mine)
-        compared += kept
+        measured += kept
         lines += [(KINDS[kind], MODELS[model], *line) for line in by_method(kept)]
-    common = on_the_same(compared)
+    common = on_the_same(measured)
     if len({(row["kind"], row["model"]) for row in common}) > 1:  # else it is a group that stands there already
         lines += [("all", "all", *line) for line in by_method(common)]
     head = (
         "kind", "model", "method", "tasks and seeds", "recovered", "accuracy of prompted", "drift", "seconds", "memory",
     )  # fmt: skip
-    return markdown(head, lines) if lines else "No rival has been measured yet."
+    return markdown(head, lines) if lines else ""
 
 
 def on_the_same(rows: list[Row]) -> list[Row]:
@@ -231,6 +241,7 @@ REAL: dict[str, Callable[[], str]] = {
     "real summary": summary,
     "real tasks": tasks,
     "real rivals": rivals,
+    "real trained": trained,
     "real rival": rival,
     "real recipes": recipes,
     "real given": given,
