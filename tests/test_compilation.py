@@ -79,8 +79,9 @@ def test_fits_come_first_and_turns_in_their_order() -> None:
     assert kinds[:fits] == [compilation_jobs.FIT] * fits == ["fit"] * 7  # three prompts, their beginnings, the pair
     mine = [(job.case, job.cut, job.patches) for job in found[fits:] if job.of.name == "shop"]
     assert mine[:4] == [
-        ("held-out", "full", ("own", "own + inn", "own + bar", "own + bar + inn")), ("held-out", "20", ("own",)),
-        ("turn 2", "full", ("own",)), ("turn 3", "full", ("own",)),
+        ("held-out", "full", ("own", "chats", "own + inn", "own + bar", "own + bar + inn")),
+        ("held-out", "20", ("own",)),
+        ("turn 2", "full", ("own", "chats")), ("turn 3", "full", ("own", "chats")),
     ]  # fmt: skip
     assert {job.patches for job in found if job.of.name == "polite"} == {("own", "contrast")}
 
@@ -133,7 +134,7 @@ def test_a_stopped_run_goes_on_and_measures_nothing_twice(options: Namespace, mo
     for row in rows:
         assert bool(row["recovered"]) == (row["case"] not in ("fit", "times", "ordinary text"))
     told = rows_of(compilation.beside(options.output, "rules"))
-    assert {row["patch"] for row in told} == {"own", "own + shop", "own + inn", "contrast"}
+    assert {row["patch"] for row in told} == {"own", "chats", "own + shop", "own + inn", "contrast"}
     assert {row["cut"] for row in told} == {"full"} and {row["asked"] for row in told} == {"1", "2"}
     said = rows_of(compilation.beside(options.output, "answers"))
     assert {row[f"{side}_cut"] for row in said for side in rules.MODELS} <= {"True", "False"}
@@ -276,7 +277,8 @@ def test_tables_show_one_device_and_one_set_of_weights(tmp_path: Path, monkeypat
     key = {"model": "smol", "prompt": "ferry", "cut": "full", "patch": "own", "device": "d", **tables.MEASURED}
     for weights, case in (("old", "held-out"), ("old", "turn 2"), ("new", "held-out")):
         results.add({**key, "weights": weights, "case": case, "prompt_tokens": 9, "recovered": 0.5, "kl_bare": 1})
-    assert [row["weights"] for row in tables.read()] == ["new"]
+    results.add({**key, "weights": "old", "case": "held-out", "cut": "20", "prompt_tokens": 9})  # another patch
+    assert [(row["weights"], row["cut"]) for row in tables.read()] == [("new", "full"), ("old", "20")]
 
 
 def results_of(path: Path) -> compilation.Results:

@@ -28,6 +28,7 @@ from thought_kernels.version import __version__ as __version__
 if TYPE_CHECKING:
     from thought_kernels.estimation.accumulator import ThoughtAccumulator as ThoughtAccumulator
     from thought_kernels.evaluation.evaluate import evaluate as evaluate
+    from thought_kernels.fitting.chats import write_chats as write_chats
     from thought_kernels.fitting.recipe import Recipe as Recipe
     from thought_kernels.fitting.recipe import paper_recipe as paper_recipe
     from thought_kernels.fitting.transmute import transmute as transmute
@@ -55,6 +56,7 @@ __all__ = [
     "rms_norm_pair",
     "shared_prefix_attention",
     "transmute",
+    "write_chats",
 ]
 
 _LAZY = {  # public name -> the module that defines it
@@ -68,6 +70,7 @@ _LAZY = {  # public name -> the module that defines it
     "paper_recipe": "thought_kernels.fitting.recipe",
     "replay": "thought_kernels.pairing.replay",
     "transmute": "thought_kernels.fitting.transmute",
+    "write_chats": "thought_kernels.fitting.chats",
 }
 
 

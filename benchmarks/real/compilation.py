@@ -5,9 +5,10 @@
 
 Each prompt of system_prompts.toml becomes a patch of the default recipe, and is asked its held-out inputs; so are its
 beginnings (--lengths, in tokens, cut at sentence ends), the sums with other prompts' patches, the second and third turn
-of a chat that the prompted model wrote, chats with another system message, everyday requests and long inputs. A
-contrast pair is measured beside. compilation.csv has a row for each, compilation_answers.csv the answers, and
-compilation_rules.csv what the rules in system_rules/ say of them.
+of a chat that the prompted model wrote, chats with another system message, everyday requests and long inputs. Beside it
+stands the patch of the same inputs as turns of chats (tk.write_chats), and a contrast pair is measured. compilation.csv
+has a row for each, compilation_answers.csv the answers, and compilation_rules.csv what the rules in system_rules/ say
+of them.
 
 A model is a folder or a .gguf file. Rows that are in compilation.csv are kept: delete some to measure them again.
 Another device or other weights under the same name make other rows. Patches are kept too (--patches); delete the
@@ -27,7 +28,7 @@ from typing import Any
 
 import compilation_cases as cases
 import torch
-from compilation_jobs import CONTRAST, FIT, FULL, OWN, TEXT, TIMES, Job, added, jobs
+from compilation_jobs import CHATS, CONTRAST, FIT, FULL, OWN, TEXT, TIMES, Job, added, jobs
 from compilation_times import request_times
 from measure import BATCH_SIZE, fitted
 from results import Results, Row
@@ -47,6 +48,7 @@ from thought_kernels.prompts.prompt import encode
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "measure"))
 from harness import device_name
 
+TURNS = 3  # of the longest chats that a patch is fitted on
 ROOT = Path(__file__).resolve().parents[2]
 OUTPUT = ROOT / "benchmarks" / "results" / "compilation.csv"
 KEY = ("model", "weights", "device", "prompt", "cut", "case", "patch", "inputs", "held_out", "answer_tokens")
@@ -132,7 +134,7 @@ class Compilation:
 
     def _patch(self, job: Job, patch: str) -> ThoughtPatch:
         """One patch, or the sum of several."""
-        if patch in (OWN, CONTRAST):
+        if patch in (OWN, CHATS, CONTRAST):
             return self._fitted(job, patch)
         total = self._fitted(job, OWN)
         for other in self._prompts:
@@ -151,7 +153,9 @@ class Compilation:
         recipe = {"max_new_tokens": options.answer_tokens}
         if patch == CONTRAST:
             recipe["without"] = cases.CONTRASTS[job.of.name][1]
-        made, found = fitted(self._model, self._tokenizer, job.of, options.inputs, recipe)
+        made, found = fitted(
+            self._model, self._tokenizer, job.of, options.inputs, recipe, turns=TURNS if patch == CHATS else 1
+        )
         made.save_pretrained(place)
         if self.missing(row):
             self._add(row, patch, found)

@@ -12,6 +12,7 @@ from tasks import Task
 FULL = "full"
 FIT, TEXT, TIMES = "fit", "ordinary text", "times"  # beside the situations, which have answers
 OWN, CONTRAST = "own", "contrast"
+CHATS = "chats"  # fitted on inputs in the later turns of chats
 PLUS = " + "
 NEARLY = 0.8  # of a prompt is nearly the whole of it
 
@@ -24,7 +25,7 @@ class Job:
         of: the prompt.
         cut: FULL, or about how many tokens of it are left.
         case: FIT, TEXT, TIMES or a situation of compilation_cases.py.
-        patches: OWN, CONTRAST or what `plus` names.
+        patches: OWN, CHATS, CONTRAST or what `plus` names.
     """
 
     of: Task
@@ -44,14 +45,15 @@ def jobs(tokenizer: Any, prompts: Sequence[Task], lengths: Sequence[int]) -> Ite
     beginnings = [list(_beginnings(tokenizer, of, lengths)) for of in prompts]
     pairs = [contrast(name) for name in CONTRASTS]
     for of, shorter in zip(prompts, beginnings, strict=True):
-        yield from (replace(job, case=FIT) for job in [Job(of, FULL, FIT, (OWN,)), *shorter])
+        yield from (replace(job, case=FIT) for job in [Job(of, FULL, FIT, (OWN, CHATS)), *shorter])
     yield from (Job(pair, FULL, FIT, (OWN, CONTRAST)) for pair in pairs)
     for of, shorter in zip(prompts, beginnings, strict=True):
         others = [other.name for other in prompts if other.name != of.name]
         together = [plus(*others)] if len(others) > 1 else []
-        yield Job(of, FULL, HELD_OUT, (OWN, *map(plus, others), *together))
+        yield Job(of, FULL, HELD_OUT, (OWN, CHATS, *map(plus, others), *together))
         yield from shorter
-        yield from (Job(of, FULL, situation, (OWN,)) for situation in (*SERVED, TEXT, TIMES))
+        yield from (Job(of, FULL, situation, (OWN, CHATS)) for situation in (*SERVED, TEXT))
+        yield Job(of, FULL, TIMES, (OWN,))
     for pair in pairs:
         yield from (Job(pair, FULL, situation, (OWN, CONTRAST)) for situation in (HELD_OUT, CONTRARY, TEXT))
 

@@ -79,7 +79,9 @@ def cost(device: torch.device) -> Iterator[Row]:
     row.update(seconds=round(time.perf_counter() - started, 2), peak_mib=round(peaks[1] - peaks[0]))
 
 
-def fitted(model: Any, tokenizer: Any, of: Task, inputs: int, options: dict[str, Any]) -> tuple[ThoughtPatch, Row]:
+def fitted(
+    model: Any, tokenizer: Any, of: Task, inputs: int, options: dict[str, Any], turns: int = 1
+) -> tuple[ThoughtPatch, Row]:
     """The patch of a task's first inputs, of the prompt alone for 0, and what it cost; what is written is timed apart.
 
     Args:
@@ -88,9 +90,11 @@ def fitted(model: Any, tokenizer: Any, of: Task, inputs: int, options: dict[str,
         of: the task.
         inputs: how many.
         options: of transmute.
+        turns: of the longest chats that the inputs are turns of.
     """
-    questions = [question for question, _ in of.inputs[:inputs]] or None
+    questions: list[Any] | None = [question for question, _ in of.inputs[:inputs]] or None
     inputs_written, completions_written = Stopwatch(encoding.more_inputs), Stopwatch(encoding.completed)
+    chats_written = Stopwatch(tk.write_chats)
     with (
         mock.patch("thought_kernels.fitting.prepared.more_inputs", inputs_written),
         mock.patch("thought_kernels.fitting.prepared.completed", completions_written),
@@ -98,8 +102,11 @@ def fitted(model: Any, tokenizer: Any, of: Task, inputs: int, options: dict[str,
         cost(model.get_input_embeddings().weight.device) as found,
     ):
         warnings.filterwarnings("ignore", "transmute: .* completions did not end")  # and were cut, as held-out ones
+        if turns > 1:
+            answers = {name: value for name, value in options.items() if name in ("format", "max_new_tokens")}
+            questions = chats_written(model, tokenizer, of.instruction, questions, turns=turns, **answers)
         patch = tk.transmute(model, tokenizer, of.instruction, questions, **options)
-    generation = inputs_written.seconds + completions_written.seconds
+    generation = inputs_written.seconds + completions_written.seconds + chats_written.seconds
     return patch, {**found, "seconds": round(found["seconds"] - generation, 2), "generation": round(generation, 2)}
 
 

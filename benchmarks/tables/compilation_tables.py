@@ -27,19 +27,25 @@ Row = dict[str, str]
 def read(what: str = "", **fields: str) -> list[Row]:
     """Rows of a file with the given fields; of rows that were written twice the later ones.
 
-    A model's rows are of the device and the weights that were measured last, and are not mixed with others.
+    The rows of a prompt and its beginning are of the device and the weights that were measured last, and are not mixed
+    with others.
     """
     path, fields = RESULTS / f"compilation{what}.csv", MEASURED | fields
     if not path.exists():
         return []
     with path.open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
-    last = {row["model"]: (row["weights"], row["device"]) for row in rows}
+    last = {patched(row): (row["weights"], row["device"]) for row in rows}
     rows = [
-        row for row in rows if fields.items() <= row.items() and last[row["model"]] == (row["weights"], row["device"])
+        row for row in rows if fields.items() <= row.items() and last[patched(row)] == (row["weights"], row["device"])
     ]
     names = (*KEY, *({"_rules": ("rule",), "_answers": ("question",)}.get(what, ())))
     return list({tuple(row[name] for name in names): row for row in rows}.values())
+
+
+def patched(row: Row) -> tuple[str, ...]:
+    """What one patch is of."""
+    return row["model"], row["prompt"], row["cut"]
 
 
 def first(**fields: str) -> Row:
@@ -111,16 +117,20 @@ def lengths() -> str:
 
 
 def situations() -> str:
-    """What is recovered in each situation, with KL(prompted ‖ bare) a token, and drift."""
+    """What each patch recovers in each situation, with KL(prompted ‖ bare) a token, and drift."""
     lines = []
     for whole in prompts():
-        rows = {row["case"]: row for row in read(model=whole["model"], prompt=whole["prompt"], cut="full", patch="own")}
-        cells = (
-            f"{shown(rows[case], 'recovered')} ({shown(rows[case], 'kl_bare', 2)})" if case in rows else "–"
-            for case in SITUATIONS
-        )
-        lines.append((MODELS[whole["model"]], name(whole), *cells, shown(rows.get("ordinary text", {}), "drift")))
-    return table(("model", "prompt", *SITUATIONS, "drift"), lines)
+        for patch, fitted_on in (("own", "inputs alone"), ("chats", "turns of chats")):
+            of = {"model": whole["model"], "prompt": whole["prompt"], "cut": "full", "patch": patch}
+            rows = {row["case"]: row for row in read(**of)}
+            cells = (
+                f"{shown(rows[case], 'recovered')} ({shown(rows[case], 'kl_bare', 2)})" if case in rows else "–"
+                for case in SITUATIONS
+            )
+            if rows:
+                drift = shown(rows.get("ordinary text", {}), "drift")
+                lines.append((MODELS[whole["model"]], name(whole), fitted_on, *cells, drift))
+    return table(("model", "prompt", "fitted on", *SITUATIONS, "drift"), lines)
 
 
 def times() -> str:
@@ -215,6 +225,7 @@ def sums() -> str:
     lines = []
     for whole in prompts():
         rows = read(model=whole["model"], prompt=whole["prompt"], cut="full", case="held-out")
+        rows = [row for row in rows if row["patch"] != "chats"]
         if len(rows) > 1:
             lines += [
                 (MODELS[row["model"]], name(row), row["patch"], shown(row, "recovered"), interval(row)) for row in rows

@@ -20,6 +20,7 @@ from typer.core import TyperGroup
 
 from thought_kernels.cli import (
     bench,
+    chats,
     demo,
     evaluate,
     experiment,
@@ -84,6 +85,7 @@ def common(
 
 
 app.command("tokens")(tokens.tokens)
+app.command("chats")(chats.chats)
 app.command("transmute")(transmute.transmute)
 app.command("generate")(generate.generate)
 app.command("verify")(verify.verify)

@@ -66,6 +66,14 @@ Demonstrations = Annotated[
         help="File of few-shot turns, each with prompt and completion; the instruction, or after it.",
     ),
 ]
+Examples = Annotated[
+    Path | None,
+    typer.Option(
+        help="File of texts, prompts and completions, or messages: txt, csv, json, jsonl. Without it and "
+        "--example: everyday requests, or what the model writes like the inputs of --demonstrations."
+    ),
+]
+ExampleTexts = Annotated[list[str] | None, typer.Option("--example", "-e", help="A user text; may be repeated.")]
 Separator = Annotated[str, typer.Option(help=r"Between instruction and example; \n and \t are understood.")]
 Without = Annotated[
     str | None,
@@ -227,6 +235,25 @@ def read_instruction(
             )
         turns += [*example.messages, {"role": "assistant", "content": example.completion}]
     return turns
+
+
+def given_inputs(file: Path | None, texts: Sequence[str] | None, model: str) -> list[Any] | None:
+    """What --examples and --example name, as transmute takes it; None for the everyday requests.
+
+    Raises:
+        BadParameter: no input for the shipped model, an empty text, or one that is a file's name.
+    """
+    if file is None and not texts and model == DEFAULT_MODEL:
+        raise typer.BadParameter(
+            "give --examples FILE, or --example TEXT once or more, or both: the shipped model does not know the "
+            "everyday requests that stand in for them elsewhere"
+        )
+    if not all(text.strip() for text in texts or ()):
+        raise typer.BadParameter("--example must be a text, got an empty one")
+    for text in texts or ():
+        if os.path.isfile(text):  # Path.is_file raises where a text is too long for a name
+            raise typer.BadParameter(f"--example must be a text, got the file {text}; give a file by --examples")
+    return [*(() if file is None else [file]), *(texts or [])] or None
 
 
 def check_folder(output: Path) -> None:

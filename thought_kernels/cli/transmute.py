@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -28,14 +27,8 @@ def _help(name: str, text: str, none: str = "all") -> str:
 def transmute(
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the patch; replaces one that is there.")],
     instruction: options.RequiredInstruction = None,
-    examples: Annotated[
-        Path | None,
-        typer.Option(
-            help="File of texts, prompts and completions, or messages: txt, csv, json, jsonl. Without it and "
-            "--example: everyday requests, or what the model writes like the inputs of --demonstrations."
-        ),
-    ] = None,
-    example: Annotated[list[str] | None, typer.Option("--example", "-e", help="A user text; may be repeated.")] = None,
+    examples: options.Examples = None,
+    example: options.ExampleTexts = None,
     demonstrations: options.Demonstrations = None,
     system: options.System = None,
     model: options.Model = options.DEFAULT_MODEL,
@@ -107,16 +100,7 @@ def transmute(
     from thought_kernels.prompts.examples import read_examples
 
     told = options.read_instruction(instruction, demonstrations, system)
-    if examples is None and not example and model == options.DEFAULT_MODEL:
-        raise typer.BadParameter(
-            "give --examples FILE, or --example TEXT once or more, or both: the shipped model does not know the "
-            "everyday requests that stand in for them elsewhere"
-        )
-    if not all(text.strip() for text in example or ()):
-        raise typer.BadParameter("--example must be a text, got an empty one")
-    for text in example or ():
-        if os.path.isfile(text):  # Path.is_file raises where a text is too long for a name
-            raise typer.BadParameter(f"--example must be a text, got the file {text}; give a file by --examples")
+    given = options.given_inputs(examples, example, model)
     options.check_folder(output)
     chosen = replace(_recipe(recipe, options.pairs({"c1": c1, "c2": c2, "steps": steps})), **options.pairs({
         "layers": None if layers is None else options.read_layers(layers),
@@ -133,7 +117,6 @@ def transmute(
     bad = BadExamples(bad_examples or "stop")
     if examples is not None and not read_examples(examples, bad) and not example:  # before the model is loaded
         bad.sentence(0)
-    given = [*(() if examples is None else [examples]), *(example or [])] or None
     options.check_layers(model, chosen.layers, offline)
     replaced = (output / RECORD_FILE).exists()
     found, tokenizer = options.load_model(model, dtype, device, offline)

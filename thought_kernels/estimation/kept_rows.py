@@ -77,14 +77,8 @@ def solve_rows(rows: KeptRows, estimator: str, *, scale: float, ridge: float | T
     Raises:
         ValueError: rows that are not finite in their dtype, or K + s 1 not positive definite to rounding.
     """
-    delta, activation, w = rows.joined()
-    for name, tensor in (("delta", delta), ("activation", activation)):
-        if not is_finite(tensor):
-            raise ValueError(f"solve: {name} must be finite, got NaN or an infinity; the rows overflowed {rows.dtype}")
-    total, (d_out, d_in) = float(w.sum()), rows.widths
-    root = _roots(activation, w, normalization)
-    targets, inputs = delta * root[:, None], activation * root[:, None]  # float64
-    mean = torch.where(root == 0, 0, w / root) @ inputs / total
+    root, targets, inputs, mean = _weighted(rows, normalization)
+    total, (d_out, d_in) = float(rows.joined()[2].sum()), rows.widths
     energy = _squares(targets)
     fold_residual = _fold_residual(inputs, mean, total) if normalization == "none" else None
     rtol, offset, delta_mean = d_in * torch.finfo(rows.dtype).eps, None, None
@@ -126,6 +120,22 @@ def solve_rows(rows: KeptRows, estimator: str, *, scale: float, ridge: float | T
         # Z has no more rank than there are rows.
         fit=Fit(rows.count, error / energy if energy > 0 else 0.0, math.inf, fold_residual, *spherical, best),
     )
+
+
+def _weighted(rows: KeptRows, normalization: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """√(w/ν) [N], the rows δ and a times it in float64, and the mean activation [d_in], float64.
+
+    Raises:
+        ValueError: rows that are not finite in their dtype.
+    """
+    delta, activation, w = rows.joined()
+    for name, tensor in (("delta", delta), ("activation", activation)):
+        if not is_finite(tensor):
+            raise ValueError(f"solve: {name} must be finite, got NaN or an infinity; the rows overflowed {rows.dtype}")
+    root = _roots(activation, w, normalization)
+    inputs = activation * root[:, None]
+    mean = torch.where(root == 0, 0, w / root) @ inputs / float(w.sum())
+    return root, delta * root[:, None], inputs, mean
 
 
 def _solved(

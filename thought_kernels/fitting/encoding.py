@@ -58,18 +58,18 @@ class Writing(NamedTuple):
     processes: Processes = ALONE
 
 
-def check_row(decoder: Decoder, tokenizer: Any, row: EncodedExample) -> None:
+def check_row(decoder: Decoder, tokenizer: Any, row: EncodedExample, function: str = "transmute") -> None:
     """Raises ValueError unless the model can read both of a row's prompts."""
     comma = "," if ", " in str(row.place) else ""  # of a file's line
-    check_fits(f"transmute: {row.place}{comma}", row, tokenizer, decoder.context, decoder.vocabulary)
+    check_fits(f"{function}: {row.place}{comma}", row, tokenizer, decoder.context, decoder.vocabulary)
 
 
-def check_tokenizer(decoder: Decoder, tokenizer: Any) -> None:
+def check_tokenizer(decoder: Decoder, tokenizer: Any, function: str = "transmute") -> None:
     """Warns of a tokenizer that knows so few of the model's tokens that it must be another model's."""
     size = len(text_tokenizer(tokenizer))
     if 2 * size < decoder.vocabulary:
         warn(
-            f"transmute: tokenizer should be the model's own, got one of {size} tokens for {decoder.vocabulary} "
+            f"{function}: tokenizer should be the model's own, got one of {size} tokens for {decoder.vocabulary} "
             "embeddings; load both from one folder"
         )
 
@@ -82,13 +82,9 @@ def more_inputs(
     Completions that are given say what the patch is to do, and the prompted model's own may be others.
 
     Raises:
-        ValueError: a model without a language-model head where it is to write inputs or completions.
+        ValueError: as check_writes.
     """
-    if decoder.lm_head is None and any(example.completion is None for example in examples):
-        raise ValueError(
-            "transmute: model must have a language-model head to write completions, got "
-            f"{type(decoder.model).__name__}; load it with AutoModelForCausalLM, or give every example a completion"
-        )
+    check_writes(decoder, examples)
     if not count or any(example.completion is not None for example in examples):
         return []
     given = [example.messages[-1]["content"] for example in examples]
@@ -96,6 +92,15 @@ def more_inputs(
         decoder.model, tokenizer, given, count=count, batch_size=writing.batch_size, seed=writing.seed,
         progress=writing.progress, processes=writing.processes,
     )  # fmt: skip
+
+
+def check_writes(decoder: Decoder, examples: Sequence[Example], function: str = "transmute") -> None:
+    """Raises ValueError for a model without a language-model head where it is to write inputs or completions."""
+    if decoder.lm_head is None and any(example.completion is None for example in examples):
+        raise ValueError(
+            f"{function}: model must have a language-model head to write completions, got "
+            f"{type(decoder.model).__name__}; load it with AutoModelForCausalLM, or give every example a completion"
+        )
 
 
 def with_inputs(
@@ -159,7 +164,9 @@ def check_header(weight: float, encoded: list[EncodedExample]) -> None:
         )
 
 
-def check_untold(instruction: Instruction, separator: str, examples: Sequence[Placed]) -> None:
+def check_untold(
+    instruction: Instruction, separator: str, examples: Sequence[Placed], function: str = "transmute"
+) -> None:
     """Refuses, or where only some are, warns of examples that begin with the instruction: a patch adds it again."""
     told = [place for place, example in examples if begins_with(instruction, separator, example)]
     if not told:
@@ -167,5 +174,5 @@ def check_untold(instruction: Instruction, separator: str, examples: Sequence[Pl
     found = f"got {len(told)} of {len(examples)} that begin with it, the first at {told[0]}"
     mend = "take it out there, since a patch stands for an instruction that is not in the prompt"
     if len(told) == len(examples):
-        raise ValueError(f"transmute: examples must be without the instruction, {found}; {mend}")
-    warn(f"transmute: examples should be without the instruction, {found}; {mend}")
+        raise ValueError(f"{function}: examples must be without the instruction, {found}; {mend}")
+    warn(f"{function}: examples should be without the instruction, {found}; {mend}")
