@@ -136,7 +136,7 @@ $(VENV)/.python:
 
 $(VENV)/.torch: $(VENV)/.python
 	$(PIP) install --quiet --retries 2 $(TORCH_SOURCE) '$(TORCH_SPEC)'
-	@$(if $(HAVE_GPU),:,$(PY) -c 'import torch; torch.version.cuda and print("setup: got a CUDA build of torch, and no GPU \
+	@$(if $(HAVE_GPU),:,$(PY) -W ignore -c 'import torch; torch.version.cuda and print("setup: got a CUDA build of torch, and no GPU \
 	is here; it works, but TORCH_INDEX=<index of CPU wheels> saves gigabytes")')
 	@touch $@
 

@@ -189,6 +189,14 @@ def test_transmute_writes_the_library_s_patch_and_generate_uses_it(folder: str, 
     assert answers["patched"] != answers["bare"]
 
 
+@pytest.mark.filterwarnings("ignore:transmute. .* completions did not end")
+def test_what_the_other_side_was_told_is_shown(folder: str, tmp_path: Path) -> None:
+    given = ("-m", folder, "-i", "add", "--without", "negate", "-e", "1 2", "--max-new-tokens", 3)
+    assert "\n  without: negate\n" in printed(run("transmute", *given, "-o", tmp_path / "patch"))
+    compared = run("generate", "-m", folder, "-p", "3 4", "--patch", tmp_path / "patch", "--compare")
+    assert printed(compared).splitlines()[-1].split() == ["told", "bare", "and", "patched:", "'negate'"]
+
+
 def test_the_paper_s_recipe(folder: str, tmp_path: Path) -> None:
     common = ("transmute", "-m", folder, "-i", "add", "-e", "1 2", "--max-new-tokens", "2", "-o", tmp_path / "paper")
     printed(run(*common, "--recipe", "paper", "--layers", "1", "--c1", "0.6", "--c2", "0.2"))

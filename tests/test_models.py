@@ -301,6 +301,8 @@ def test_every_published_size_is_described(size: str) -> None:
 def test_unsupported_models_are_refused_with_a_sentence() -> None:
     with pytest.raises(TypeError, match=r"of one of the families Gemma, .*, got SimpleNamespace of type 'bloom'; a fu"):
         describe(SimpleNamespace(config=BloomConfig()))  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"^describe: model must be a loaded model, got the name 'a/b'; .*tk.load\("):
+        describe("a/b")  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="got Linear of type None"):
         describe(nn.Linear(2, 2))
     with pytest.raises(TypeError, match="must hold Gemma 3's text blocks itself or at model, "):

@@ -202,6 +202,7 @@ def test_print_tells_how_far_rows_are_from_spherical_ones() -> None:
     assert lines[1].split()[-5:] == ["best", "λ", "anisotropy", "d/tr", "Z"]
     assert lines[2].split()[-5:] == ["0.25", "12.5", "0.0875", "0.625", "0.0375"]
     assert lines[3:] == [
+        "  residual: the share of the differences left on the fitted rows; what it is worth only answers say",
         "  best λ: the scale that leaves the least residual",
         "  anisotropy 0: Z is a multiple of 1, the rows are spherical, and best for 'mean' is d/tr Z",
     ]

@@ -328,6 +328,7 @@ class DatasetDict(dict):  # stands in for datasets.DatasetDict, whose iteration 
         ([[{"role": "tool", "content": "1"}]], ValueError, "roles among system, user, assistant, got 'tool' at 0"),
         ([[*DEMONSTRATION, {"role": "system", "content": "1"}]], ValueError, "system message first, got it at 2"),
         ([[{"role": "user"}]], ValueError, r"messages with keys role and content, got keys \['role'\] at 0"),
+        ([("3 4", "7")], ValueError, r'got str at 0; a text and its answer are \{"prompt": \.\.\., "completion": '),
         ([[{"role": "user", "content": [{"type": "image"}]}]], ValueError, "images cannot be transmuted"),
         ([[{"role": "user", "content": None}]], TypeError, "text as its content, got NoneType"),
         ([[]], ValueError, "must end with a user message"),

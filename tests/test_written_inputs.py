@@ -149,7 +149,8 @@ def captured(monkeypatch: pytest.MonkeyPatch, instruction: Any, texts: list[str]
 
 
 def test_without_examples_a_patch_is_fitted_on_everyday_requests(monkeypatch: pytest.MonkeyPatch) -> None:
-    rows = captured(monkeypatch, TOLD, ["4"])
+    with pytest.warns(UserWarning, match=r"^transmute: examples should be given to a model of \d+ tokens, got None"):
+        rows = captured(monkeypatch, TOLD, ["4"])
     assert len(rows) == len(EVERYDAY) + 1
     for row, text in zip(rows, [*EVERYDAY, "4"], strict=True):
         wanted = encode(TOKENIZER, TOLD, text)

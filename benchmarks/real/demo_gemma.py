@@ -21,7 +21,8 @@ LINE = "{:<16} {:>5} {:>9} {:>8} {:>10} {:>8}"
 
 def main() -> None:
     try:
-        model, tokenizer = load(folder("gemma-3-270m"))
+        place = folder("gemma-3-270m")
+        model, tokenizer = load(place)
     except NotAvailable as error:
         sys.exit(f"demo-gemma: Gemma 3 270M cannot be had here; {error}\n`make demo` needs no network.")
     print(
@@ -42,9 +43,10 @@ def main() -> None:
         for question, *texts in list(zip(held_out.questions, *lines, strict=True))[:SAMPLES]:
             bare, prompted, patched = (text.partition("\n")[0] for text in texts)
             samples.append(f"{question} -> bare {bare!r}, prompted {prompted!r}, patched {patched!r}")
-    print("\nThe same words without a demonstration, before and after:", *samples, sep="\n  ")
+    print(f"\nThe first {SAMPLES} words of each:", *samples, sep="\n  ")
     print("\nrecovered: 1 - KL(prompted || patched) / KL(prompted || bare)")
     print("seconds: of tk.transmute but for writing inputs and completions")
+    print(f"the model: {place}")
 
 
 if __name__ == "__main__":

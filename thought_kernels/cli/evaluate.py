@@ -85,7 +85,7 @@ def evaluate(
 
     Writes evaluation.json, evaluation.csv and evaluation.html. Sections are kept as they finish: the same command takes
     up where it was stopped, and exits with 1 as long as one failed; one that needs examples is left out where none are
-    given. Without data it reports on a task of the shipped model.
+    given. Without data or a patch it reports on a task of the shipped model.
     """
     from thought_kernels.evaluation.evaluate import evaluate as run_evaluate
     from thought_kernels.evaluation.pages.page import check_page

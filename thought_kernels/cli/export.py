@@ -220,7 +220,7 @@ def _loss(model: Any, tokenizer: Any, patch: Any, exported: Any, questions: list
     found = export_loss(model, tokenizer, patch, exported, questions, max_new_tokens=max_new_tokens)
     where = f"{len(questions)} inputs" if len(questions) > 1 else repr(questions[0])
     return (
-        f"{found.patched / found.tokens:.3g} nats per token of the patched answers, where the patch itself does "
+        f"{found.patched / found.tokens:.3g} nats per token of the patched answers, where having no patch costs "
         f"{found.bare / found.tokens:.3g}: {100 * found.recovered:.2f} % kept (on {where})"
     )
 

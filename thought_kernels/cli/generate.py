@@ -70,4 +70,7 @@ def generate(
     table = Table(box=None, pad_edge=False, show_header=False)
     for name, text in answers.items():
         table.add_row(Text(name, style="bold"), Text(text))
+    if other is not None:
+        told_instead = other if isinstance(other, str) else " / ".join(turn["content"] for turn in other)
+        table.add_row(Text("told", style="dim"), Text(f"bare and patched: {told_instead!r}", style="dim"))
     options.out.print(table)

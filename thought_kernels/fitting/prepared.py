@@ -41,6 +41,7 @@ _ON_TOP = (
     "transmute: model should be bare, got one that a patch acts on; the new patch is fitted on top of that one, and "
     "does what it should with it alone: remove() its handle first where that is not meant"
 )
+_FEW_TOKENS = 4096  # the smallest vocabularies of models that read English have several times as many
 
 
 class Prepared(NamedTuple):
@@ -105,6 +106,11 @@ def _given(decoder: Decoder, tokenizer: Any, prompt: Prompt, examples: Any, bad:
         shown, fitted = everyday(prompt.instruction)
         if not fitted:
             return _Given(shown, [])
+        if decoder.vocabulary < _FEW_TOKENS:
+            warn(
+                f"transmute: examples should be given to a model of {decoder.vocabulary} tokens, got None; it is too "
+                "small to know the everyday requests that stand in for them"
+            )
         given = [Placed(f"everyday request {index}", example) for index, example in enumerate(shown)]
     else:
         given = read_examples(examples, bad)

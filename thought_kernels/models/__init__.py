@@ -16,6 +16,7 @@ A further family is one more description in `families.FAMILIES`.
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 from torch import nn
@@ -49,6 +50,11 @@ def describe(model: nn.Module | Decoder) -> Decoder:
     """
     if isinstance(model, Decoder):
         return model
+    if isinstance(model, str | os.PathLike):
+        raise TypeError(
+            f"describe: model must be a loaded model, got the name {os.fspath(model)!r}; "
+            "model, tokenizer = tk.load(...) loads it"
+        )
     model = _unwrapped(model)
     model_type = getattr(getattr(model, "config", None), "model_type", None)
     if model_type not in FAMILIES:

@@ -140,7 +140,7 @@ def _source(model: str | os.PathLike[str], offline: bool) -> _Source:
         if (path / "thought_patch.json").is_file():
             raise ValueError(
                 f"load: model must be a folder with a model, got {name!r}, which holds a patch; load the patch with "
-                "ThoughtPatch.from_pretrained, and the model from its own folder"
+                "ThoughtPatch.from_pretrained or name it by --patch, and the model from its own folder"
             )
         held = f"{len(files)} GGUF files: {[file.name for file in files[:3]]}; name one of them" if files else "none"
         raise ValueError(

@@ -11,7 +11,7 @@ from thought_kernels.patches.data import PatchData
 from thought_kernels.patches.site import Fit, SitePatch
 
 _HEADS = ("‖Δ‖", "‖v‖", "residual", "condition", "best λ", "anisotropy", "d/tr Z")
-_TOLD = ("instruction", "model", "pairing", "estimator", "normalization", "scale", "ridge", "factor")
+_TOLD = ("instruction", "without", "model", "pairing", "estimator", "normalization", "scale", "ridge", "factor")
 _MOST_LINES = 12  # of single blocks; a real model's sites are summed up, one line each
 _LONGEST = 200  # characters of a provenance's value: an instruction may be a whole document
 
@@ -106,10 +106,11 @@ def _rank(entry: SitePatch) -> str:
 def _remarks(patch: PatchData) -> Iterator[str]:
     """What the columns mean, where they are filled."""
     if any(entry.fit and entry.fit.anisotropy is not None for entry in patch.entries.values()):
+        yield "  residual: the share of the differences left on the fitted rows; what it is worth only answers say"
         yield "  best λ: the scale that leaves the least residual"
         yield "  anisotropy 0: Z is a multiple of 1, the rows are spherical, and best for 'mean' is d/tr Z"
     if any(entry.fit and entry.fit.condition == math.inf for entry in patch.entries.values()):
-        yield "  condition inf: Z is singular, the examples have fewer independent rows than the site has inputs"
+        yield "  condition inf: Z is singular, as is usual: fewer independent rows than the site has inputs"
 
 
 def _shortened(text: str, whole: bool) -> str:

@@ -104,7 +104,8 @@ def read_messages(messages: Iterable[Any], subject: str) -> tuple[dict[str, str]
     for index, message in enumerate(messages):
         if not isinstance(message, Mapping) or set(message) != {"role", "content"}:
             actual = f"keys {sorted(map(str, message))}" if isinstance(message, Mapping) else type(message).__name__
-            raise ValueError(f"{subject} must hold messages with keys role and content, got {actual} at {index}")
+            hint = '; a text and its answer are {"prompt": ..., "completion": ...}' if isinstance(message, str) else ""
+            raise ValueError(f"{subject} must hold messages with keys role and content, got {actual} at {index}{hint}")
         if message["role"] not in ROLES:
             raise ValueError(f"{subject} must have roles among {', '.join(ROLES)}, got {message['role']!r} at {index}")
         if message["role"] == "system" and index > 0:
