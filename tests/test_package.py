@@ -22,6 +22,7 @@ PUBLIC = {
     "gathered_low_rank",
     "available_backends",
     "transmute",
+    "write_chats",
     "align",
     "load",
     "paper_recipe",
