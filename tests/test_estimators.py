@@ -91,50 +91,6 @@ def test_ridge_is_regularised_least_squares(normalization: str) -> None:
     assert_near(solve(r.sums(), "ridge", ridge=0.03, normalization=normalization).matrix, expected)
 
 
-@pytest.mark.parametrize("normalization", NORMALIZATIONS)
-@pytest.mark.parametrize("ridge", [0.03, torch.linspace(0.01, 2, 8, dtype=torch.float64)])
-def test_anchored_is_least_squares_that_shrinks_towards_a_multiple_of_one(
-    ridge: float | Tensor, normalization: str
-) -> None:
-    r = rows(30, 8, normalization=normalization, offset=0.3)
-    root = r.scaled_weights.sqrt()[:, None]
-    inputs, targets = root * r.activation, root * r.delta
-    c = float(torch.linalg.lstsq(inputs.reshape(-1, 1), targets.reshape(-1, 1)).solution)
-    penalty = (ridge * inputs.square().sum() / 8 * torch.ones(8, dtype=torch.float64)).sqrt().diag()
-    expected = torch.linalg.lstsq(torch.cat([inputs, penalty]), torch.cat([targets, c * penalty])).solution.T
-    entry = solve(r.sums(), "anchored", ridge=ridge, normalization=normalization)
-    assert_near(entry.matrix, expected)
-    assert entry.fit.residual == pytest.approx(r.residual(expected, None))
-    assert entry.fit.best_scale == pytest.approx(
-        float((targets * (inputs @ expected.T)).sum() / (inputs @ expected.T).square().sum())
-    )
-    assert_near(solve(r.sums(), "anchored", ridge=ridge, normalization=normalization, scale=2.0).matrix, 2 * expected)
-
-
-@pytest.mark.parametrize("count", [3, 30])
-def test_anchored_keeps_a_multiple_of_all_activations_where_they_hardly_vary(count: int) -> None:
-    """Activations on a line tell c, which ``ridge`` learns on that line alone."""
-    activation = torch.outer(torch.linspace(1, 2, count, dtype=torch.float64), rows(1, 8).activation[0])
-    r = Rows(-0.3 * activation, activation, torch.ones(count, dtype=torch.float64))
-    entry = solve(r.sums(), "anchored")
-    assert_near(entry.matrix, -0.3 * torch.eye(8, dtype=torch.float64))
-    assert entry.fit.residual <= EXACT
-    assert largest(solve(r.sums(), "ridge").matrix - entry.matrix) > 0.1
-    nothing = Rows(r.delta, 0 * activation, r.weights)
-    assert solve(nothing.sums(), "anchored").matrix.count_nonzero() == 0
-
-
-def test_anchored_needs_a_delta_as_wide_as_the_activation() -> None:
-    accumulator, r = ThoughtAccumulator(dtype=torch.float64), rows(30, 8)
-    accumulator.update(0, "down", r.delta[:, :6], r.activation, r.weights)
-    accumulator.update(0, "mlp", r.delta, r.activation, r.weights)
-    for site, name in (("down", "ridge"), ("mlp", "anchored")):
-        found = accumulator.solve("anchored", sites=[site]).entries[0, site]
-        assert torch.equal(found.matrix, solve(accumulator.sums(0, site), name).matrix)
-    with pytest.raises(ValueError, match="^solve: estimator must not be 'anchored' where .* got 6 from 8; take"):
-        solve(accumulator.sums(0, "down"), "anchored")
-
-
 @pytest.mark.parametrize("estimator", ["ridge", "affine"])
 def test_a_ridge_may_be_diagonal(estimator: str) -> None:
     """Least squares with ε_j tr(Z)/d on the square of Δ's column j, on (centred) rows."""

@@ -79,21 +79,6 @@ def test_rows_and_their_sums_give_one_patch(count: int, estimator: str, normaliz
     assert_same(found, accumulator.solve(estimator, **options).entries[KEY])
 
 
-@pytest.mark.filterwarnings("ignore::thought_kernels.estimation.scales.ScaleWarning")
-@pytest.mark.parametrize("scale", [1.0, -0.3])
-@pytest.mark.parametrize("normalization", ["none", "norm", "squared_norm"])
-@pytest.mark.parametrize("ridge", [0.3, torch.linspace(0.01, 2, D_IN, dtype=torch.float64)])
-@pytest.mark.parametrize("count", [5, 29])
-def test_an_anchored_patch_is_one_too(count: int, ridge: float | Tensor, normalization: str, scale: float) -> None:
-    accumulator = ThoughtAccumulator(dtype=torch.float64, normalization=normalization)
-    delta, activation, weights = rows(0, count)
-    accumulator.update(0, "attention", torch.cat([delta, delta, delta[:, :6]], dim=1), activation, weights)
-    assert isinstance(accumulator._sums[0, "attention"], KeptRows)
-    found = accumulator.solve("anchored", ridge=ridge, scale=scale).entries[0, "attention"]
-    assert accumulator.sums(0, "attention") is not None and found.rank is None
-    assert_same(found, accumulator.solve("anchored", ridge=ridge, scale=scale).entries[0, "attention"])
-
-
 @pytest.mark.parametrize("estimator", ["ridge", "affine"])
 @pytest.mark.parametrize("count", [5, 29])
 def test_a_diagonal_ridge_gives_one_patch_too(count: int, estimator: str) -> None:

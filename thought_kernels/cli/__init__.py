@@ -1,4 +1,4 @@
-"""The command line: `thought-kernels tokens | chats | transmute | generate | verify | demo | inspect | export | bench | ...`.
+"""The command line: `thought-kernels tokens | chats | transmute | generate | verify | inspect | export | ...`.
 
     options     the options that commands share, and loading
     tokens, transmute, ...      one command each

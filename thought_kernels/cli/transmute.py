@@ -47,7 +47,7 @@ def transmute(
     ] = None,
     pairing: Annotated[str | None, typer.Option(help=_help("pairing", "two_pass, layerwise or sequential."))] = None,
     estimator: Annotated[
-        str | None, typer.Option(help=_help("estimator", "mean, exact, ridge, second_order, affine or anchored."))
+        str | None, typer.Option(help=_help("estimator", "mean, exact, ridge, second_order or affine."))
     ] = None,
     normalization: Annotated[
         str | None, typer.Option(help=_help("normalization", "none, norm or squared_norm."))

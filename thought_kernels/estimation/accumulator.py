@@ -229,11 +229,10 @@ class ThoughtAccumulator:
         """Solves every block and site for its patch; see ``estimators.solve`` for the formulas.
 
         Args:
-            estimator: ``"mean"``, ``"exact"``, ``"ridge"``, ``"second_order"``, ``"affine"`` or ``"anchored"``, which
-                is ``"ridge"`` at the down site.
+            estimator: ``"mean"``, ``"exact"``, ``"ridge"``, ``"second_order"`` or ``"affine"``.
             scale: λ, one number or one per site.
-            ridge: ε > 0 in units of Z's mean eigenvalue, for ``ridge``, ``affine`` and ``anchored``; one number,
-                or one for each input of the sites that are solved, ``[d_in]``.
+            ridge: ε > 0 in units of Z's mean eigenvalue, for ``ridge`` and ``affine``; one number, or one for each
+                input of the sites that are solved, ``[d_in]``.
             layers: 0-based block indices to solve, None for all that hold sums.
             sites: the sites to solve, None for all that hold sums.
             provenance: what the patch should remember beside the options of this call, such as the instruction and
@@ -281,8 +280,7 @@ class ThoughtAccumulator:
             try:
                 entries[layer, site] = estimators.solve(
                     self._sums[layer, site],
-                    # only there is δ no change of a itself
-                    "ridge" if estimator == "anchored" and site == "down" else estimator,
+                    estimator,
                     scale=scales[site],
                     ridge=ridge,
                     normalization=self.normalization,
@@ -294,7 +292,7 @@ class ThoughtAccumulator:
             "estimator": estimator,
             "normalization": self.normalization,
             "scale": dict(scale) if isinstance(scale, Mapping) else scale,
-            "ridge": recorded if estimator in estimators.RIDGED else None,
+            "ridge": recorded if estimator in ("ridge", "affine") else None,
             "version": __version__,
             "date": datetime.now(UTC).isoformat(timespec="seconds"),
         }

@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Tensor
 
-from thought_kernels.estimation.kept_rows import KeptRows, anchor, factorised, positive_factor, solve_rows, sphericity
+from thought_kernels.estimation.kept_rows import KeptRows, factorised, positive_factor, solve_rows, sphericity
 from thought_kernels.estimation.scales import linear_scale, second_order_scale
 from thought_kernels.estimation.sums import Sums
 from thought_kernels.ops.checks import check_choice, check_number
@@ -19,8 +19,7 @@ from thought_kernels.patches.site import Fit, SitePatch, is_finite
 
 _POWER_STEPS = 8
 DEFAULT_RIDGE = 1.0
-ESTIMATORS = ("mean", "exact", "ridge", "second_order", "affine", "anchored")
-RIDGED = ("ridge", "affine", "anchored")  # those that read ε
+ESTIMATORS = ("mean", "exact", "ridge", "second_order", "affine")
 
 
 def solve(
@@ -40,26 +39,19 @@ def solve(
         ridge         Δ = λ C (Z + ε tr(Z)/d 1)⁻¹                                 v = λ b / Ω
         second_order  Δ = λ C − λ² C Z                                            v = λ b / Ω
         affine        Δ = λ ridge on centred C, Z; v = λ (b − Δ/λ ā) / Ω          v = λ b / Ω
-        anchored      Δ = λ (C + s c 1) (Z + s 1)⁻¹, s = ε tr(Z)/d                v = λ b / Ω
-                      c = tr(C) / tr(Z)
 
     Here d is the activation's width d_in. Of the sites with a matrix only ``affine`` yields a vector; the residual site
     has no matrix. Rows whose activations are all zero leave Z = 0, hence C = 0, and the matrix is then zero. Rows that
     are fewer than d_in are solved as they are (kept_rows.py), with the same result to rounding.
 
-    ``anchored`` shrinks Δ towards c 1 instead of towards zero, c a being what of δ a single number tells. Attention to
-    a prefix takes a share p of its weight from what a token saw before, δ = p (o_P − a): −p a, whatever a is, which
-    ``ridge`` says only where activations vary much.
-
     Args:
         sums: float32 or float64 sums of one site, or its rows; sums without ``gram`` are those of the residual site.
         estimator: one of ``ESTIMATORS``.
-        scale: λ, finite. ``exact``, ``ridge``, ``affine`` and ``anchored`` are made for 1. ``mean`` and
-            ``second_order`` need it tuned: see the fit's residual, above 1 where the patch is worse than none, and its
-            best_scale. ``second_order`` sums two terms of a series that converges only for λ below 1 over Z's largest
-            eigenvalue.
+        scale: λ, finite. ``exact``, ``ridge`` and ``affine`` are made for 1. ``mean`` and ``second_order`` need it
+            tuned: see the fit's residual, above 1 where the patch is worse than none, and its best_scale.
+            ``second_order`` sums two terms of a series that converges only for λ below 1 over Z's largest eigenvalue.
         ridge: ε > 0, in units of Z's mean eigenvalue, one number or one for each input, ``[d_in]``, diag(ε) then taking
-            the place of ε 1; read by ``ridge``, ``affine`` and ``anchored`` only.
+            the place of ε 1; read by ``ridge`` and ``affine`` only.
         normalization: the ν of the sums, ``"none"``, ``"norm"`` or ``"squared_norm"``.
 
     Returns:
@@ -67,19 +59,14 @@ def solve(
 
     Raises:
         ValueError: unknown estimator, bad scale or ridge, no rows, non-finite sums, ``affine`` with ν ≠ 1, or a ridge
-            too small for the sums' rounding, or ``anchored`` where δ is not as wide as a.
+            too small for the sums' rounding.
         TypeError: a scale or ridge that is not a number.
 
     Source: "Transmuting prompts into weights", Theorem 3.1 (eq. 8), eq. 10, A.2 (eq. 20-24), Algorithm 1; ``affine``
-        and ``anchored`` are ours.
+        is ours.
     """
     check_number("solve", "scale", scale)
     check_options("solve", estimator, ridge, normalization)
-    if estimator == "anchored" and sums.widths[0] != sums.widths[1]:
-        raise ValueError(
-            "solve: estimator must not be 'anchored' where δ and a are of different widths, got "
-            f"{sums.widths[0]} from {sums.widths[1]}; take 'ridge'"
-        )
     if isinstance(ridge, Tensor):
         if len(ridge) != sums.widths[1]:
             raise ValueError(f"solve: ridge must have one number for each of {sums.widths[1]} inputs, got {len(ridge)}")
@@ -119,10 +106,7 @@ def _solve_matrix(sums: Sums, estimator: str, scale: float, ridge: float | Tenso
     target, metric = cross, gram
     if estimator == "affine":
         target, metric = _centred(cross, gram, delta_sum, activation_sum, total, rtol)
-    if estimator == "anchored":
-        shift = torch.as_tensor(_shift(gram, ridge)).expand(len(gram))
-        target = cross + torch.diag(anchor(float(cross.trace()), float(gram.trace())) * shift)
-    if estimator in RIDGED:
+    if estimator in ("ridge", "affine"):
         matrix = scale * ridge_solve(target, metric, ridge)
         predicted = torch.addcmul(scale * target, matrix, _shift(metric, ridge), value=-1)  # for Δ (Z + s) = λ C
         if estimator == "affine":
@@ -175,7 +159,7 @@ def check_options(function: str, estimator: str, ridge: float | Tensor, normaliz
     if isinstance(ridge, Tensor):
         if ridge.ndim != 1 or not ridge.is_floating_point() or not bool((ridge > 0).all()) or not is_finite(ridge):
             raise ValueError(f"{function}: ridge must be a number or a row of finite positive ones, got {ridge}")
-    elif estimator in RIDGED:
+    elif estimator in ("ridge", "affine"):
         check_number(function, "ridge", ridge, positive=True)
     if estimator == "affine" and normalization != "none":
         raise ValueError(

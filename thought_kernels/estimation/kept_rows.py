@@ -64,11 +64,9 @@ def solve_rows(rows: KeptRows, estimator: str, *, scale: float, ridge: float | T
 
         mean          Δ = λ Dᵀ A                exact           Δ = λ Dᵀ K⁺ A
         second_order  Δ = λ Dᵀ (1 − λ K) A      ridge, affine   Δ = λ Dᵀ (K + s 1)⁻¹ A
-        anchored      Δ = λ c 1 + λ (D − c A)ᵀ (K + s 1)⁻¹ A
 
-    Factors are kept where they take less memory than Δ, but for ``anchored``, whose Δ has full rank. Those of an
-    inverse are Δ = (L⁻¹ D)ᵀ (L⁻¹ A), K + s 1 = L Lᵀ: singular values of the second are below 1, so that rounding it
-    costs Δ no more than its own rounding does.
+    Factors are kept where they take less memory than Δ. Those of an inverse are Δ = (L⁻¹ D)ᵀ (L⁻¹ A), K + s 1 = L Lᵀ:
+    singular values of the second are below 1, so that rounding it costs Δ no more than its own rounding does.
 
     Args:
         rows: fewer than the activation is wide, of positive total weight.
@@ -77,8 +75,8 @@ def solve_rows(rows: KeptRows, estimator: str, *, scale: float, ridge: float | T
     Raises:
         ValueError: rows that are not finite in their dtype, or K + s 1 not positive definite to rounding.
     """
-    root, targets, inputs, mean = _weighted(rows, normalization)
-    total, (d_out, d_in) = float(rows.joined()[2].sum()), rows.widths
+    root, targets, inputs, mean, total = _weighted(rows, normalization)
+    d_out, d_in = rows.widths
     energy = _squares(targets)
     fold_residual = _fold_residual(inputs, mean, total) if normalization == "none" else None
     rtol, offset, delta_mean = d_in * torch.finfo(rows.dtype).eps, None, None
@@ -91,9 +89,7 @@ def solve_rows(rows: KeptRows, estimator: str, *, scale: float, ridge: float | T
         products = _products(inputs)
         if float(products.trace()) <= rtol * norm:
             products.zero_()  # equal activations, once centred, are rounding: the vector fits them
-    anchored = anchor(_inner(targets, inputs), float(products.trace())) if estimator == "anchored" else 0.0
-    remaining = targets - anchored * inputs if anchored else targets
-    left, right, missed = _solved(estimator, remaining, inputs, products, scale, (ridge, rtol))
+    left, right, missed = _solved(estimator, targets, inputs, products, scale, (ridge, rtol))
     best = _second_order_scale(products, targets) if estimator == "second_order" else None
     left = scale * left
     vector = None
@@ -106,9 +102,6 @@ def solve_rows(rows: KeptRows, estimator: str, *, scale: float, ridge: float | T
         best = linear_scale(1.0, _inner(targets, predicted), _squares(predicted))
     # δ − λ (δ − what was missed)
     error = _squares(missed if scale == 1 else torch.lerp(targets, missed, scale))
-    if estimator == "anchored":
-        left, right = (left if right is None else left @ right.T).contiguous(), None
-        left.diagonal().add_(scale * anchored)
     factors = None
     if right is not None and factors_are_smaller(left.shape[1], d_out, d_in):
         factors = (left.to(rows.dtype), right.to(rows.dtype))
@@ -122,8 +115,8 @@ def solve_rows(rows: KeptRows, estimator: str, *, scale: float, ridge: float | T
     )
 
 
-def _weighted(rows: KeptRows, normalization: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """√(w/ν) [N], the rows δ and a times it in float64, and the mean activation [d_in], float64.
+def _weighted(rows: KeptRows, normalization: str) -> tuple[Tensor, Tensor, Tensor, Tensor, float]:
+    """√(w/ν) [N], the rows δ and a times it, their mean activation [d_in], all in float64, and the rows' weight.
 
     Raises:
         ValueError: rows that are not finite in their dtype.
@@ -133,9 +126,9 @@ def _weighted(rows: KeptRows, normalization: str) -> tuple[Tensor, Tensor, Tenso
         if not is_finite(tensor):
             raise ValueError(f"solve: {name} must be finite, got NaN or an infinity; the rows overflowed {rows.dtype}")
     root = _roots(activation, w, normalization)
-    inputs = activation * root[:, None]
-    mean = torch.where(root == 0, 0, w / root) @ inputs / float(w.sum())
-    return root, delta * root[:, None], inputs, mean
+    inputs, total = activation * root[:, None], float(w.sum())
+    mean = torch.where(root == 0, 0, w / root) @ inputs / total
+    return root, delta * root[:, None], inputs, mean, total
 
 
 def _solved(
@@ -169,11 +162,6 @@ def _solved(
         left, right, missed = _ridged(targets, inputs, inputs @ inputs.T, shift, float(epsilon.min()))
         return (left / root, None, missed) if right is None else (left, right / root[:, None], missed)
     return _ridged(targets, inputs, products, shift * epsilon, epsilon)
-
-
-def anchor(along: float, square: float) -> float:
-    """c with the least Σ w ‖δ − c a‖²/ν, tr(C) / tr(Z); 0 where activations are."""
-    return along / square if square > 0 else 0.0
 
 
 def _ridged(

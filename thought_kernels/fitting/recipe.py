@@ -50,7 +50,7 @@ class Recipe(Mapping[str, Any]):
         layers: 0-based block indices, None for all.
         sites: of "attention", "mlp", "down", "residual", None for those that suit the model.
         pairing: "two_pass", "layerwise" or "sequential".
-        estimator: "mean", "exact", "ridge", "second_order", "affine" or "anchored".
+        estimator: "mean", "exact", "ridge", "second_order" or "affine".
         normalization: "none", "norm" or "squared_norm".
         mlp_activation: "input" or "residual", what a is at the mlp site; "residual" with the estimator "mean" alone.
         scale: λ, one number or one per site.

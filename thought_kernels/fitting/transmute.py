@@ -81,7 +81,7 @@ def transmute(
             "down". Within a block they are fitted in this order, each after the earlier ones are applied ("residual"
             beside "mlp", "down" after both): each mends what the others left.
         pairing: "two_pass", "layerwise" or "sequential", see pairing/pairings.py.
-        estimator: "mean", "exact", "ridge", "second_order", "affine" or "anchored", see estimators.solve.
+        estimator: "mean", "exact", "ridge", "second_order" or "affine", see estimators.solve.
         normalization: ν, "none", "norm" (‖a‖) or "squared_norm" (‖a‖²).
         mlp_activation: what a is at the mlp site, "input" (u, which the patched module multiplies) or "residual" (h,
             which u is the norm of: the paper's A(x)), see paper_recipe. The patch acts on u in both.
