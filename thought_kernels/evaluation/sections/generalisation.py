@@ -83,5 +83,6 @@ def _chat(subject: Subject, section: Section) -> None:
     _case(subject, section, "after a chat turn", trial, subject.patch)
     section.note(
         "After a chat turn: the held-out input follows another one that the prompted model has answered, so the bare "
-        "model sees one demonstration; “prompted” has the instruction at the start of the chat."
+        "model sees one demonstration; “prompted” has the instruction at the start of the chat. "
+        "A patch that is to hold there is fitted on chats (tk.write_chats)."
     )
