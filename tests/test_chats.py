@@ -30,18 +30,21 @@ def texts(chat: list[dict[str, str]], role: str) -> list[str]:
 
 def test_given_completions_are_the_earlier_answers() -> None:
     chats = tk.write_chats(model_of(), TOKENIZER, "Sum now", ANSWERED, turns=3)
-    assert [texts(chat, "user") for chat in chats] == [INPUTS[:1], INPUTS[:2], INPUTS[:3], INPUTS[3:4], INPUTS[3:]]
-    assert [texts(chat, "assistant") for chat in chats] == [["v"], ["v", "w"], ["v", "w", "x"], ["y"], ["y", "z"]]
-    assert [example.completion for example in load_examples(chats)] == list("vwxyz")
+    assert [texts(chat, "user") for chat in chats] == [*([text] for text in INPUTS), INPUTS[:2], INPUTS[:3], INPUTS[3:]]
+    assert [texts(chat, "assistant") for chat in chats[5:]] == [["v", "w"], ["v", "w", "x"], ["y", "z"]]
+    assert [example.completion for example in load_examples(chats)] == list("vwxyzwxz")
+    assert tk.write_chats(model_of(), TOKENIZER, "Sum now", ANSWERED, turns=1) == chats[:5]
 
 
 def test_missing_answers_are_the_prompted_models_likeliest() -> None:
     model = model_of(25)  # which answers otherwise than when it is told something else
     chats = tk.write_chats(model, TOKENIZER, "Sum now", INPUTS, turns=3, max_new_tokens=5, batch_size=2)
-    assert [texts(chat, "user")[-1] for chat in chats] == INPUTS and all(chat[-1]["role"] == "user" for chat in chats)
-    for index in (1, 2, 4):
-        before, answer = chats[index][:-2], chats[index][-2]["content"]
-        assert before == chats[index - 1]  # and so on down to the first turn
+    assert chats[:5] == [[{"role": "user", "content": text}] for text in INPUTS]
+    assert [texts(chat, "user") for chat in chats[5:]] == [INPUTS[:2], INPUTS[:3], INPUTS[3:]]
+    for chat, begun in zip(chats[5:], (chats[0], chats[5], chats[3]), strict=True):
+        *before, answered, _ = chat
+        answer = answered["content"]
+        assert before == begun
         row = encode(TOKENIZER, "Sum now", Example(tuple(before), None))
         ids = [*row.with_prefix, *row.tokens]
         for _ in range(5):  # greedy, by whole forwards
@@ -49,15 +52,15 @@ def test_missing_answers_are_the_prompted_models_likeliest() -> None:
         written = TOKENIZER.decode(ids[-5:], skip_special_tokens=True).strip()
         assert answer and written.startswith(answer)
     other = tk.write_chats(model, TOKENIZER, "Write it backwards 123 zzz", INPUTS, turns=2, max_new_tokens=5)
-    assert texts(other[1], "assistant") != texts(chats[1], "assistant")
+    assert texts(other[5], "user") == INPUTS[:2] and texts(other[5], "assistant") != texts(chats[5], "assistant")
 
 
 def test_chats_and_what_does_not_fit_stay_as_they_are() -> None:
     system = [{"role": "system", "content": "q"}, {"role": "user", "content": "9"}]
     given = [ANSWERED[0], system, ANSWERED[2]]
     chats = tk.write_chats(model_of(), TOKENIZER, "Sum now", given, turns=3, max_new_tokens=5)
-    assert chats[1] == system  # it begins a chat, with which the next example goes on
-    assert chats[2][:2] == system and texts(chats[2], "user") == ["9", "9"] and chats[2][-1]["content"] == "x"
+    assert chats[1] == system and len(chats) == 4  # it is not asked again, and begins the next one's chat
+    assert chats[3][:2] == system and texts(chats[3], "user") == ["9", "9"] and chats[3][-1]["content"] == "x"
 
     longest = max(encode(TOKENIZER, "Sum now", one).length for one in ANSWERED)
     short = tk.write_chats(model_of(max_position_embeddings=longest + 4), TOKENIZER, "Sum now", ANSWERED, turns=3)
@@ -70,7 +73,7 @@ def test_chats_and_what_does_not_fit_stay_as_they_are() -> None:
 
 def test_without_a_template_and_without_inputs() -> None:
     chats = tk.write_chats(model_of(), TOKENIZER, "Sum now", ANSWERED, turns=2, format=FORMAT)
-    row = encode(TOKENIZER, "Sum now", chats[1], format=FORMAT)
+    row = encode(TOKENIZER, "Sum now", chats[5], format=FORMAT)
     assert TOKENIZER.decode(row.tokens).strip() == "8 76 -> v\nabc -> w"
     shown = [{"role": "user", "content": "1"}, {"role": "assistant", "content": "2"}]
     with pytest.raises(ValueError, match=r"^write_chats: examples must be given where .* demonstrations, got None"):
@@ -106,9 +109,11 @@ def test_a_patch_of_chats_is_fitted_on_all_turns(tmp_path: Path, folder: str) ->
     output = tmp_path / "chats.jsonl"
     given = [part for text in INPUTS for part in ("-e", text)]
     said = printed(run("chats", "-m", folder, "-i", "Sum now", *given, "--max-new-tokens", 4, "-o", output))
-    assert "5 chats of up to 3 turns" in said
     lines = [json.loads(line)["messages"] for line in output.read_text().splitlines()]
-    assert [texts(chat, "user")[-1] for chat in lines] == INPUTS
+    later = [chat for chat in lines if len(chat) > 1]
+    longest = max(len(texts(chat, "user")) for chat in lines)
+    assert f"5 inputs and {len(later)} chats of up to {longest} turns" in said
+    assert [texts(chat, "user") for chat in lines[:5]] == [[text] for text in INPUTS] and lines[5:] == later
     printed(
         run(
             "transmute", "-m", folder, "-i", "Sum now", "--examples", output, "--max-new-tokens", 4, "-o",

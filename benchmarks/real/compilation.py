@@ -6,7 +6,7 @@
 Each prompt of system_prompts.toml becomes a patch of the default recipe, and is asked its held-out inputs; so are its
 beginnings (--lengths, in tokens, cut at sentence ends), the sums with other prompts' patches, the second and third turn
 of a chat that the prompted model wrote, chats with another system message, everyday requests and long inputs. Beside it
-stands the patch of the same inputs as turns of chats (tk.write_chats), and a contrast pair is measured. compilation.csv
+stands the patch of the same inputs and chats of them (tk.write_chats), and a contrast pair is measured. compilation.csv
 has a row for each, compilation_answers.csv the answers, and compilation_rules.csv what the rules in system_rules/ say
 of them.
 

@@ -12,7 +12,7 @@ from tasks import Task
 FULL = "full"
 FIT, TEXT, TIMES = "fit", "ordinary text", "times"  # beside the situations, which have answers
 OWN, CONTRAST = "own", "contrast"
-CHATS = "chats"  # fitted on inputs in the later turns of chats
+CHATS = "chats"  # fitted on inputs, and on chats that ask them in later turns
 PLUS = " + "
 NEARLY = 0.8  # of a prompt is nearly the whole of it
 

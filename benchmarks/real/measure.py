@@ -90,7 +90,7 @@ def fitted(
         of: the task.
         inputs: how many.
         options: of transmute.
-        turns: of the longest chats that the inputs are turns of.
+        turns: of the longest chats that ask the inputs again; 1 for none.
     """
     questions: list[Any] | None = [question for question, _ in of.inputs[:inputs]] or None
     inputs_written, completions_written = Stopwatch(encoding.more_inputs), Stopwatch(encoding.completed)

@@ -120,7 +120,7 @@ def situations() -> str:
     """What each patch recovers in each situation, with KL(prompted ‖ bare) a token, and drift."""
     lines = []
     for whole in prompts():
-        for patch, fitted_on in (("own", "inputs alone"), ("chats", "turns of chats")):
+        for patch, fitted_on in (("own", "inputs alone"), ("chats", "chats too")):
             of = {"model": whole["model"], "prompt": whole["prompt"], "cut": "full", "patch": patch}
             rows = {row["case"]: row for row in read(**of)}
             cells = (

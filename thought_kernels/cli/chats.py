@@ -28,7 +28,7 @@ def chats(
     device: options.Device = "cpu",
     offline: options.Offline = False,
 ) -> None:
-    """Make chats of single inputs, for a patch that is to hold in later turns: transmute --examples OUTPUT.
+    """Write inputs, and chats that ask them in later turns, for a patch that holds there: transmute --examples OUTPUT.
 
     The earlier turns are other inputs, with the answers of the model that is told the instruction.
     """
@@ -46,6 +46,7 @@ def chats(
     )  # fmt: skip
     lines = [json.dumps({"messages": chat}, ensure_ascii=False) + "\n" for chat in written]
     write_text("".join(lines), output)
-    longest = max(sum(message["role"] == "user" for message in chat) for chat in written)
-    options.out.print(f"{len(written)} chats of up to {longest} turns", markup=False)
+    turns_of = [sum(message["role"] == "user" for message in chat) for chat in written]
+    later = sum(count > 1 for count in turns_of)
+    options.out.print(f"{len(written) - later} inputs and {later} chats of up to {max(turns_of)} turns", markup=False)
     options.saved(output, "chats", replaced=replaced)

@@ -37,30 +37,30 @@ def write_chats(
     max_new_tokens: int = 64,
     progress: bool = False,
 ) -> list[list[dict[str, str]]]:
-    """Examples whose inputs are asked in the first, second, ... turn of chats that the prompted model has answered.
+    """Examples, and chats that ask them again in the second, third, ... turn, after what the prompted model answers.
 
     A patch that is fitted on first turns alone may add too much in later ones, where the earlier answers show the model
-    already what it was told. Give these chats to `transmute` in the examples' place. Example i (from 0) is the last
-    turn of a chat of 1 + i mod `turns` turns; the turns before it are the examples before it, each with its completion
-    or, where it has none, the prompted model's likeliest one. So a `turns`-th part of them stay as they are, and the
-    order of the examples is that of the chats.
+    already what it was told. Give what this returns to `transmute` in the examples' place. Example i (from 0) is asked
+    again as the last turn of a chat of 1 + i mod `turns` turns, unless that is one. The turns before it are the
+    examples before it, each with its completion or, where it has none, the prompted model's likeliest one.
 
     An example that is a chat already, that comes after an empty answer, or whose chat would not fit the model's
-    context, begins a chat: it stays as it is.
+    context, is not asked again, and the next one's chat begins with it.
 
     Args:
         model: a transformers causal language model; it is only read.
         tokenizer: its fast tokenizer.
         instruction: what the earlier answers follow, as for transmute.
         examples: as for transmute; None for everyday requests.
-        turns: of the longest chats; 1 returns the examples as message lists.
+        turns: of the longest chats; 1 returns the examples alone.
         separator, format: as for transmute.
         batch_size: answers written at a time.
         max_new_tokens: where an answer is cut that has not ended.
         progress: show a bar on stderr for each turn.
 
     Returns:
-        One message list per example, in order, which ends with its input, or with its completion if it has one.
+        Message lists: first the examples, in order, then the chats. Each ends with an example's input, or with its
+        completion if it has one.
 
     Raises:
         ValueError: a count below 1, no examples beside demonstrations, a prompt that does not align or that is longer
@@ -74,6 +74,7 @@ def write_chats(
     chats = _Chats(decoder, tokenizer, Prompt(instruction, None, separator, format))
     asked = _read(instruction, examples)
     told = [example for _, example in asked]
+    given = list(told)
     check_tokenizer(decoder, tokenizer, _NAME)
     check_untold(instruction, separator, asked, _NAME)
     check_writes(decoder, told, _NAME)
@@ -83,11 +84,12 @@ def write_chats(
         bar = f"answers, turn {turn}" if progress else None
         answers = chats.answers([(told[index], rows[index]) for index in before], batch_size, max_new_tokens, bar)
         for index, answer in zip(before, answers, strict=True):
-            longer = _joined(told[index], answer, told[index + 1])
-            row = None if longer is None else chats.fitting(longer)
-            if longer is not None and row is not None:
-                told[index + 1], rows[index + 1] = longer, row
-    return [_messages(example) for example in told]
+            chat = _joined(told[index], answer, told[index + 1])
+            row = None if chat is None else chats.fitting(chat)
+            if chat is not None and row is not None:
+                told[index + 1], rows[index + 1] = chat, row
+    longer = [chat for chat, example in zip(told, given, strict=True) if chat is not example]
+    return [_messages(example) for example in [*given, *longer]]
 
 
 class _Chats(NamedTuple):
