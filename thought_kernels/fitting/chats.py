@@ -64,13 +64,14 @@ def write_chats(
 
     Raises:
         ValueError: a count below 1, no examples beside demonstrations, a prompt that does not align or that is longer
-            than the model's context, examples that begin with the instruction, or a model without a head to write with.
+            than the model's context, examples that begin with the instruction, a model without a head to write with,
+            or one whose weights are not all in memory or are divided among processes.
         TypeError: a model without an adapter, or arguments of another type.
     """
     turns = as_integer(_NAME, "turns", turns, least=1)
     batch_size = as_integer(_NAME, "batch_size", batch_size, least=1)
     max_new_tokens = as_integer(_NAME, "max_new_tokens", max_new_tokens, least=1)
-    decoder = in_memory(_NAME, model, divided=True)
+    decoder = in_memory(_NAME, model)
     chats = _Chats(decoder, tokenizer, Prompt(instruction, None, separator, format))
     asked = _read(instruction, examples)
     told = [example for _, example in asked]
