@@ -67,8 +67,22 @@ def test_chats_and_what_does_not_fit_stay_as_they_are() -> None:
     assert [texts(chat, "user") for chat in short] == [[text] for text in INPUTS]
 
     silent = model_of(1)  # its likeliest answer is none
-    chats = tk.write_chats(silent, TOKENIZER, "Sum now", INPUTS, turns=3, max_new_tokens=5)
+    with pytest.warns(UserWarning, match=r"^write_chats: examples should be two or more .*, got 5 of which none"):
+        chats = tk.write_chats(silent, TOKENIZER, "Sum now", INPUTS, turns=3, max_new_tokens=5)
     assert [texts(chat, "user") for chat in chats] == [[text] for text in INPUTS]
+
+    two = [{"role": "user", "content": "1"}, {"role": "assistant", "content": "2"}, {"role": "user", "content": "3"}]
+    long = tk.write_chats(model_of(), TOKENIZER, "Sum now", [two, *ANSWERED], turns=3, max_new_tokens=5)
+    assert max(len(texts(chat, "user")) for chat in long) == 3 and long[0] == two
+
+
+def test_cut_answers_and_a_patched_model_are_told() -> None:
+    model = model_of()
+    patch = tk.transmute(model, TOKENIZER, "Sum now", ANSWERED)
+    with pytest.warns(UserWarning, match=r"^write_chats: 2 of 2 answers did not end within max_new_tokens=5 tokens"):
+        tk.write_chats(model, TOKENIZER, "Sum now", INPUTS, turns=2, max_new_tokens=5)
+    with patch.applied(model), pytest.warns(UserWarning, match=r"^write_chats: model should be bare, got one that"):
+        tk.write_chats(model, TOKENIZER, "Sum now", ANSWERED, turns=2)
 
 
 def test_without_a_template_and_without_inputs() -> None:
@@ -87,17 +101,21 @@ def test_without_a_template_and_without_inputs() -> None:
         ({"batch_size": 0}, r"^write_chats: batch_size must be .*, got 0"),
         ({"max_new_tokens": -1}, r"^write_chats: max_new_tokens must be .*, got -1"),
         ({"examples": []}, r"^load_examples: examples must hold at least one"),
+        ({"instruction": ""}, r"^align: instruction must not be empty, got ''$"),
+        ({"format": "{prompt}"}, r"^align: format must hold \{completion\}[^;]*$"),
         ({"examples": ["Sum now\n9"]}, r"^write_chats: examples must be without the instruction"),
         ({"examples": ["9 " * 400]}, r"^write_chats: examples\[0\] must fit the model's context"),
     ],
 )
 def test_refusals(changes: dict[str, object], sentence: str) -> None:
-    given = {"examples": INPUTS, **changes}
+    given = {"examples": INPUTS, "instruction": "Sum now", **changes}
     with pytest.raises(ValueError, match=sentence):
-        tk.write_chats(model_of(max_position_embeddings=128), TOKENIZER, "Sum now", **given)  # type: ignore[arg-type]
+        tk.write_chats(model_of(max_position_embeddings=128), TOKENIZER, **given)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"^align: instruction must be a str or a message list, got int"):
+        tk.write_chats(model_of(), TOKENIZER, 3, INPUTS)  # type: ignore[arg-type]
 
 
-@pytest.mark.filterwarnings("ignore:transmute. .* completions did not end")
+@pytest.mark.filterwarnings("ignore:(transmute|write_chats). .* did not end")
 def test_a_patch_of_chats_is_fitted_on_all_turns(tmp_path: Path, folder: str) -> None:  # noqa: F811
     model = model_of(5)
     chats = tk.write_chats(model, TOKENIZER, "Sum now", ANSWERED, turns=3)
@@ -120,4 +138,7 @@ def test_a_patch_of_chats_is_fitted_on_all_turns(tmp_path: Path, folder: str) ->
             tmp_path / "patch", "--written-inputs", 0,
         )
     )  # fmt: skip
-    refused(run("chats", "-m", folder, "-i", "Sum now", "-e", "9", "-o", tmp_path), "--output must be a file", 2)
+    told = ("chats", "-m", folder, "-i", "Sum now")
+    refused(run(*told, "-e", "9", "-o", tmp_path), "--output must be a file", 2)
+    refused(run(*told, "-e", "9", "-o", tmp_path / "chats.txt"), "--output must end in .jsonl", 2)
+    refused(run(*told, "--examples", output, "-o", output), "--output must be another file than --examples", 2)

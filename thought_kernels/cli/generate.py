@@ -35,6 +35,7 @@ def generate(
     """Answer a prompt greedily, with a patch or several if they are given."""
     from thought_kernels.evaluation.measures.trial import bare_texts, prompted_texts
     from thought_kernels.patches.patch import ThoughtPatch
+    from thought_kernels.prompts.examples import read_messages
 
     patches = [ThoughtPatch.from_pretrained(folder, offline=offline) for folder in patch or ()]
     loaded = scale * functools.reduce(operator.add, patches) if patches else None
@@ -71,6 +72,10 @@ def generate(
     for name, text in answers.items():
         table.add_row(Text(name, style="bold"), Text(text))
     if other is not None:
-        told_instead = other if isinstance(other, str) else " / ".join(turn["content"] for turn in other)
+        told_instead = (
+            other
+            if isinstance(other, str)
+            else " / ".join(turn["content"] for turn in read_messages(other, "generate: without"))
+        )
         table.add_row(Text("told", style="dim"), Text(f"bare and patched: {told_instead!r}", style="dim"))
     options.out.print(table)

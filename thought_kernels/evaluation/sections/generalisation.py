@@ -84,5 +84,5 @@ def _chat(subject: Subject, section: Section) -> None:
     section.note(
         "After a chat turn: the held-out input follows another one that the prompted model has answered, so the bare "
         "model sees one demonstration; “prompted” has the instruction at the start of the chat. "
-        "A patch that is to hold there is fitted on chats (tk.write_chats)."
+        "Where a patch does not hold there, chats among its examples may help (tk.write_chats)."
     )
